@@ -1,0 +1,574 @@
+"""The Rust core: guest memory, both ends of both virtqueue formats, notifiers and the poller.
+
+Addresses are guest physical addresses (ints below 2**64), lengths are bytes. Every error is a class of
+`virtio_test.errors`: `UsageError` when the caller is at fault (guest memory is then unchanged),
+`QueueViolation` when the other side broke a rule (the queue is then latched and the error is raised once).
+All classes are frozen and may be used from any thread.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, final
+
+from typing_extensions import Buffer
+
+from .errors import QueueViolation
+
+__version__: Final[str]
+
+def build_info() -> dict[str, str]:
+    """How this core was built: ``version``, ``profile`` (``debug`` or ``release``), ``abi``, ``target``."""
+
+def rules() -> list[Rule]:
+    """Every rule that the core can find broken, in the order of the specification."""
+
+def need_event(event: int, new: int, old: int) -> bool:
+    """Whether moving an index from `old` to `new` passes `event` (16-bit arithmetic; VIRTIO 1.4, 2.7.10)."""
+
+@final
+class Rule:
+    """One check: its stable name, its clause of VIRTIO 1.4 and one line that says what must hold."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def clause(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+
+@final
+class Policy:
+    """Which tolerances towards real peers hold. ``Policy.interop`` and ``Policy.strict`` are the two names.
+
+    Args:
+        base: the named policy whose switches hold where none is given.
+        zero_length: accept descriptors of length 0 (they become no segment).
+        mixed_order: accept device-readable descriptors after device-writable ones.
+        duplicate_heads: accept a head (packed: id) that is already in flight.
+        indirect_beyond_queue: accept indirect tables of more entries than the queue size, up to `max_indirect`.
+        indirect_remainder: accept a table length that is no multiple of 16 (rounded down).
+        packed_table_flags: ignore flags other than WRITE in a packed indirect table (else INDIRECT there is broken).
+        avail_decrease: accept an avail index that goes back without passing what was consumed.
+        used_len_beyond: clamp a used length above the writable size instead of refusing it (driver end).
+        used_without_write: take the used length of a packed descriptor without WRITE as written bytes (driver end).
+        max_indirect: entries of one indirect table at most, 1 to 65536.
+    """
+
+    interop: Final[Policy]
+    strict: Final[Policy]
+
+    def __new__(
+        cls,
+        base: Literal["interop", "strict"] = "interop",
+        *,
+        zero_length: bool | None = None,
+        mixed_order: bool | None = None,
+        duplicate_heads: bool | None = None,
+        indirect_beyond_queue: bool | None = None,
+        indirect_remainder: bool | None = None,
+        packed_table_flags: bool | None = None,
+        avail_decrease: bool | None = None,
+        used_len_beyond: bool | None = None,
+        used_without_write: bool | None = None,
+        max_indirect: int | None = None,
+    ) -> Policy: ...
+    def switches(self) -> dict[str, bool | int]:
+        """Every switch by name, `max_indirect` included."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Region:
+    """One stretch of guest memory: `size` bytes at `address`, backed by `fd` (or None when anonymous) at `offset`."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def fd(self) -> int | None: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def writable(self) -> bool: ...
+
+@final
+class Access:
+    """One access to traced memory: `kind` is ``load``, ``store``, ``read``, ``write`` or ``fence``."""
+
+    @property
+    def kind(self) -> Literal["load", "store", "read", "write", "fence"]: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+@final
+class Trace:
+    """Records every access that queues and chains make to a memory, and can change memory in between.
+
+    `load` and `store` are single ring words (2, 4 or 8 bytes); `read` and `write` are copies. Accesses are
+    numbered from 0 since the last `clear()`.
+    """
+
+    def __new__(cls) -> Trace: ...
+    def log(self) -> list[Access]:
+        """All accesses since the last `clear()`, oldest first."""
+    def clear(self) -> None:
+        """Forget the log and the changes that are still planned; numbering starts at 0 again."""
+    def change_at(self, number: int, address: int, data: Buffer) -> None:
+        """Write `data` to `address` just before access `number` happens, as a racing other side would."""
+
+@final
+class GuestMemory:
+    """Guest memory: a table of regions that never overlap, with an epoch that grows at each change of the table.
+
+    Args:
+        regions: pairs of (guest address, size in bytes), mapped at once. Address and size are multiples of 4096.
+        backing: ``memfd`` (can be shared with another process) or ``anonymous``.
+        trace: records every access of queues and chains; costs speed, for tests and tools.
+    """
+
+    def __new__(
+        cls,
+        regions: Sequence[tuple[int, int]] = (),
+        *,
+        backing: Literal["memfd", "anonymous"] = "memfd",
+        trace: Trace | None = None,
+    ) -> GuestMemory: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def regions(self) -> list[Region]: ...
+    @property
+    def trace(self) -> Trace | None: ...
+    def add_region(
+        self, address: int, size: int, *, fd: int | None = None, offset: int = 0, writable: bool = True
+    ) -> None:
+        """Map `size` bytes of `fd` from `offset` (duplicated; ours stays open), or fresh memory when `fd` is None.
+
+        Raises:
+            InvalidArgument: overlap, more than 509 regions, a size of 0, a wrap of the address space, or a file
+                shorter than `offset + size`.
+        """
+    def remove_region(self, address: int, size: int) -> None:
+        """Unmap exactly that region; returns after running copies have ended."""
+    def replace(self, regions: Sequence[tuple[int, int, int, int]]) -> None:
+        """Put a whole new table of (address, size, fd, offset) in place, or change nothing and raise."""
+    def read(self, address: int, length: int) -> bytes: ...
+    def read_into(self, address: int, buffer: Buffer) -> None:
+        """Fill the whole writable, contiguous `buffer` from `address` on."""
+    def write(self, address: int, data: Buffer) -> None: ...
+    def fill(self, address: int, length: int, value: int = 0) -> None: ...
+    def copy(self, destination: int, source: int, length: int) -> None:
+        """Copy inside guest memory; overlapping ranges behave as if `source` was read whole first."""
+    def is_mapped(self, address: int, length: int) -> bool: ...
+    def live_view(self, address: int, length: int, *, writable: bool = False) -> memoryview:
+        """A view of the bytes themselves, which the other side can change at any time; keeps the mapping alive.
+
+        Raises:
+            InvalidArgument: the range is not mapped by one region.
+        """
+
+@final
+class RingLayout:
+    """Where the fields of one virtqueue lie: addresses in guest memory (offsets, when the bases are 0)."""
+
+    def __new__(
+        cls, size: int, *, packed: bool = False, desc: int = 0, driver: int = 0, device: int = 0
+    ) -> RingLayout: ...
+    @staticmethod
+    def contiguous(size: int, base: int, *, packed: bool = False) -> RingLayout:
+        """The three areas one after another from `base` on (a multiple of 16), each aligned as 2.7 and 2.8 ask."""
+    @property
+    def size(self) -> int: ...
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def desc(self) -> int: ...
+    @property
+    def driver(self) -> int: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def desc_bytes(self) -> int: ...
+    @property
+    def driver_bytes(self) -> int: ...
+    @property
+    def device_bytes(self) -> int: ...
+    @property
+    def end(self) -> int:
+        """First address after all three areas."""
+    def fields(self) -> dict[str, tuple[int, int, int, int]]:
+        """Every field: name → (address of the first, size in bytes, stride, count).
+
+        Split: desc.addr, desc.len, desc.flags, desc.next, avail.flags, avail.idx, avail.ring, used_event,
+        used.flags, used.idx, used.ring.id, used.ring.len, avail_event. Packed: desc.addr, desc.len, desc.id,
+        desc.flags, driver_event.off_wrap, driver_event.flags, device_event.off_wrap, device_event.flags.
+        """
+    def at(self, field: str, index: int = 0) -> int:
+        """Address of entry `index` of `field`; InvalidArgument for an unknown name or an index beyond its count."""
+
+@final
+class QueueState:
+    """Where a stopped queue stands. Split: 16-bit indices. Packed: 15-bit offset with the wrap counter in bit 15."""
+
+    def __new__(cls, avail: int, used: int | None = None) -> QueueState: ...
+    @property
+    def avail(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class QueueConfig:
+    """All that a queue is made of: validated when a queue is built from it.
+
+    Args:
+        size: number of descriptors. Split: a power of two up to 32768; packed: 1 to 32768.
+        desc: address of the descriptor table (split) or ring (packed).
+        driver: address of the avail ring (split) or driver event area (packed).
+        device: address of the used ring (split) or device event area (packed).
+        index: number of the queue in its device, for messages.
+        features: negotiated feature bits; RING_INDIRECT_DESC 28, RING_EVENT_IDX 29, RING_PACKED 34, IN_ORDER 35 count.
+        policy: tolerances towards the other side.
+    """
+
+    def __new__(
+        cls,
+        size: int,
+        *,
+        desc: int,
+        driver: int,
+        device: int,
+        index: int = 0,
+        features: int = 0,
+        policy: Policy = ...,
+    ) -> QueueConfig: ...
+    @staticmethod
+    def from_layout(
+        layout: RingLayout, *, index: int = 0, features: int = 0, policy: Policy = ...
+    ) -> QueueConfig:
+        """The same from a layout; RING_PACKED in `features` is set as the layout says."""
+    @property
+    def size(self) -> int: ...
+    @property
+    def desc(self) -> int: ...
+    @property
+    def driver(self) -> int: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def features(self) -> int: ...
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def policy(self) -> Policy: ...
+    def layout(self) -> RingLayout: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Notifier:
+    """How one end wakes the other: an eventfd, any fd that takes 8 bytes (a pipe), or a Python callback."""
+
+    @staticmethod
+    def eventfd() -> Notifier:
+        """A new eventfd, non-blocking."""
+    @staticmethod
+    def from_fd(fd: int) -> Notifier:
+        """Write to a duplicate of `fd`; a full pipe or counter is not an error, nothing blocks."""
+    @staticmethod
+    def callback(function: Callable[[], object]) -> Notifier:
+        """Call `function`, without arguments, in the thread that notifies."""
+    def notify(self) -> None: ...
+    def fileno(self) -> int:
+        """The fd to wait on; `InvalidArgument` for a callback."""
+    def drain(self) -> int:
+        """Take the count of an eventfd, or all bytes of a pipe (divided by 8); 0 when there is none. Never blocks."""
+    @property
+    def count(self) -> int:
+        """How often `notify` was called on this object."""
+
+@final
+class Poller:
+    """Waits for readable fds with the GIL released; `wake()` from any thread ends a wait."""
+
+    def __new__(cls) -> Poller: ...
+    def add(self, fd: int) -> None: ...
+    def remove(self, fd: int) -> None: ...
+    def wait(self, timeout: float | None = None) -> list[int]:
+        """fds that are readable, closed by the peer or in error; empty after `timeout` seconds or `wake()`.
+
+        Returns after 100 ms at most when a Python signal is pending, so that its handler can run.
+        """
+    def wake(self) -> None: ...
+
+@final
+class Counters:
+    """What has happened at one end of a queue since it was built or reset."""
+
+    @property
+    def popped(self) -> int: ...
+    @property
+    def pushed(self) -> int: ...
+    @property
+    def dropped(self) -> int:
+        """Completions that came after a reset or a latch, and were not written."""
+    @property
+    def rejected(self) -> int:
+        """Chains that were completed with 0 bytes because they did not fit the handler (too short, too small)."""
+    @property
+    def notified(self) -> int: ...
+    @property
+    def suppressed(self) -> int:
+        """Notifications that the other side had not asked for."""
+
+@final
+class Chain:
+    """One validated descriptor chain, popped and not yet pushed. Usable until pushed, put back or reset."""
+
+    @property
+    def head(self) -> int:
+        """Head descriptor index (split) or buffer id (packed)."""
+    @property
+    def queue_index(self) -> int: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def descriptors(self) -> int:
+        """Number of descriptors walked, those of indirect tables included."""
+    @property
+    def readable(self) -> int:
+        """Bytes that the device may read, all segments together."""
+    @property
+    def writable(self) -> int:
+        """Bytes that the device may write, all segments together."""
+    @property
+    def written(self) -> int:
+        """End of the furthest byte written so far, counted from the start of the writable part."""
+    @property
+    def segments(self) -> list[tuple[int, int, bool]]:
+        """(guest address, length, device-writable) of every non-empty descriptor, in order."""
+    def read(self, length: int | None = None, *, offset: int = 0) -> bytes:
+        """Up to `length` bytes (all, when None) of the readable part from `offset` on; short at its end."""
+    def read_into(self, buffer: Buffer, *, offset: int = 0) -> int:
+        """Fill `buffer` from the readable part; the number of bytes copied."""
+    def write(self, data: Buffer, *, offset: int = 0) -> int:
+        """Copy `data` into the writable part; the number of bytes copied (fewer when it ends)."""
+    def fill(self, value: int = 0, *, offset: int = 0, length: int | None = None) -> int:
+        """Set bytes of the writable part; the number of bytes set."""
+
+@final
+class Batch:
+    """Several chains taken at once: requests in one buffer, responses from one buffer, one publication.
+
+    A batch that is dropped before `respond` puts its chains back into the ring, newest first.
+    """
+
+    def __len__(self) -> int: ...
+    def requests(self, itemsize: int) -> memoryview:
+        """The readable bytes of every chain, `itemsize` each, as a read-only view of shape (len * itemsize,).
+
+        A chain with fewer readable bytes is completed with 0, counted as rejected and left out, so the rows
+        of the view are the batch's chains: read `len(batch)` after this call.
+        """
+    def respond(self, responses: Buffer, *, itemsize: int | None = None) -> int:
+        """Write row k to chain k, push all and publish once; the number pushed with a response.
+
+        `itemsize` is len(responses) / len(batch) when None. A chain with fewer writable bytes is completed with
+        0 and counted as rejected. The driver is then notified if it wants to be.
+        """
+
+@final
+class DeviceQueue:
+    """The device end of one virtqueue, split or packed.
+
+    Args:
+        memory: where the rings and buffers lie.
+        config: sizes, addresses, features and policy.
+        state: where to go on; a fresh ring when None.
+        call: wakes the driver when chains were used.
+
+    Raises:
+        QueueViolation: the configuration is impossible (size, alignment, unmapped ring), or the state is.
+    """
+
+    def __new__(
+        cls,
+        memory: GuestMemory,
+        config: QueueConfig,
+        *,
+        state: QueueState | None = None,
+        call: Notifier | None = None,
+    ) -> DeviceQueue: ...
+    @property
+    def memory(self) -> GuestMemory: ...
+    @property
+    def config(self) -> QueueConfig: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def latched(self) -> QueueViolation | None:
+        """The violation that latched this queue; None while it works."""
+    @property
+    def stopped(self) -> bool: ...
+    @property
+    def state(self) -> QueueState: ...
+    @property
+    def counters(self) -> Counters: ...
+    def layout(self) -> RingLayout: ...
+    def has_work(self) -> bool:
+        """Whether the driver has made a chain available; False when latched or stopped. Never raises."""
+    def pop(self) -> Chain | None:
+        """The next chain, wholly validated; None when there is none, or the queue is latched or stopped.
+
+        Raises:
+            QueueViolation: the driver broke a rule; once, then the queue is latched.
+        """
+    def pop_many(self, limit: int = 32) -> Batch:
+        """Up to `limit` chains (1 to 32768) at once; an empty batch when there is none. Raises as `pop`.
+
+        A broken chain behind good ones is found by the next call: the good ones are handed out first.
+        """
+    def push(self, chain: Chain, written: int | None = None) -> bool:
+        """Mark `chain` used with `written` bytes (default: `chain.written`) and publish it.
+
+        False when it was dropped because the queue was reset or latched since the pop.
+
+        Raises:
+            InvalidArgument: `written` is more than the chain's writable bytes.
+            ForeignChain, StaleChain: not this queue's chain, or completed or put back already.
+        """
+    def unpop(self, chain: Chain) -> None:
+        """Put the newest popped chain back, as if it had not been popped; `StateError` when it is not the newest."""
+    def process(self, handler: Callable[[bytes], Buffer | None], *, limit: int = 32768) -> int:
+        """Pop chains, call `handler(request)` for each, write its response, push, and notify once at the end.
+
+        None means a response of 0 bytes. A response longer than the writable part is not written: the chain is
+        completed with 0 and counted as rejected. When the handler raises, earlier responses stay, the chain is
+        kept (`take_failed`), later ones are put back, and the exception propagates.
+
+        Returns:
+            The number of chains completed.
+        """
+    def process_batch(
+        self,
+        handler: Callable[[memoryview, memoryview], object],
+        *,
+        request_size: int,
+        response_size: int,
+        limit: int = 256,
+    ) -> int:
+        """Pop up to `limit` chains and call `handler(requests, responses)` once: rows of the two given sizes.
+
+        `responses` is writable and zeroed; it is scattered to the chains after the call. Chains that are too
+        short or too small are completed with 0 and counted as rejected. When the handler raises, all are put back.
+
+        Returns:
+            The number of chains completed.
+        """
+    def take_failed(self) -> Chain | None:
+        """The chain whose handler raised in `process`, once; the caller pushes it or puts it back."""
+    def signal(self) -> bool:
+        """Notify the driver if something was pushed since the last call and it wants to be told; whether it was."""
+    def enable_kicks(self) -> bool:
+        """Ask for kicks; True when work arrived meanwhile, so that no kick may come for it."""
+    def disable_kicks(self) -> None: ...
+    def latch(self, violation: QueueViolation) -> None:
+        """Break the queue by decision of the device (a handler that failed); as if the driver had broken a rule."""
+    def stop(self) -> QueueState:
+        """No more pops; completions are still taken. The state to go on from, which counts unfinished chains as popped."""
+    def resume(self) -> None:
+        """Undo `stop`."""
+    def reset(self, config: QueueConfig | None = None, *, state: QueueState | None = None) -> None:
+        """A new generation: what was in flight is dropped, a latch is cleared, indices are fresh (or as `state`)."""
+
+@final
+class DriverQueue:
+    """The driver end of one virtqueue, split or packed; keeps private shadow state and trusts nothing it reads.
+
+    Args:
+        memory: where the rings and buffers lie.
+        config: sizes, addresses, features and policy.
+        state: where to go on; a fresh ring when None. A fresh ring's areas are zeroed first.
+        kick: wakes the device when chains were made available.
+        indirect: address of `size * indirect_entries * 16` bytes for indirect tables; None for none.
+        indirect_entries: entries of each table.
+    """
+
+    def __new__(
+        cls,
+        memory: GuestMemory,
+        config: QueueConfig,
+        *,
+        state: QueueState | None = None,
+        kick: Notifier | None = None,
+        indirect: int | None = None,
+        indirect_entries: int = 16,
+    ) -> DriverQueue: ...
+    @property
+    def memory(self) -> GuestMemory: ...
+    @property
+    def config(self) -> QueueConfig: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def free(self) -> int:
+        """Descriptors that are free."""
+    @property
+    def latched(self) -> QueueViolation | None: ...
+    @property
+    def state(self) -> QueueState: ...
+    @property
+    def counters(self) -> Counters: ...
+    def layout(self) -> RingLayout: ...
+    def add(
+        self,
+        readable: Sequence[tuple[int, int]],
+        writable: Sequence[tuple[int, int]] = (),
+        *,
+        indirect: bool = False,
+    ) -> int:
+        """Build a chain from (address, length) pairs; not visible to the device before `publish` or `signal`.
+
+        Returns:
+            A token, unique in this queue's life, that `get_used` gives back.
+
+        Raises:
+            QueueFull: not enough free descriptors.
+            InvalidArgument: no buffers, more than the queue or table holds, a length of 0 or above 2**32 - 1.
+            NoFeature: `indirect` without INDIRECT_DESC negotiated or without room given for tables.
+        """
+    def publish(self) -> int:
+        """Make all added chains visible; their number."""
+    def signal(self) -> bool:
+        """`publish`, then kick the device if it wants to be told; whether it was kicked."""
+    def has_used(self) -> bool: ...
+    def get_used(self) -> tuple[int, int] | None:
+        """(token, bytes written) of the next used chain, or None.
+
+        Raises:
+            QueueViolation: the device broke a rule; once, then the queue is latched.
+        """
+    def get_used_many(self, limit: int = 32768) -> list[tuple[int, int]]: ...
+    def detach(self) -> list[int]:
+        """Tokens of everything in flight, each once, oldest first; the queue is then empty and must be reset."""
+    def enable_calls(self) -> bool:
+        """Ask for calls; True when something was used meanwhile."""
+    def disable_calls(self) -> None: ...
+    def reset(self, config: QueueConfig | None = None, *, state: QueueState | None = None) -> None: ...
