@@ -1,0 +1,117 @@
+# How virtio-test is built, checked and tried. `make help` lists what there is.
+#
+# Every target does its own set-up, inside this folder: the environment .venv follows requirements-dev.txt, the
+# compiled core follows the Rust sources, and neither is made again while those are unchanged. The only
+# thing taken from outside is Debian packages, installed by tools/debian-packages when they are missing.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Cargo and pytest use every core themselves; two of them at once only mix their output.
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs')
+
+# rustup's own place, for shells that have not read its env file yet.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+export VIRTUAL_ENV := $(VENV)
+# One interpreter for cargo and maturin alike, or each would rebuild what the other has built.
+export PYO3_PYTHON := $(BIN)/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
+
+.PHONY: help demo test lint lint-rust lint-python test-rust test-asan test-python test-kernel guest-uml stubtest wheel clean \
+	toolchain kernel-packages
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# ---------------------------------------------------------------------------------------------- the two commands
+
+demo: $(VENV)/.core ## build, install in .venv and run one request from the driver to the device and back
+	@echo
+	@$(BIN)/virtio-test request 10
+
+test: test-rust test-asan stubtest test-python test-kernel ## every test, those with real Linux kernels included
+
+# ------------------------------------------------------------------------------------------------------- in parts
+
+lint: lint-rust lint-python stubtest ## rustfmt, clippy, ruff, pyright (strict) and stubtest
+
+# PyO3 asks an interpreter how it is built, hence the environment.
+lint-rust: | toolchain $(BIN)/python
+	cargo fmt --check
+	cargo clippy --locked --all-targets --no-default-features -- -D warnings
+	cargo clippy --locked --all-targets -- -D warnings
+
+lint-python: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --warnings
+
+stubtest: $(VENV)/.core $(VENV)/.dev ## the stub of the core against the core
+	$(BIN)/stubtest virtio_test._core --mypy-config-file pyproject.toml
+
+test-rust: | toolchain ## the core without Python
+	cargo test --locked --no-default-features
+
+# RUSTC_BOOTSTRAP lets the stable compiler take -Z; a target directory of its own keeps the plain build warm.
+test-asan: | toolchain ## the same under AddressSanitizer
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address RUSTDOCFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan \
+		cargo test --locked --no-default-features --target "$$(rustc -vV | sed -n 's/^host: //p')"
+
+test-python: $(VENV)/.core $(VENV)/.dev ## the Python tests that need no guest
+	$(BIN)/pytest -n $(JOBS) -m "not kernel" --hypothesis-profile=virtio-ci
+
+test-kernel: $(VENV)/.core $(VENV)/.dev guest-uml ## real Linux as the guest: user-mode Linux and QEMU
+	$(BIN)/pytest -m kernel
+
+guest-uml: $(VENV)/.dev | kernel-packages ## the user-mode Linux kernel and our driver module, cached
+	$(BIN)/python -m tests.kernel.build uml
+
+wheel: $(VENV)/.tools ## a wheel for this Python, one for every Python from 3.11 on, and the sdist, in dist/
+	$(BIN)/maturin build --locked --release --out dist
+	$(BIN)/maturin build --locked --release --out dist --features abi3
+	$(BIN)/maturin sdist --out dist
+
+clean: ## remove everything that was built here, .venv and the cached kernels included
+	rm -rf target .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find python tests examples guest -name __pycache__ -prune -exec rm -rf {} +
+	rm -f python/virtio_test/_core.*.so
+
+# --------------------------------------------------------------------------------------------------------- set-up
+
+toolchain:
+	@command -v cargo >/dev/null || \
+		{ echo "make: no cargo found: install Rust 1.85 or newer (rustup), then run make again" >&2; exit 1; }
+	@command -v cc >/dev/null || tools/debian-packages gcc libc6-dev
+
+kernel-packages:
+	@tools/debian-packages --from guest/debian-packages.txt
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: '$(PYTHON)' is no Python 3.11 or newer; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || tools/debian-packages python3-venv
+	$(PYTHON) -m venv $(VENV)
+
+# What the demo needs is little; what the tests need comes on top. Versions stand in one file for both.
+$(VENV)/.tools: requirements-dev.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint $< click maturin rich
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --requirement $<
+	@touch $@
+
+# A release build for the tests too: it is what users get, and it keeps its overflow checks.
+$(VENV)/.core: $(RUST) pyproject.toml | $(VENV)/.tools toolchain
+	$(BIN)/maturin develop --locked --release
+	@touch $@
