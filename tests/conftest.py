@@ -1,0 +1,26 @@
+"""Hypothesis profiles: how hard a run looks.
+
+They are derived from the profile in force (Hypothesis loads its own `ci` where CI is set), and none has a deadline:
+on two busy cores the time of one test case says nothing about the code.
+
+Chosen by ``--hypothesis-profile=virtio-deep`` or by ``VIRTIO_TEST_PROFILE=virtio-deep``; without either it is the quick
+one. Nothing is loaded at import, so a profile chosen by the caller is never overruled.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+PROFILES = {"virtio-quick": 50, "virtio-ci": 200, "virtio-deep": 5000}
+"""Test cases per property, by profile."""
+
+for _name, _cases in PROFILES.items():
+    settings.register_profile(_name, parent=settings(), max_examples=_cases, deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--hypothesis-profile", default=None) is None:
+        settings.load_profile(os.environ.get("VIRTIO_TEST_PROFILE", "virtio-quick"))
