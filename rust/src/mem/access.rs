@@ -1,0 +1,170 @@
+//! The one seam between queues and guest memory.
+//!
+//! # Theory
+//!
+//! Everything above this trait (`ring`, `chain`, `iov`, `queue`) reads and writes guest memory through
+//! [`Access`] and through nothing else. An `Access` value is a *pinned view*: while it lives, the region
+//! table cannot change, so an address that was resolved through it stays valid for as long as it does.
+//! `Mapped` is raw pointers and costs nothing; `Traced` records and can change memory between two
+//! accesses, as a racing other side would.
+//!
+//! A ring word is a naturally aligned 2, 4 or 8 byte word that both sides access at the same time: it is
+//! always an atomic access. Bulk data is copied by [`Access::read`] and [`Access::write`] without
+//! atomics: the other side may change it meanwhile, and then the copy holds some mixture, which is the
+//! other side's own loss. No reference to guest memory is ever formed.
+//!
+//! Values are little endian in memory (VIRTIO 1.4, 2.7 and 2.8: `le16`, `le32`, `le64`); the words that
+//! this trait returns and takes are in the host's order.
+
+use super::MemoryError;
+
+/// A resolved guest address: where one region holds the whole range, the way to its bytes; else only the address,
+/// and each access is translated anew.
+///
+/// What a pin may use directly is decided by the pin, not by the holder: the fields behind `gpa` are private to
+/// this module, and each access compares the table that resolved the address (`stamp`) with its own and the
+/// offset with `len`. An `At` of another epoch, of another memory or with an offset beyond its range is therefore
+/// no error and no danger, only slow: it is translated anew and gives what lies at that address now.
+#[derive(Clone, Copy, Debug)]
+pub struct At {
+    /// Guest address of the first byte.
+    pub gpa: u64,
+    /// Host address of the first byte; null when unresolved.
+    pub(super) ptr: *mut u8,
+    /// Bytes that may be used from `ptr` on; 0 when unresolved.
+    pub(super) len: u64,
+    /// Which table resolved it: that table's stamp (odd) when stores are allowed, one less when only loads are.
+    pub(super) stamp: u64,
+}
+
+// SAFETY: `At` is an address and numbers; dereferencing it happens in `Mapped` only, which compares `stamp` with the
+// table it has pinned (M2), in whatever thread that is.
+unsafe impl Send for At {}
+// SAFETY: as above; sharing an address is not accessing what it points to.
+unsafe impl Sync for At {}
+
+impl At {
+    /// An address that no pin has resolved: every access through it is translated.
+    #[must_use]
+    pub const fn unresolved(gpa: u64) -> Self {
+        Self {
+            gpa,
+            ptr: std::ptr::null_mut(),
+            len: 0,
+            stamp: 0,
+        }
+    }
+}
+
+/// What an access wants to do with a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// Only read it.
+    Read,
+    /// Write it (and perhaps read it).
+    Write,
+}
+
+/// Guest memory as queues see it; see the module's head.
+///
+/// `off` is a byte offset from `at`, meant to lie inside the range that `at` was resolved for (else it is translated,
+/// which is slow and never unsound); `at.gpa + off` is aligned to the word's size, else `MemoryError::Misaligned`.
+pub trait Access {
+    /// Number of the region table that is pinned.
+    fn epoch(&self) -> u64;
+
+    /// Resolve `len` bytes at `gpa` as one operation.
+    ///
+    /// # Errors
+    /// `Wraps` when `gpa + len` leaves the address space, `Unmapped` with the first address that is in no
+    /// region, `ReadOnly` when `want` is `Write` and a region is not writable. A `len` of 0 can be
+    /// resolved at any address.
+    fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError>;
+
+    /// Relaxed 16-bit load.
+    ///
+    /// # Errors
+    /// When the word is not mapped or misaligned.
+    fn load_u16(&self, at: At, off: u64) -> Result<u16, MemoryError>;
+
+    /// 16-bit load with acquire ordering.
+    ///
+    /// # Errors
+    /// When the word is not mapped or misaligned.
+    fn load_u16_acquire(&self, at: At, off: u64) -> Result<u16, MemoryError>;
+
+    /// Relaxed 32-bit load.
+    ///
+    /// # Errors
+    /// When the word is not mapped or misaligned.
+    fn load_u32(&self, at: At, off: u64) -> Result<u32, MemoryError>;
+
+    /// Relaxed 64-bit load.
+    ///
+    /// # Errors
+    /// When the word is not mapped or misaligned.
+    fn load_u64(&self, at: At, off: u64) -> Result<u64, MemoryError>;
+
+    /// Relaxed 16-bit store.
+    ///
+    /// # Errors
+    /// When the word is not mapped, not writable or misaligned.
+    fn store_u16(&self, at: At, off: u64, value: u16) -> Result<(), MemoryError>;
+
+    /// 16-bit store with release ordering.
+    ///
+    /// # Errors
+    /// When the word is not mapped, not writable or misaligned.
+    fn store_u16_release(&self, at: At, off: u64, value: u16) -> Result<(), MemoryError>;
+
+    /// Relaxed 32-bit store.
+    ///
+    /// # Errors
+    /// When the word is not mapped, not writable or misaligned.
+    fn store_u32(&self, at: At, off: u64, value: u32) -> Result<(), MemoryError>;
+
+    /// Relaxed 64-bit store.
+    ///
+    /// # Errors
+    /// When the word is not mapped, not writable or misaligned.
+    fn store_u64(&self, at: At, off: u64, value: u64) -> Result<(), MemoryError>;
+
+    /// Sequentially consistent fence: orders a store of ours before a load of ours (notify and arm).
+    fn fence(&self);
+
+    /// Copy `dst.len()` bytes at `at + off` out of guest memory; crosses adjacent regions.
+    ///
+    /// # Errors
+    /// When a byte of the range is not mapped; `dst` may then be partly written.
+    fn read(&self, at: At, off: u64, dst: &mut [u8]) -> Result<(), MemoryError>;
+
+    /// Copy `src` into guest memory at `at + off`; crosses adjacent regions.
+    ///
+    /// # Errors
+    /// When a byte of the range is not mapped or not writable: checked before the first byte is written.
+    fn write(&self, at: At, off: u64, src: &[u8]) -> Result<(), MemoryError>;
+
+    /// Copy `len` bytes at `at + off` to `dst`, memory that foreign code may change meanwhile.
+    ///
+    /// # Safety
+    /// `dst` is valid for writes of `len` bytes. It may overlap guest memory (a live view does).
+    ///
+    /// # Errors
+    /// As [`Access::read`].
+    unsafe fn read_raw(&self, at: At, off: u64, dst: *mut u8, len: usize) -> Result<(), MemoryError>;
+
+    /// Copy `len` bytes from `src`, memory that foreign code may change meanwhile, to `at + off`.
+    ///
+    /// # Safety
+    /// `src` is valid for reads of `len` bytes. It may overlap guest memory (a live view does).
+    ///
+    /// # Errors
+    /// As [`Access::write`].
+    unsafe fn write_raw(&self, at: At, off: u64, src: *const u8, len: usize) -> Result<(), MemoryError>;
+
+    /// Set `len` bytes at `at + off` to `value`.
+    ///
+    /// # Errors
+    /// As [`Access::write`].
+    fn fill(&self, at: At, off: u64, len: u64, value: u8) -> Result<(), MemoryError>;
+}

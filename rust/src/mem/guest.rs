@@ -1,0 +1,279 @@
+//! `GuestMemory`: a table that can be exchanged, and the pins that hold it still.
+//!
+//! # Theory
+//!
+//! Whoever touches guest memory pins its table first: a [`Pin`] is a shared lock. Changing the table is the
+//! exclusive lock, so it waits for running copies, and when it returns nobody uses the old table any more: that is
+//! what "answered only after running copies have ended" means, for unmap, a new memory table and reset alike.
+//!
+//! Two rules for whoever holds a pin: do not pin the same memory again in the same thread (a writer that waits in
+//! between would block both for ever), and run no foreign code (a Python callback may do exactly that).
+
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use super::mapped::Mapped;
+use super::region::{Backing, Mapping, Region, RegionError};
+use super::table::Table;
+use super::traced::{Trace, Traced};
+use super::{Access, At, MemoryError, Want};
+
+/// A region to be made: guest address, size, where its bytes come from.
+#[derive(Debug)]
+pub struct RegionSpec {
+    /// Guest address of the first byte.
+    pub gpa: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// Where its bytes come from.
+    pub backing: Backing,
+}
+
+impl RegionSpec {
+    fn map(self) -> Result<Arc<Region>, RegionError> {
+        Region::new(self.gpa, self.size, self.backing).map(Arc::new)
+    }
+}
+
+/// A range of guest memory that stays mapped, whatever happens to the table.
+#[derive(Debug)]
+pub struct Live {
+    /// Host address of the first byte.
+    pub ptr: *mut u8,
+    /// Length in bytes.
+    pub len: usize,
+    /// Keeps the range mapped.
+    pub mapping: Arc<Mapping>,
+}
+
+/// Guest memory; see the module's head.
+#[derive(Debug)]
+pub struct GuestMemory {
+    table: RwLock<Table>,
+    trace: Option<Arc<Trace>>,
+}
+
+impl GuestMemory {
+    /// Memory of these regions, epoch 0.
+    ///
+    /// # Errors
+    /// When a region cannot be made, two overlap, or there are too many.
+    pub fn new(regions: Vec<RegionSpec>, trace: Option<Arc<Trace>>) -> Result<Self, RegionError> {
+        let table = RwLock::new(Table::new(0, map_all(regions)?)?);
+        Ok(Self { table, trace })
+    }
+
+    /// Hold the table still; see the module's head for what not to do meanwhile.
+    #[inline]
+    #[must_use]
+    pub fn pin(&self) -> Pin<'_> {
+        // A table is exchanged whole, so there is nothing half done behind a poisoned lock.
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        Pin {
+            table,
+            trace: self.trace.as_deref(),
+        }
+    }
+
+    /// What records accesses, if anything does.
+    #[must_use]
+    pub const fn trace(&self) -> Option<&Arc<Trace>> {
+        self.trace.as_ref()
+    }
+
+    /// Number of the present table, from 0.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.pin().table.epoch()
+    }
+
+    /// The present regions by ascending address.
+    #[must_use]
+    pub fn regions(&self) -> Vec<Arc<Region>> {
+        self.pin().table.regions().to_vec()
+    }
+
+    /// Put a new table in place of the present one, after running copies have ended; all or nothing.
+    fn exchange(
+        &self,
+        regions: impl FnOnce(&[Arc<Region>]) -> Result<Vec<Arc<Region>>, RegionError>,
+    ) -> Result<(), RegionError> {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let next = Table::new(table.epoch().saturating_add(1), regions(table.regions())?)?;
+        let old = std::mem::replace(&mut *table, next);
+        // Unmapping large regions takes long: nobody need wait for it but our caller.
+        drop(table);
+        drop(old);
+        Ok(())
+    }
+
+    /// Add one region.
+    ///
+    /// # Errors
+    /// When it cannot be made, overlaps, or is one too many.
+    pub fn add(&self, region: RegionSpec) -> Result<(), RegionError> {
+        let region = region.map()?;
+        self.exchange(|present| Ok(present.iter().cloned().chain([region]).collect()))
+    }
+
+    /// Remove exactly the region of `size` bytes at `gpa`; returns after running copies have ended.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn remove(&self, gpa: u64, size: u64) -> Result<(), RegionError> {
+        self.exchange(|present| {
+            let others = present
+                .iter()
+                .filter(|region| (region.gpa(), region.size()) != (gpa, size));
+            let others: Vec<_> = others.cloned().collect();
+            if others.len() == present.len() {
+                Err(RegionError::NotFound { gpa, size })
+            } else {
+                Ok(others)
+            }
+        })
+    }
+
+    /// Put a whole new table in place; returns after running copies have ended.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::new`]; then nothing has changed.
+    pub fn replace(&self, regions: Vec<RegionSpec>) -> Result<(), RegionError> {
+        let regions = map_all(regions)?;
+        self.exchange(|_| Ok(regions))
+    }
+
+    /// Copy `dst.len()` bytes at `gpa` out; not traced.
+    ///
+    /// # Errors
+    /// When a byte of the range is not mapped.
+    pub fn read(&self, gpa: u64, dst: &mut [u8]) -> Result<(), MemoryError> {
+        self.pin().mapped().read(At::unresolved(gpa), 0, dst)
+    }
+
+    /// Copy `src` to `gpa`; not traced.
+    ///
+    /// # Errors
+    /// When a byte of the range is not mapped or not writable; then nothing was written.
+    pub fn write(&self, gpa: u64, src: &[u8]) -> Result<(), MemoryError> {
+        self.pin().mapped().write(At::unresolved(gpa), 0, src)
+    }
+
+    /// Copy `len` bytes at `gpa` to `dst`; not traced.
+    ///
+    /// # Safety
+    /// As [`Access::read_raw`].
+    ///
+    /// # Errors
+    /// As [`GuestMemory::read`].
+    pub unsafe fn read_raw(&self, gpa: u64, dst: *mut u8, len: usize) -> Result<(), MemoryError> {
+        let pin = self.pin();
+        // SAFETY: our caller's promise is the one that is asked for.
+        unsafe { pin.mapped().read_raw(At::unresolved(gpa), 0, dst, len) }
+    }
+
+    /// Copy `len` bytes from `src` to `gpa`; not traced.
+    ///
+    /// # Safety
+    /// As [`Access::write_raw`].
+    ///
+    /// # Errors
+    /// As [`GuestMemory::write`].
+    pub unsafe fn write_raw(&self, gpa: u64, src: *const u8, len: usize) -> Result<(), MemoryError> {
+        let pin = self.pin();
+        // SAFETY: our caller's promise is the one that is asked for.
+        unsafe { pin.mapped().write_raw(At::unresolved(gpa), 0, src, len) }
+    }
+
+    /// Set `len` bytes at `gpa` to `value`; not traced.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::write`].
+    pub fn fill(&self, gpa: u64, len: u64, value: u8) -> Result<(), MemoryError> {
+        self.pin().mapped().fill(At::unresolved(gpa), 0, len, value)
+    }
+
+    /// Copy `len` bytes from `src` to `dst`, as if all were read before the first is written; not traced.
+    ///
+    /// # Errors
+    /// When a byte of either range is not mapped, or one of `dst` is not writable; then nothing was written.
+    pub fn copy(&self, dst: u64, src: u64, len: u64) -> Result<(), MemoryError> {
+        self.pin().mapped().copy_within(dst, src, len)
+    }
+
+    /// Whether all `len` bytes at `gpa` are mapped.
+    #[must_use]
+    pub fn is_mapped(&self, gpa: u64, len: u64) -> bool {
+        self.pin().table.check(gpa, len, Want::Read).is_ok()
+    }
+
+    /// The bytes themselves, kept mapped.
+    ///
+    /// # Errors
+    /// `Unmapped` with the first address that the region of `gpa` does not hold, or `ReadOnly`.
+    pub fn live(&self, gpa: u64, len: u64, want: Want) -> Result<Live, MemoryError> {
+        self.pin().table.live(gpa, len, want)
+    }
+}
+
+fn map_all(specs: Vec<RegionSpec>) -> Result<Vec<Arc<Region>>, RegionError> {
+    // Refused before hundreds of mappings are made for nothing.
+    Table::check_count(specs.len())?;
+    specs.into_iter().map(RegionSpec::map).collect()
+}
+
+/// A table held still; see [`GuestMemory::pin`].
+#[derive(Debug)]
+pub struct Pin<'a> {
+    table: RwLockReadGuard<'a, Table>,
+    trace: Option<&'a Trace>,
+}
+
+impl Pin<'_> {
+    /// The pinned table.
+    #[inline]
+    #[must_use]
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// Number of the pinned table.
+    #[inline]
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.table.epoch()
+    }
+
+    /// Memory through raw pointers.
+    #[inline]
+    #[must_use]
+    pub fn mapped(&self) -> Mapped<'_> {
+        Mapped::new(&self.table)
+    }
+
+    /// Memory that records accesses, if this memory is traced; prefer `with_access!`, which takes either.
+    #[inline]
+    #[must_use]
+    pub fn traced(&self) -> Option<Traced<'_>> {
+        self.trace.map(|trace| Traced::new(&self.table, trace))
+    }
+}
+
+/// Run `$body` with `$mem` bound to `&impl Access`: `Traced` if the memory of `$pin` is traced, else `Mapped`.
+///
+/// The body is compiled once for each, so it may call functions that are generic over `Access`.
+macro_rules! with_access {
+    ($pin:expr, |$mem:ident| $body:expr) => {{
+        let pin: &$crate::mem::Pin<'_> = &$pin;
+        match pin.traced() {
+            None => {
+                let $mem = &pin.mapped();
+                $body
+            }
+            Some(traced) => {
+                let $mem = &traced;
+                $body
+            }
+        }
+    }};
+}
+pub(crate) use with_access;

@@ -1,0 +1,214 @@
+//! `Mapped`: guest memory through raw pointers, at no cost beyond the access.
+//!
+//! # Theory
+//!
+//! `Mapped` borrows a table, so the regions of that table stay mapped while it lives (M1). An access through an
+//! `At` that this very table resolved (same stamp) and that stays inside its range goes straight to memory; every
+//! other is translated. Words are atomics. An acquire load is a relaxed load and an acquire fence, because a ring may
+//! lie in memory that is mapped for reading only, where only relaxed atomic loads are defined.
+
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+use super::table::Table;
+use super::{Access, At, MemoryError, Want, host_size};
+
+/// A pinned view of guest memory; see the module's head.
+#[derive(Clone, Copy, Debug)]
+pub struct Mapped<'a>(&'a Table);
+
+impl<'a> Mapped<'a> {
+    /// View memory through `table`.
+    #[inline]
+    #[must_use]
+    pub const fn new(table: &'a Table) -> Self {
+        Self(table)
+    }
+
+    /// Host address of `len` bytes at `at + off`, if `at` gives it directly.
+    ///
+    /// M2: what this returns is valid for `len` bytes (for writes too if `want` is `Write`) while the table lives.
+    #[inline]
+    fn direct(self, at: At, off: u64, len: u64, want: Want) -> Option<*mut u8> {
+        let stamp = if want == Want::Write { at.stamp } else { at.stamp | 1 };
+        let fits = at.len.checked_sub(off).is_some_and(|left| left >= len);
+        (stamp == self.0.stamp() && fits).then(|| at.ptr.wrapping_add(host_size(off)))
+    }
+
+    /// Host address of the word of `size` bytes (2, 4 or 8) at `at + off`, aligned to its size.
+    #[inline]
+    fn word(self, at: At, off: u64, size: u64, want: Want) -> Result<*mut u8, MemoryError> {
+        match self.direct(at, off, size, want) {
+            Some(ptr) if ptr.addr() & host_size(size - 1) == 0 => Ok(ptr),
+            _ => self.word_anew(at, off, size, want),
+        }
+    }
+
+    /// Copy `len` bytes from `src` to `dst`, as if all were read before the first is written.
+    ///
+    /// # Errors
+    /// When a byte of either range is not mapped, or one of `dst` is not writable; then nothing was written.
+    pub fn copy_within(self, dst: u64, src: u64, len: u64) -> Result<(), MemoryError> {
+        self.0.check(src, len, Want::Read)?;
+        self.0.check(dst, len, Want::Write)?;
+        let mut left = host_size(len);
+        while left > 0 {
+            let done = len - left as u64;
+            // From whichever end the bytes still to be read are not overwritten; pieces themselves may overlap.
+            let (to, from) = if dst <= src {
+                (self.0.piece_from(dst + done, left), self.0.piece_from(src + done, left))
+            } else {
+                (
+                    self.0.piece_before(dst + left as u64, left),
+                    self.0.piece_before(src + left as u64, left),
+                )
+            };
+            let (Some(to), Some(from)) = (to, from) else {
+                return Err(MemoryError::Unmapped { gpa: src });
+            };
+            let step = to.len.min(from.len);
+            let (to_skip, from_skip) = if dst <= src {
+                (0, 0)
+            } else {
+                (to.len - step, from.len - step)
+            };
+            let source = from.ptr.cast_const().wrapping_add(from_skip);
+            // SAFETY: both pieces are valid for their lengths (M1), of which `step` bytes at the chosen end are
+            // taken; the destination was checked to be writable; M4 for races.
+            unsafe { source.copy_to(to.ptr.wrapping_add(to_skip), step) };
+            left -= step;
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn word_anew(self, at: At, off: u64, size: u64, want: Want) -> Result<*mut u8, MemoryError> {
+        let gpa = address(at, off)?;
+        if gpa & (size - 1) != 0 {
+            return Err(MemoryError::Misaligned { gpa, align: size });
+        }
+        let at = self.0.resolve(gpa, size, want)?;
+        // Guest and host alignment agree and regions are multiples of 8 (M3): an aligned word is in one region.
+        self.direct(at, 0, size, want).ok_or(MemoryError::Unmapped { gpa })
+    }
+}
+
+/// `at + off`, if that is an address.
+fn address(at: At, off: u64) -> Result<u64, MemoryError> {
+    at.gpa
+        .checked_add(off)
+        .ok_or(MemoryError::Wraps { gpa: at.gpa, len: off })
+}
+
+macro_rules! load {
+    ($name:ident, $atomic:ty, $word:ty) => {
+        #[inline]
+        fn $name(&self, at: At, off: u64) -> Result<$word, MemoryError> {
+            let ptr = self.word(at, off, size_of::<$word>() as u64, Want::Read)?;
+            // SAFETY: `word` gave an aligned address, valid while the table lives (M2, M3); all accesses to ring
+            // words are atomic, and a relaxed load is defined for memory that is mapped read-only.
+            let atom = unsafe { <$atomic>::from_ptr(ptr.cast()) };
+            Ok(<$word>::from_le(atom.load(Ordering::Relaxed)))
+        }
+    };
+}
+
+macro_rules! store {
+    ($name:ident, $atomic:ty, $word:ty, $order:ident) => {
+        #[inline]
+        fn $name(&self, at: At, off: u64, value: $word) -> Result<(), MemoryError> {
+            let ptr = self.word(at, off, size_of::<$word>() as u64, Want::Write)?;
+            // SAFETY: `word` gave an aligned and writable address, valid while the table lives (M2, M3); all
+            // accesses to ring words are atomic.
+            let atom = unsafe { <$atomic>::from_ptr(ptr.cast()) };
+            atom.store(value.to_le(), Ordering::$order);
+            Ok(())
+        }
+    };
+}
+
+impl Access for Mapped<'_> {
+    #[inline]
+    fn epoch(&self) -> u64 {
+        self.0.epoch()
+    }
+
+    #[inline]
+    fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError> {
+        self.0.resolve(gpa, len, want)
+    }
+
+    load!(load_u16, AtomicU16, u16);
+    load!(load_u32, AtomicU32, u32);
+    load!(load_u64, AtomicU64, u64);
+    store!(store_u16, AtomicU16, u16, Relaxed);
+    store!(store_u16_release, AtomicU16, u16, Release);
+    store!(store_u32, AtomicU32, u32, Relaxed);
+    store!(store_u64, AtomicU64, u64, Relaxed);
+
+    #[inline]
+    fn load_u16_acquire(&self, at: At, off: u64) -> Result<u16, MemoryError> {
+        let value = self.load_u16(at, off)?;
+        fence(Ordering::Acquire);
+        Ok(value)
+    }
+
+    #[inline]
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
+    }
+
+    #[inline]
+    fn read(&self, at: At, off: u64, dst: &mut [u8]) -> Result<(), MemoryError> {
+        // SAFETY: a slice is valid for writes of its length.
+        unsafe { self.read_raw(at, off, dst.as_mut_ptr(), dst.len()) }
+    }
+
+    #[inline]
+    fn write(&self, at: At, off: u64, src: &[u8]) -> Result<(), MemoryError> {
+        // SAFETY: a slice is valid for reads of its length.
+        unsafe { self.write_raw(at, off, src.as_ptr(), src.len()) }
+    }
+
+    #[inline]
+    unsafe fn read_raw(&self, at: At, off: u64, dst: *mut u8, len: usize) -> Result<(), MemoryError> {
+        if let Some(src) = self.direct(at, off, len as u64, Want::Read) {
+            // SAFETY: `src` is valid for `len` bytes (M2), `dst` by our caller's promise. The other side may write
+            // the bytes meanwhile: the racing bulk copy of M4.
+            unsafe { src.cast_const().copy_to(dst, len) };
+            return Ok(());
+        }
+        let mut dst = dst;
+        for piece in self.0.pieces(address(at, off)?, len, Want::Read)? {
+            // SAFETY: a piece is valid for its length (M1); pieces add up to `len`, for which `dst` is valid.
+            unsafe { piece.ptr.cast_const().copy_to(dst, piece.len) };
+            dst = dst.wrapping_add(piece.len);
+        }
+        Ok(())
+    }
+
+    #[inline]
+    unsafe fn write_raw(&self, at: At, off: u64, src: *const u8, len: usize) -> Result<(), MemoryError> {
+        if let Some(dst) = self.direct(at, off, len as u64, Want::Write) {
+            // SAFETY: `dst` is valid for writes of `len` bytes (M2), `src` for reads by our caller's promise. The
+            // other side may access the bytes meanwhile: the racing bulk copy of M4.
+            unsafe { src.copy_to(dst, len) };
+            return Ok(());
+        }
+        let mut src = src;
+        for piece in self.0.pieces(address(at, off)?, len, Want::Write)? {
+            // SAFETY: a piece is valid for its length (M1) and was checked to be writable; pieces add up to `len`,
+            // for which `src` is valid.
+            unsafe { src.copy_to(piece.ptr, piece.len) };
+            src = src.wrapping_add(piece.len);
+        }
+        Ok(())
+    }
+
+    fn fill(&self, at: At, off: u64, len: u64, value: u8) -> Result<(), MemoryError> {
+        for piece in self.0.pieces(address(at, off)?, host_size(len), Want::Write)? {
+            // SAFETY: a piece is valid for its length (M1) and was checked to be writable; M4 for races.
+            unsafe { piece.ptr.write_bytes(value, piece.len) };
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,77 @@
+//! Guest memory: regions, their table, and the seam through which queues reach them.
+
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("guest addresses are 64-bit and are mapped into the host's: a 64-bit target is needed");
+
+mod access;
+mod guest;
+mod mapped;
+mod region;
+mod table;
+#[cfg(test)]
+mod tests;
+mod traced;
+
+pub use access::{Access, At, Want};
+pub(crate) use guest::with_access;
+pub use guest::{GuestMemory, Live, Pin, RegionSpec};
+pub use mapped::Mapped;
+pub use region::{Backing, Mapping, OWN_ALIGN, RECEIVED_ALIGN, Region, RegionError};
+pub use table::{MAX_REGIONS, Table};
+pub use traced::{AccessKind, Record, Trace, Traced};
+
+/// A number of bytes as the host counts them.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "usize has 64 bits: checked at the top of this file"
+)]
+#[inline]
+const fn host_size(bytes: u64) -> usize {
+    bytes as usize
+}
+
+/// Why a range of guest memory cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MemoryError {
+    /// `gpa + len` is beyond the end of the 64-bit address space.
+    #[error("{len} bytes at {gpa:#x} wrap around the end of the address space")]
+    Wraps {
+        /// First guest address of the range.
+        gpa: u64,
+        /// Length of the range in bytes.
+        len: u64,
+    },
+    /// A byte of the range lies in no region.
+    #[error("no memory is mapped at {gpa:#x}")]
+    Unmapped {
+        /// First guest address that is not mapped.
+        gpa: u64,
+    },
+    /// A byte of a range to be written lies in a region that is not writable.
+    #[error("memory at {gpa:#x} is read-only")]
+    ReadOnly {
+        /// First guest address that is not writable.
+        gpa: u64,
+    },
+    /// A ring word is not aligned to its size.
+    #[error("{gpa:#x} is not aligned to {align} bytes")]
+    Misaligned {
+        /// Guest address of the word.
+        gpa: u64,
+        /// Alignment that it needs, in bytes.
+        align: u64,
+    },
+}
+
+impl MemoryError {
+    /// The guest address that the error is about.
+    #[must_use]
+    pub const fn address(&self) -> u64 {
+        match *self {
+            Self::Wraps { gpa, .. }
+            | Self::Unmapped { gpa }
+            | Self::ReadOnly { gpa }
+            | Self::Misaligned { gpa, .. } => gpa,
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! One region: a stretch of guest addresses and the host mapping behind it.
+//!
+//! # Theory
+//!
+//! A region is either ours (a fresh memfd, which can be handed to another process, or anonymous memory) or was
+//! received as a file descriptor with an offset, as vhost-user front-ends send them. Two rules about alignment keep
+//! the rest simple: guest address, size and file offset are multiples of 8, so that an aligned ring word lies in one
+//! region and is aligned in the host as well (M3). Any page alignment is this module's own business: it maps from the
+//! page below.
+//!
+//! What is mapped must exist: a file that ends before `offset + size` would kill the process with SIGBUS at the first
+//! access, so it is refused. Our own memfds are sealed against shrinking before anybody else can hold them.
+
+use std::ffi::c_void;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{FileType, MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use super::host_size;
+
+/// Alignment of memory that we make ourselves, in bytes.
+pub const OWN_ALIGN: u64 = 4096;
+/// Alignment of address, size and file offset of memory that we receive, in bytes.
+pub const RECEIVED_ALIGN: u64 = 8;
+
+/// Why a table of regions cannot be what was asked for; the table is then unchanged.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegionError {
+    /// A region of no bytes.
+    #[error("region at {gpa:#x} has a size of 0")]
+    Empty {
+        /// Its guest address.
+        gpa: u64,
+    },
+    /// A region that does not end below 2^64 (in guest addresses or in its file).
+    #[error("region of {size} bytes at {what} {start:#x} does not end below 2**64")]
+    Wraps {
+        /// `address` or `offset`.
+        what: &'static str,
+        /// Where it starts.
+        start: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// Address, size or offset is no multiple of what it must be.
+    #[error("{what} {value:#x} of the region at {gpa:#x} is no multiple of {align}")]
+    Misaligned {
+        /// `address`, `size` or `offset`.
+        what: &'static str,
+        /// The value.
+        value: u64,
+        /// What it must be a multiple of.
+        align: u64,
+        /// Guest address of the region.
+        gpa: u64,
+    },
+    /// Two regions share guest addresses.
+    #[error("region of {size:#x} bytes at {gpa:#x} overlaps the region of {other_size:#x} bytes at {other:#x}")]
+    Overlap {
+        /// Guest address of the later one.
+        gpa: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// Guest address of the earlier one.
+        other: u64,
+        /// Its size in bytes.
+        other_size: u64,
+    },
+    /// More regions than a table holds.
+    #[error("{count} regions are more than a table's {limit}")]
+    TooMany {
+        /// How many were asked for.
+        count: usize,
+        /// How many a table holds.
+        limit: usize,
+    },
+    /// No region of exactly that address and size.
+    #[error("no region of {size:#x} bytes at {gpa:#x}")]
+    NotFound {
+        /// The guest address asked for.
+        gpa: u64,
+        /// The size asked for, in bytes.
+        size: u64,
+    },
+    /// The file ends before the region does.
+    #[error("the file of the region at {gpa:#x} has {actual:#x} bytes, the region needs {needed:#x}")]
+    FileTooShort {
+        /// Guest address of the region.
+        gpa: u64,
+        /// Bytes that the file must have.
+        needed: u64,
+        /// Bytes that it has.
+        actual: u64,
+    },
+    /// The operating system refused.
+    #[error("cannot {what} for the region of {size:#x} bytes at {gpa:#x}: {errno}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Guest address of the region.
+        gpa: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// The reason.
+        errno: Errno,
+    },
+}
+
+/// Where the bytes of a new region come from.
+#[derive(Debug)]
+pub enum Backing {
+    /// A fresh memfd, zeroed; can be shared with another process.
+    Memfd,
+    /// Fresh anonymous memory, zeroed.
+    Anonymous,
+    /// A file descriptor that somebody gave us.
+    Received {
+        /// The file; kept open as long as the region.
+        fd: OwnedFd,
+        /// Offset of the region's first byte in the file.
+        offset: u64,
+        /// Whether it is mapped for writing.
+        writable: bool,
+    },
+}
+
+/// A host mapping; unmapped when the last holder (table or live view) lets go.
+#[derive(Debug)]
+pub struct Mapping {
+    /// Start of what was mapped, aligned to a page.
+    base: *mut c_void,
+    /// Length of what was mapped.
+    mapped: usize,
+    /// First byte of the region, inside the mapping.
+    ptr: *mut u8,
+}
+
+// SAFETY: a mapping is an address range that belongs to the process, not to a thread.
+unsafe impl Send for Mapping {}
+// SAFETY: `&Mapping` gives out the address only; accesses follow the rules of `Mapped` (M1).
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Host address of the region's first byte.
+    #[must_use]
+    pub const fn ptr(&self) -> *mut u8 {
+        self.ptr
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `base` and `mapped` are what mmap was given and returned (M1), and the last holder is gone. The
+        // call cannot fail for such a range; were it to, the range would stay mapped, which is safe.
+        let _ = unsafe { munmap(self.base, self.mapped) };
+    }
+}
+
+/// One region of guest memory.
+#[derive(Debug)]
+pub struct Region {
+    gpa: u64,
+    size: u64,
+    offset: u64,
+    fd: Option<OwnedFd>,
+    writable: bool,
+    own: bool,
+    mapping: Arc<Mapping>,
+}
+
+impl Region {
+    /// Map `size` bytes for the guest address `gpa`.
+    ///
+    /// # Errors
+    /// `Empty`, `Wraps`, `Misaligned`, `FileTooShort`, or what the operating system says.
+    pub fn new(gpa: u64, size: u64, backing: Backing) -> Result<Self, RegionError> {
+        if size == 0 {
+            return Err(RegionError::Empty { gpa });
+        }
+        if gpa.checked_add(size).is_none() {
+            return Err(RegionError::Wraps {
+                what: "address",
+                start: gpa,
+                size,
+            });
+        }
+        let align = if matches!(backing, Backing::Received { .. }) {
+            RECEIVED_ALIGN
+        } else {
+            OWN_ALIGN
+        };
+        check_align("address", gpa, align, gpa)?;
+        check_align("size", size, align, gpa)?;
+        let at = Place { gpa, size };
+        match backing {
+            Backing::Memfd => {
+                let fd = at.memfd()?;
+                let mapping = at.map_file(fd.as_fd(), 0, true, OWN_ALIGN)?;
+                Ok(at.region(Some(fd), 0, true, true, mapping))
+            }
+            Backing::Anonymous => Ok(at.region(None, 0, true, true, at.map_anonymous()?)),
+            Backing::Received { fd, offset, writable } => {
+                check_align("offset", offset, align, gpa)?;
+                let granule = at.check_file(fd.as_fd(), offset)?;
+                let mapping = at.map_file(fd.as_fd(), offset, writable, granule)?;
+                Ok(at.region(Some(fd), offset, writable, false, mapping))
+            }
+        }
+    }
+
+    /// Guest address of the first byte.
+    #[must_use]
+    pub const fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// First guest address after the region.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        self.gpa.saturating_add(self.size)
+    }
+
+    /// The file behind it, unless anonymous.
+    #[must_use]
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Offset of the first byte in the file.
+    #[must_use]
+    pub const fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Whether it may be written.
+    #[must_use]
+    pub const fn writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Whether we made it ourselves (memfd or anonymous) rather than received it.
+    #[must_use]
+    pub const fn own(&self) -> bool {
+        self.own
+    }
+
+    /// The host mapping.
+    #[must_use]
+    pub const fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+}
+
+fn check_align(what: &'static str, value: u64, align: u64, gpa: u64) -> Result<(), RegionError> {
+    if value & (align - 1) == 0 {
+        Ok(())
+    } else {
+        Err(RegionError::Misaligned {
+            what,
+            value,
+            align,
+            gpa,
+        })
+    }
+}
+
+/// Address and size of a region in the making, checked.
+#[derive(Clone, Copy)]
+struct Place {
+    gpa: u64,
+    size: u64,
+}
+
+impl Place {
+    fn region(self, fd: Option<OwnedFd>, offset: u64, writable: bool, own: bool, mapping: Mapping) -> Region {
+        let mapping = Arc::new(mapping);
+        Region {
+            gpa: self.gpa,
+            size: self.size,
+            offset,
+            fd,
+            writable,
+            own,
+            mapping,
+        }
+    }
+
+    fn refused(self, what: &'static str) -> impl Fn(Errno) -> RegionError {
+        move |errno| RegionError::System {
+            what,
+            gpa: self.gpa,
+            size: self.size,
+            errno,
+        }
+    }
+
+    fn memfd(self) -> Result<OwnedFd, RegionError> {
+        let fd = memfd_create("virtio-test-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(self.refused("make a memfd"))?;
+        ftruncate(&fd, self.size).map_err(self.refused("size a memfd"))?;
+        // Whoever gets this fd could else cut the file short under our mapping.
+        fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(self.refused("seal a memfd"))?;
+        Ok(fd)
+    }
+
+    /// Check that the file holds the region; its mapping granule (page or huge page) in bytes.
+    fn check_file(self, fd: BorrowedFd<'_>, offset: u64) -> Result<u64, RegionError> {
+        let wraps = RegionError::Wraps {
+            what: "offset",
+            start: offset,
+            size: self.size,
+        };
+        let needed = offset.checked_add(self.size).ok_or(wraps)?;
+        let stat = fstat(fd).map_err(self.refused("look at the file"))?;
+        // Only regular files (memfd, hugetlbfs) have a size that says anything; a device's is 0.
+        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+            let actual = u64::try_from(stat.st_size).unwrap_or(0);
+            if actual < needed {
+                return Err(RegionError::FileTooShort {
+                    gpa: self.gpa,
+                    needed,
+                    actual,
+                });
+            }
+        }
+        // hugetlbfs reports its page size as block size, and maps nothing smaller.
+        let block = u64::try_from(stat.st_blksize).unwrap_or(0);
+        Ok(if block.is_power_of_two() && block > OWN_ALIGN {
+            block
+        } else {
+            OWN_ALIGN
+        })
+    }
+
+    /// Map from the granule below `offset` to the granule above its end.
+    fn map_file(self, fd: BorrowedFd<'_>, offset: u64, writable: bool, granule: u64) -> Result<Mapping, RegionError> {
+        let lead = offset & (granule - 1);
+        let wraps = RegionError::Wraps {
+            what: "offset",
+            start: offset,
+            size: self.size,
+        };
+        let mapped = lead
+            .checked_add(self.size)
+            .and_then(|n| n.checked_next_multiple_of(granule))
+            .ok_or(wraps)?;
+        let mapped = host_size(mapped);
+        let protection = if writable {
+            ProtFlags::READ | ProtFlags::WRITE
+        } else {
+            ProtFlags::READ
+        };
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a null hint lets the kernel choose a free range, so no mapping of ours is replaced.
+        let base = unsafe { mmap(std::ptr::null_mut(), mapped, protection, flags, fd, offset - lead) }
+            .map_err(self.refused("map the file"))?;
+        Ok(Mapping {
+            base,
+            mapped,
+            ptr: base.cast::<u8>().wrapping_add(host_size(lead)),
+        })
+    }
+
+    fn map_anonymous(self) -> Result<Mapping, RegionError> {
+        let mapped = host_size(self.size);
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a null hint lets the kernel choose a free range, so no mapping of ours is replaced.
+        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped, ProtFlags::READ | ProtFlags::WRITE, flags) }
+            .map_err(self.refused("map memory"))?;
+        Ok(Mapping {
+            base,
+            mapped,
+            ptr: base.cast(),
+        })
+    }
+}
