@@ -165,10 +165,25 @@ pub struct Region {
     gpa: u64,
     size: u64,
     offset: u64,
-    fd: Option<OwnedFd>,
+    fd: Option<Arc<OwnedFd>>,
     writable: bool,
     own: bool,
     mapping: Arc<Mapping>,
+}
+
+impl Backing {
+    /// A fresh memfd of `size` bytes for `gpa` that *we* map for reading only; whoever gets its fd may write it.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn fresh_read_only(gpa: u64, size: u64) -> Result<Self, RegionError> {
+        let fd = Place { gpa, size }.memfd()?;
+        Ok(Self::Received {
+            fd,
+            offset: 0,
+            writable: false,
+        })
+    }
 }
 
 impl Region {
@@ -229,10 +244,10 @@ impl Region {
         self.gpa.saturating_add(self.size)
     }
 
-    /// The file behind it, unless anonymous.
+    /// The file behind it, unless anonymous; holding it keeps the file open and not the mapping.
     #[must_use]
-    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.fd.as_ref().map(AsFd::as_fd)
+    pub const fn fd(&self) -> Option<&Arc<OwnedFd>> {
+        self.fd.as_ref()
     }
 
     /// Offset of the first byte in the file.
@@ -287,7 +302,7 @@ impl Place {
             gpa: self.gpa,
             size: self.size,
             offset,
-            fd,
+            fd: fd.map(Arc::new),
             writable,
             own,
             mapping,

@@ -6,7 +6,7 @@
     reason = "a test that panics has failed, which is what it is for"
 )]
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -517,7 +517,7 @@ fn regions_are_shared_between_both_ends_of_a_file() {
     )
     .unwrap();
     let region = mem.regions().remove(0);
-    let fd = region.fd().unwrap().as_fd().try_clone_to_owned().unwrap();
+    let fd = region.fd().unwrap().try_clone().unwrap();
     let peer = GuestMemory::new(vec![received(0x4000, PAGE, fd, 0, true)], None).unwrap();
     peer.write(0x4000, b"seen").unwrap();
     assert_eq!(bytes(&mem, 0, 4), b"seen");

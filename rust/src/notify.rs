@@ -1,0 +1,287 @@
+//! How one end of a queue wakes the other: an eventfd, a pipe or socket, or a function.
+//!
+//! # Theory
+//!
+//! Waking must never block: the counter or pipe belongs to the other side as well, who may fill it and make it
+//! blocking at any time. So each write is preceded by a poll that does not wait; when there is no room, the other side
+//! has a wake-up before it that it has not taken yet, and one more would say nothing new. That the reader has gone is
+//! no error either: the connection that carried the fd will tell.
+//!
+//! A wake-up is always the same 8 bytes, a native-endian u64 of 1: what an eventfd counts, and in a pipe one unit.
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{FileType, fstat};
+use rustix::io::{Errno, read, retry_on_intr, write};
+
+/// Bytes of one wake-up.
+const UNIT: usize = 8;
+/// Reads of one [`Notifier::drain`] at most (1 MiB, the largest pipe that an unprivileged peer can have): whoever
+/// writes faster than we read must not keep us here.
+const DRAIN_ROUNDS: usize = 256;
+
+/// Why an fd cannot be a notifier, or a notifier cannot do what was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotifyError {
+    /// A file of another kind than eventfd, pipe or socket.
+    #[error("fd {fd} is neither an eventfd nor a pipe nor a socket")]
+    WrongKind {
+        /// Its number (our duplicate's).
+        fd: RawFd,
+    },
+    /// The operating system refused.
+    #[error("cannot {what}: {errno}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// The reason.
+        errno: Errno,
+    },
+}
+
+enum Kind {
+    /// A counter: one read takes all of it.
+    Counter(OwnedFd),
+    /// A pipe or socket: bytes are read until there are none.
+    Stream(OwnedFd),
+    /// A function of ours.
+    Callback(Box<dyn Fn() + Send + Sync>),
+}
+
+/// Wakes the other end; see the module's head.
+pub struct Notifier {
+    kind: Kind,
+    count: AtomicU64,
+}
+
+impl Notifier {
+    const fn of(kind: Kind) -> Self {
+        Self {
+            kind,
+            count: AtomicU64::new(0),
+        }
+    }
+
+    /// A new eventfd, non-blocking.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn eventfd() -> Result<Self, NotifyError> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let fd = eventfd(0, flags).map_err(|errno| NotifyError::System {
+            what: "make an eventfd",
+            errno,
+        })?;
+        Ok(Self::of(Kind::Counter(fd)))
+    }
+
+    /// An eventfd, pipe or socket that somebody gave us.
+    ///
+    /// # Errors
+    /// `WrongKind` for a file that could be readable for ever or that cannot wake anybody.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, NotifyError> {
+        let stat = fstat(&fd).map_err(|errno| NotifyError::System {
+            what: "look at the fd",
+            errno,
+        })?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Fifo | FileType::Socket => Ok(Self::of(Kind::Stream(fd))),
+            // eventfd (as every anonymous inode) has no type of file.
+            FileType::Unknown => Ok(Self::of(Kind::Counter(fd))),
+            _ => Err(NotifyError::WrongKind { fd: fd.as_raw_fd() }),
+        }
+    }
+
+    /// Call `function` in the thread that notifies.
+    #[must_use]
+    pub fn callback(function: Box<dyn Fn() + Send + Sync>) -> Self {
+        Self::of(Kind::Callback(function))
+    }
+
+    /// Wake the other end. Never blocks; a full counter or pipe, or a reader that is gone, is no error.
+    ///
+    /// # Errors
+    /// When the fd cannot be written at all (the reading end of a pipe).
+    pub fn notify(&self) -> Result<(), NotifyError> {
+        self.count_one();
+        let fd = match &self.kind {
+            Kind::Callback(function) => {
+                function();
+                return Ok(());
+            }
+            Kind::Counter(fd) | Kind::Stream(fd) => fd.as_fd(),
+        };
+        if !ready(fd, PollFlags::OUT) {
+            return Ok(());
+        }
+        match retry_on_intr(|| write(fd, &1_u64.to_ne_bytes())) {
+            Ok(_) | Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET) => Ok(()),
+            Err(errno) => Err(NotifyError::System {
+                what: "write a notification",
+                errno,
+            }),
+        }
+    }
+
+    /// Count a notification that was delivered in another way.
+    pub fn count_one(&self) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often `notify` was called.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// The fd to wait on; none for a callback.
+    #[must_use]
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.kind {
+            Kind::Counter(fd) | Kind::Stream(fd) => Some(fd.as_fd()),
+            Kind::Callback(_) => None,
+        }
+    }
+
+    /// Take what has been notified: the count of an eventfd, or a pipe's bytes divided by 8 (a rest counts as one).
+    /// Never blocks; 0 for a callback, and when there is nothing or the fd cannot be read.
+    #[must_use]
+    pub fn drain(&self) -> u64 {
+        match &self.kind {
+            Kind::Counter(fd) => {
+                let mut value = [0; UNIT];
+                match take(fd.as_fd(), &mut value) {
+                    UNIT => u64::from_ne_bytes(value),
+                    _ => 0,
+                }
+            }
+            Kind::Stream(fd) => {
+                let mut buffer = [0; 4096];
+                let rounds = (0..DRAIN_ROUNDS).map(|_| take(fd.as_fd(), &mut buffer));
+                let bytes: usize = rounds.take_while(|&taken| taken > 0).sum();
+                bytes.div_ceil(UNIT) as u64
+            }
+            Kind::Callback(_) => 0,
+        }
+    }
+}
+
+impl fmt::Debug for Notifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("Notifier");
+        match &self.kind {
+            Kind::Counter(fd) => out.field("counter", fd),
+            Kind::Stream(fd) => out.field("stream", fd),
+            Kind::Callback(_) => out.field("callback", &format_args!("…")),
+        };
+        out.field("count", &self.count()).finish()
+    }
+}
+
+/// Whether `fd` can do `what` now, or has an error that doing it will report.
+fn ready(fd: BorrowedFd<'_>, what: PollFlags) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(fd, what)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    retry_on_intr(|| poll(&mut fds, Some(&now))).is_ok_and(|count| count > 0)
+}
+
+/// Read once into `buffer`, if there is something; how many bytes.
+fn take(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> usize {
+    if ready(fd, PollFlags::IN) {
+        retry_on_intr(|| read(fd, &mut *buffer)).unwrap_or(0)
+    } else {
+        0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(
+        clippy::unwrap_used,
+        reason = "a test that panics has failed, which is what it is for"
+    )]
+
+    use std::sync::Arc;
+
+    use rustix::pipe::{PipeFlags, pipe, pipe_with};
+
+    use super::*;
+
+    #[test]
+    fn an_eventfd_counts_and_never_blocks_when_full() {
+        let notifier = Notifier::eventfd().unwrap();
+        assert_eq!(notifier.drain(), 0);
+        notifier.notify().unwrap();
+        notifier.notify().unwrap();
+        assert_eq!((notifier.drain(), notifier.drain(), notifier.count()), (2, 0, 2));
+        // Blocking, as the other side may make it, and full.
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        let full = Notifier::from_fd(fd).unwrap();
+        full.notify().unwrap();
+        assert_eq!((full.drain(), full.drain()), (u64::MAX - 1, 0));
+    }
+
+    #[test]
+    fn a_pipe_takes_8_bytes_a_time_until_it_is_full() {
+        let (reader, writer) = pipe().unwrap();
+        let mut out = [0; 16];
+        let peek = reader.try_clone().unwrap();
+        let (reader, writer) = (Notifier::from_fd(reader).unwrap(), Notifier::from_fd(writer).unwrap());
+        writer.notify().unwrap();
+        assert_eq!(read(&peek, &mut out), Ok(8));
+        assert_eq!(out.first_chunk(), Some(&1_u64.to_ne_bytes()));
+        for _ in 0..20_000 {
+            writer.notify().unwrap();
+        }
+        // The default pipe holds 64 KiB; poll calls it full when its last page is begun.
+        let drained = reader.drain();
+        assert!((7000..=8192).contains(&drained), "{drained}");
+        assert_eq!((reader.drain(), writer.count()), (0, 20_001));
+        assert_eq!(
+            reader.notify(),
+            Err(NotifyError::System {
+                what: "write a notification",
+                errno: Errno::BADF
+            })
+        );
+        drop((reader, peek));
+        writer.notify().unwrap();
+    }
+
+    #[test]
+    fn a_broken_unit_is_a_wake_up_too() {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let reader = Notifier::from_fd(reader).unwrap();
+        write(&writer, &[1]).unwrap();
+        assert_eq!((reader.drain(), reader.drain()), (1, 0));
+    }
+
+    #[test]
+    fn files_that_are_readable_for_ever_are_refused() {
+        for path in ["/dev/zero", "/", "/proc/self/maps"] {
+            let fd = OwnedFd::from(std::fs::File::open(path).unwrap());
+            assert!(
+                matches!(Notifier::from_fd(fd), Err(NotifyError::WrongKind { .. })),
+                "{path}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_callback_is_called_each_time() {
+        let calls = Arc::new(AtomicU64::new(0));
+        let inner = Arc::clone(&calls);
+        let notifier = Notifier::callback(Box::new(move || drop(inner.fetch_add(1, Ordering::Relaxed))));
+        notifier.notify().unwrap();
+        notifier.notify().unwrap();
+        assert_eq!(
+            (calls.load(Ordering::Relaxed), notifier.count(), notifier.drain()),
+            (2, 2, 0)
+        );
+        assert!(notifier.fd().is_none());
+    }
+}
