@@ -28,14 +28,17 @@ The life of a device, as its transport sees it; everything runs in the owner loo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from ._core import DeviceQueue, GuestMemory
 from .clock import Clock
 from .config import ConfigSpace
 from .features import FeatureSet
 
-__all__ = ["Bus", "Device"]
+__all__ = ["RING_FEATURES", "Bus", "Device"]
+
+RING_FEATURES: Final = FeatureSet("VERSION_1", "INDIRECT_DESC", "EVENT_IDX", "RING_PACKED", "IN_ORDER", "RING_RESET")
+"""What the queues of the core can do at either end; a device offers these beside the bits of its class."""
 
 
 @runtime_checkable

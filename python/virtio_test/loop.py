@@ -26,7 +26,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable
 from contextlib import contextmanager
 
 from ._core import Poller
@@ -154,7 +154,7 @@ class OwnerLoop:
             return total
 
     @contextmanager
-    def _owned(self) -> Iterator[None]:
+    def _owned(self) -> Generator[None]:
         if not self._guard.acquire(blocking=False):
             where = "from inside the loop" if self._owner == threading.get_ident() else "while another thread runs it"
             raise StateError(f"the owner loop is not re-entrant and was called {where}: use call_soon() or pend()")

@@ -1,0 +1,411 @@
+"""`Driver`: the guest driver model, over any transport's registers.
+
+Theory
+------
+A driver is made of three things. **Bring-up** is the sequence of VIRTIO 1.4, 3.1.1, each step read back where
+the specification says so; a step that fails sets FAILED and raises. **Requests** are chains with buffers of
+their own: the device owns them from `submit` until they come back through the ring, or until the device has
+been reset. So a request that is lost is finished at once, and its memory returns to the arena only at the reset.
+**Interrupts** are turns of the owner loop. One may stand for many used buffers: all are taken, and looked for
+once more after calls are enabled again. A configuration change that comes before bring-up has ended is kept
+until then.
+
+A device that breaks (DEVICE_NEEDS_RESET, a broken rule in a used ring) finishes everything in flight with that
+error, each request once. `initialize()` starts anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from virtio_test._core import DriverQueue, Policy, QueueConfig, RingLayout
+from virtio_test.config import ConfigLayout
+from virtio_test.device import RING_FEATURES
+from virtio_test.errors import (
+    DeviceNeedsReset,
+    InvalidArgument,
+    NoFeature,
+    PeerTimeout,
+    QueueViolation,
+    StateError,
+    StatusViolation,
+    VirtioTestError,
+)
+from virtio_test.features import FeatureSet, negotiate
+from virtio_test.spec.status import Status
+from virtio_test.status import check_read_back
+
+from .alloc import Arena
+from .registers import Registers
+from .request import Request
+
+__all__ = ["Driver"]
+
+_CONFIG_TRIES: Final = 100
+_INDIRECT_ENTRIES: Final = 16
+
+
+class Driver:
+    """A driver for one device. Use it as it is, or as the base of a class of one's own.
+
+    Args:
+        registers: the device as the transport shows it.
+        wanted: features to accept when offered; those of the ring that the core can do, when None.
+        required: features without which `initialize` fails.
+        layout: the configuration space, for `read_field` and `write_field`.
+        queue_size: largest size of a queue; the device's own limit when None.
+        indirect: put every chain into an indirect table, where INDIRECT_DESC is negotiated.
+        policy: tolerances towards the device's used rings.
+        arena: where rings and buffers lie; the largest writable region of the memory when None.
+        timeout: seconds of the loop's clock that waits take at most.
+    """
+
+    def __init__(
+        self,
+        registers: Registers,
+        *,
+        wanted: FeatureSet | None = None,
+        required: FeatureSet | None = None,
+        layout: ConfigLayout | None = None,
+        queue_size: int | None = None,
+        indirect: bool = False,
+        policy: Policy = Policy.interop,
+        arena: Arena | None = None,
+        timeout: float = 10.0,
+    ) -> None:
+        self.registers = registers
+        self.loop = registers.loop
+        self.memory = registers.memory
+        self.wanted = RING_FEATURES if wanted is None else wanted
+        self.required = FeatureSet() if required is None else required
+        self.layout = ConfigLayout() if layout is None else layout
+        self.queue_size = queue_size
+        self.indirect = indirect
+        self.policy = policy
+        self.arena = Arena(self.memory) if arena is None else arena
+        self.timeout = timeout
+        self.features = FeatureSet()
+        self.queues: dict[int, DriverQueue] = {}
+        self._status = 0
+        self._broken: Exception | None = None
+        self._config_waiting = False
+        self._flying: dict[tuple[int, int], Request] = {}
+        self._lost: list[Request] = []
+        self._rings: dict[int, list[int]] = {}
+
+    def __repr__(self) -> str:
+        state = "broken" if self._broken is not None else "live" if self.live else "down"
+        return f"<{type(self).__name__} {state}, features {self.features}, {len(self._flying)} in flight>"
+
+    # --- bring-up (3.1.1) -----------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> bool:
+        """Whether DRIVER_OK is set and the device is not broken."""
+        return bool(self._status & Status.DRIVER_OK) and self._broken is None
+
+    @property
+    def broken(self) -> Exception | None:
+        """Why the device cannot be used before the next `initialize`; None while it can."""
+        return self._broken
+
+    @property
+    def in_flight(self) -> list[Request]:
+        """The requests that the device has, oldest first."""
+        return list(self._flying.values())
+
+    def initialize(self) -> FeatureSet:
+        """Reset the device and bring it up; what was in flight is lost.
+
+        Returns:
+            The negotiated features.
+
+        Raises:
+            StateError: there is no device (device id 0).
+            StatusViolation: features that cannot be agreed upon, or a status that does not read back.
+            DeviceNeedsReset, PeerTimeout: the device does not come up.
+        """
+        self.reset()
+        if self.registers.device_id() == 0:
+            raise StateError("the device id is 0: there is no device here")
+        self.registers.listen(call=self._called, config_changed=self._config_interrupt)
+        try:
+            self._advance(Status.ACKNOWLEDGE)
+            self._advance(Status.DRIVER)
+            names = {**self.wanted.device, **self.required.device}
+            offered = FeatureSet.from_bits(self.registers.device_features(), device=names)
+            self.features = negotiate(offered, self.wanted, self.required, transport=self.registers.transport)
+            self.registers.write_driver_features(self.features.bits)
+            self._advance(Status.FEATURES_OK)
+            for index, size in enumerate(self.registers.queue_max_sizes()):
+                if size:
+                    self._set_up_queue(index, size)
+            self.set_up()
+            self._advance(Status.DRIVER_OK)
+        except VirtioTestError:
+            self._status |= Status.FAILED
+            self.registers.write_status(self._status)
+            raise
+        for queue in self.queues.values():
+            queue.enable_calls()
+        self.started()
+        if self._config_waiting:
+            self._config_waiting = False
+            self._config_interrupt()
+        return self.features
+
+    def _advance(self, bit: Status) -> None:
+        self._status |= bit
+        self.registers.write_status(self._status)
+        check_read_back(self._status, self.registers.read_status())
+
+    def _set_up_queue(self, index: int, limit: int) -> None:
+        packed = "RING_PACKED" in self.features
+        size = limit if self.queue_size is None else min(limit, self.queue_size)
+        if not packed:
+            size = 1 << size.bit_length() - 1
+        ring = self.arena.allocate(RingLayout.contiguous(size, 0, packed=packed).end)
+        self._rings[index] = [ring]
+        tables: int | None = None
+        if self.indirect and "INDIRECT_DESC" in self.features:
+            tables = self.arena.allocate(size * _INDIRECT_ENTRIES * 16)
+            self._rings[index].append(tables)
+        config = QueueConfig.from_layout(
+            RingLayout.contiguous(size, ring, packed=packed),
+            index=index,
+            features=self.features.bits & 0xFFFF_FFFF_FFFF_FFFF,
+            policy=self.policy,
+        )
+        self.queues[index] = DriverQueue(
+            self.memory,
+            config,
+            kick=self.registers.kick_notifier(index),
+            indirect=tables,
+            indirect_entries=_INDIRECT_ENTRIES,
+        )
+        self.registers.enable_queue(config)
+
+    def reset(self) -> list[Request]:
+        """Reset the device and wait, bounded, until it says that it has (2.4.2); what was in flight is lost.
+
+        Returns:
+            The requests that were in flight, oldest first, each finished with an error now.
+
+        Raises:
+            PeerTimeout: the status does not become 0; the device may still use the buffers, so none are freed.
+        """
+        self.registers.write_status(0)
+        if self.registers.read_status() != 0:
+            self.run_until(lambda: self.registers.read_status() == 0, "the end of the reset", timeout=None)
+        self._status = 0
+        self._broken = None
+        self._config_waiting = False
+        self.features = FeatureSet()
+        lost = [request for index in list(self.queues) for request in self._drop_queue(index)]
+        for request in self._lost:
+            self._free(request)
+        self._lost.clear()
+        return lost
+
+    def detach(self) -> list[Request]:
+        """Leave the device for good: `reset`, and nobody listens any more."""
+        lost = self.reset()
+        self.registers.listen(call=lambda _: None, config_changed=lambda: None)
+        return lost
+
+    def reset_queue(self, index: int) -> list[Request]:
+        """Reset one queue and enable it again (2.6.1); what was in flight in it is lost, and returned.
+
+        Raises:
+            NoFeature: RING_RESET was not negotiated.
+        """
+        self._check_live()
+        if "RING_RESET" not in self.features:
+            raise NoFeature("one queue cannot be reset alone: RING_RESET was not negotiated")
+        self._queue(index)
+        self.registers.reset_queue(index)
+        lost = self._drop_queue(index)
+        self._set_up_queue(index, self.registers.queue_max_sizes()[index])
+        self.queues[index].enable_calls()
+        return lost
+
+    def _drop_queue(self, index: int) -> list[Request]:
+        """Take everything in flight back from a queue that the device does not have any more."""
+        queue = self.queues.pop(index)
+        lost = [self._flying.pop((index, token)) for token in queue.detach() if (index, token) in self._flying]
+        for address in self._rings.pop(index):
+            self.arena.free(address)
+        for request in lost:
+            self._free(request)
+            request.finish(error=StateError("the driver reset the device, or its queue, before the answer"))
+        return lost
+
+    # --- requests -------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        queue_index: int,
+        readable: Sequence[bytes],
+        writable: Sequence[int] = (),
+        *,
+        indirect: bool | None = None,
+        publish: bool = True,
+        on_done: Callable[[Request], object] | None = None,
+    ) -> Request:
+        """Give one chain to the device: a buffer for each item of `readable`, one for each size in `writable`.
+
+        Args:
+            queue_index: the virtqueue.
+            readable: what the device reads.
+            writable: sizes in bytes of what it may write.
+            indirect: use an indirect table; the driver's own choice when None.
+            publish: make it visible and kick now; else `flush` does, for many at once.
+            on_done: called with the request, once, when it is back or lost.
+
+        Raises:
+            StateError: the driver is not live, or its memory is used up.
+            QueueFull: no descriptors are free.
+            InvalidArgument: an empty buffer, or no buffer at all.
+        """
+        self._check_live()
+        queue = self._queue(queue_index)
+        if indirect is None:
+            indirect = self.indirect and "INDIRECT_DESC" in self.features
+        request = Request(self, queue_index, [], [], on_done)
+        try:
+            for data in readable:
+                address = self.arena.allocate(len(data))
+                request.readable.append((address, len(data)))
+                self.memory.write(address, data)
+            for size in writable:
+                request.writable.append((self.arena.allocate(size), size))
+            request.token = queue.add(request.readable, request.writable, indirect=indirect)
+        except VirtioTestError:
+            self._free(request)
+            raise
+        self._flying[queue_index, request.token] = request
+        if publish:
+            queue.signal()
+        return request
+
+    def flush(self, queue_index: int) -> bool:
+        """Make everything submitted visible and kick, if the device wants to be; whether it was kicked."""
+        self._check_live()
+        return self._queue(queue_index).signal()
+
+    def run_until(self, condition: Callable[[], bool], what: str, *, timeout: float | None = None) -> None:
+        """Run the loop until `condition` holds.
+
+        Raises:
+            PeerTimeout: it did not, within the bound; `what` names it.
+            DeviceNeedsReset: it did not, and the device turns out to be broken.
+        """
+        bound = self.timeout if timeout is None else timeout
+        if self.loop.run(until=condition, timeout=bound):
+            return
+        if self._status and self.registers.read_status() & Status.DEVICE_NEEDS_RESET:
+            self._break(DeviceNeedsReset("the device has set DEVICE_NEEDS_RESET"))
+            if condition():
+                return
+        raise PeerTimeout(f"{what} did not come within {bound:g} s")
+
+    def _called(self, queue_index: int) -> None:
+        queue = self.queues.get(queue_index)
+        if queue is None or queue.latched is not None:
+            return
+        try:
+            queue.disable_calls()
+            while True:
+                while (used := queue.get_used()) is not None:
+                    self._complete(queue_index, *used)
+                if self.queues.get(queue_index) is not queue or not queue.enable_calls():
+                    return
+        except QueueViolation as error:
+            self._break(error)
+
+    def _complete(self, queue_index: int, token: int, written: int) -> None:
+        request = self._flying.pop((queue_index, token))
+        data = b""
+        left = written
+        for address, length in request.writable:
+            data += self.memory.read(address, min(left, length))
+            left -= min(left, length)
+        self._free(request)
+        request.finish(written=written, data=data)
+
+    def _free(self, request: Request) -> None:
+        for address, _ in (*request.readable, *request.writable):
+            self.arena.free(address)
+        request.readable.clear()
+        request.writable.clear()
+
+    def _break(self, error: Exception) -> None:
+        """The device is broken: finish everything in flight, but leave its memory alone until the reset."""
+        if self._broken is not None:
+            return
+        self._broken = error
+        lost = list(self._flying.values())
+        self._lost += lost
+        self._flying.clear()
+        for request in lost:
+            request.finish(error=error)
+
+    def _check_live(self) -> None:
+        if self._broken is not None:
+            raise self._broken.with_traceback(None)
+        if not self.live:
+            raise StateError("the driver is not live: initialize() it")
+
+    def _queue(self, index: int) -> DriverQueue:
+        queue = self.queues.get(index)
+        if queue is None:
+            raise InvalidArgument(f"no queue {index}; queues: {sorted(self.queues)}")
+        return queue
+
+    # --- configuration space --------------------------------------------------------------------------------
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """Bytes of one generation: read again while the generation moves, as 2.5.3 has a driver do.
+
+        Raises:
+            StatusViolation: the generation never stands still, or the space is shorter.
+        """
+        if offset + length > self.registers.config_size():
+            message = f"{length} bytes at offset {offset} of a space of {self.registers.config_size()}"
+            raise StatusViolation("ConfigTooShort", "2.5", message)
+        for _ in range(_CONFIG_TRIES):
+            before = self.registers.config_generation()
+            data = self.registers.read_config(offset, length)
+            if self.registers.config_generation() == before:
+                return data
+        raise StatusViolation("ConfigNeverStable", "2.5", f"the generation moved in each of {_CONFIG_TRIES} reads")
+
+    def read_field(self, name: str) -> int | bytes:
+        """The value of a field of `layout`."""
+        field = self.layout[name]
+        return field.decode(self.read_config(field.offset, field.size))
+
+    def write_field(self, name: str, value: int | bytes) -> None:
+        """Write a field of `layout`."""
+        field = self.layout[name]
+        self.registers.write_config(field.offset, field.encode(value))
+
+    def _config_interrupt(self) -> None:
+        if not self._status & Status.DRIVER_OK:
+            self._config_waiting = True
+        elif self.registers.read_status() & Status.DEVICE_NEEDS_RESET:
+            self._break(DeviceNeedsReset("the device has set DEVICE_NEEDS_RESET"))
+        else:
+            self.config_changed()
+
+    # --- what a subclass may extend -------------------------------------------------------------------------
+
+    def set_up(self) -> None:
+        """Called before DRIVER_OK, when features and queues stand: read the configuration here."""
+
+    def started(self) -> None:
+        """Called after DRIVER_OK: fill receive queues here."""
+
+    def config_changed(self) -> None:
+        """Called for each configuration change notification while the driver is live."""
