@@ -23,7 +23,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("spec",),
     ("errors",),
     ("_core",),
-    ("features", "status", "config", "clock", "loop"),
+    ("features", "status", "config", "clock", "console", "loop"),
     ("device", "driver"),
     ("devices", "transport"),
     ("carrier",),
