@@ -1,0 +1,304 @@
+//! Walk and validate a whole descriptor chain into owned segments.
+//!
+//! # Theory
+//!
+//! A chain is parsed whole before anything of it is handed out: every descriptor is read exactly once into a
+//! local, checked, translated, and appended to an arena of segments. On the first broken rule the arena is
+//! cut back, so nothing is half done, and the fault says where.
+//!
+//! The walkers of the two formats (`ring::split`, `ring::packed`) differ in how they find the next descriptor;
+//! what a descriptor may be is the same, and is decided here, in [`Walk`].
+//!
+//! Σ lengths is bounded by 2^32 (2.7.5.2), so sums fit a `u64` with room to spare.
+
+use crate::error::{Fault, Violation};
+use crate::mem::{Access, At, MemoryError, Want};
+use crate::policy::Policy;
+use crate::queue::Ticket;
+use crate::ring::desc::{self, Desc};
+use crate::rule::Rule;
+
+/// Bytes of one chain at most (2.7.5.2).
+const MAX_BYTES: u64 = 1 << 32;
+
+/// One buffer of a chain.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment {
+    /// Where it lies; the host pointer holds for the element's epoch only.
+    pub at: At,
+    /// Bytes.
+    pub len: u32,
+    /// Device-writable.
+    pub writable: bool,
+}
+
+/// A popped chain; its segments are `count` entries of an arena from `first` on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Element {
+    /// Head descriptor index (split) or buffer id (packed).
+    pub head: u16,
+    /// Position in the avail ring (split) or slot of the first descriptor (packed).
+    pub position: u16,
+    /// Ring slots that it occupies: 1 (split) or its number of descriptors in the ring (packed).
+    pub slots: u16,
+    /// Descriptors walked, those of indirect tables included.
+    pub descriptors: u32,
+    /// Bytes that the device may read.
+    pub readable: u64,
+    /// Bytes that the device may write.
+    pub writable: u64,
+    /// First segment in the arena.
+    pub first: usize,
+    /// Number of segments.
+    pub count: usize,
+    /// Epoch of the memory table that the segments were resolved for.
+    pub epoch: u64,
+    /// Number of this pop in its queue and generation.
+    pub seq: u64,
+    /// Generation of the queue that it was popped in.
+    pub generation: u64,
+}
+
+impl Element {
+    /// What completing it needs.
+    #[must_use]
+    pub const fn ticket(&self) -> Ticket {
+        Ticket {
+            generation: self.generation,
+            seq: self.seq,
+            head: self.head,
+            slots: self.slots,
+            writable: self.writable,
+        }
+    }
+}
+
+/// What the walk of one queue needs to know.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChainRules {
+    pub(crate) policy: Policy,
+    pub(crate) packed: bool,
+    pub(crate) queue: u16,
+    pub(crate) size: u16,
+    pub(crate) indirect: bool,
+}
+
+impl ChainRules {
+    /// Entries that one indirect table may have.
+    fn table_limit(&self) -> u32 {
+        if self.policy.indirect_beyond_queue {
+            self.policy.max_indirect
+        } else {
+            self.policy.max_indirect.min(u32::from(self.size))
+        }
+    }
+
+    /// A fault of this queue.
+    #[cold]
+    pub(crate) fn fault(&self, rule: Rule, message: String) -> Fault {
+        Box::new(Violation {
+            rule,
+            packed: self.packed,
+            queue: self.queue,
+            position: None,
+            head: None,
+            descriptor: None,
+            address: None,
+            message,
+        })
+    }
+}
+
+/// An indirect table that was found good.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Table {
+    pub(crate) at: At,
+    pub(crate) entries: u32,
+}
+
+/// The state of one walk.
+pub(crate) struct Walk<'a, A> {
+    mem: &'a A,
+    rules: &'a ChainRules,
+    segments: &'a mut Vec<Segment>,
+    first: usize,
+    position: u16,
+    head: u16,
+    descriptors: u32,
+    readable: u64,
+    writable: u64,
+    seen_writable: bool,
+}
+
+impl<'a, A: Access> Walk<'a, A> {
+    #[inline]
+    pub(crate) fn new(
+        mem: &'a A,
+        rules: &'a ChainRules,
+        segments: &'a mut Vec<Segment>,
+        position: u16,
+        head: u16,
+    ) -> Self {
+        let first = segments.len();
+        Self {
+            mem,
+            rules,
+            segments,
+            first,
+            position,
+            head,
+            descriptors: 0,
+            readable: 0,
+            writable: 0,
+            seen_writable: false,
+        }
+    }
+
+    /// A fault at descriptor `index` of this chain; the arena is cut back.
+    #[cold]
+    pub(crate) fn fault(&mut self, rule: Rule, index: u32, address: Option<u64>, message: String) -> Fault {
+        self.segments.truncate(self.first);
+        let mut fault = self.rules.fault(rule, message);
+        fault.position = Some(self.position);
+        fault.head = Some(self.head);
+        fault.descriptor = Some(index);
+        fault.address = address;
+        fault
+    }
+
+    /// The descriptor table or ring itself vanished while we walk.
+    #[cold]
+    pub(crate) fn ring_fault(&mut self, index: u32, error: MemoryError) -> Fault {
+        self.fault(Rule::RingUnmapped, index, Some(error.address()), error.to_string())
+    }
+
+    /// The id of a packed chain is known only from its last descriptor (2.8.1).
+    pub(crate) fn set_head(&mut self, head: u16) {
+        self.head = head;
+    }
+
+    /// Take one data descriptor: order, length, sum, translation.
+    #[inline]
+    pub(crate) fn take(&mut self, index: u32, addr: u64, len: u32, flags: u16) -> Result<(), Fault> {
+        self.descriptors += 1;
+        let writable = flags & desc::WRITE != 0;
+        // 2.7.4.2, 2.8.17: device-writable elements are placed after any device-readable ones.
+        if writable {
+            self.seen_writable = true;
+        } else if self.seen_writable && !self.rules.policy.mixed_order {
+            let message = "a device-readable descriptor follows a device-writable one".to_owned();
+            return Err(self.fault(Rule::OutOfOrder, index, Some(addr), message));
+        }
+        // No clause forbids length 0 in so many words: R10 of the robustness catalogue makes it a switch.
+        if len == 0 {
+            if self.rules.policy.zero_length {
+                return Ok(());
+            }
+            return Err(self.fault(Rule::ZeroLength, index, Some(addr), "the descriptor has length 0".to_owned()));
+        }
+        let sum = if writable { &mut self.writable } else { &mut self.readable };
+        *sum += u64::from(len);
+        // 2.7.5.2: no chain is longer than 2^32 bytes in total.
+        let total = self.readable + self.writable;
+        if total > MAX_BYTES {
+            let message = format!("the chain describes {total} bytes so far, more than 2^32");
+            return Err(self.fault(Rule::ChainTooBig, index, Some(addr), message));
+        }
+        let want = if writable { Want::Write } else { Want::Read };
+        match self.mem.resolve(addr, u64::from(len), want) {
+            Ok(at) => {
+                self.segments.push(Segment { at, len, writable });
+                Ok(())
+            }
+            Err(error) => Err(self.unresolved(index, len, error)),
+        }
+    }
+
+    #[cold]
+    fn unresolved(&mut self, index: u32, len: u32, error: MemoryError) -> Fault {
+        let rule = match error {
+            MemoryError::Wraps { .. } => Rule::AddressWraps,
+            MemoryError::ReadOnly { .. } => Rule::ReadOnlyAddress,
+            MemoryError::Unmapped { .. } | MemoryError::Misaligned { .. } => Rule::UnmappedAddress,
+        };
+        self.fault(rule, index, Some(error.address()), format!("a buffer of {len} bytes: {error}"))
+    }
+
+    /// Check an INDIRECT descriptor and find its table (2.7.5.3, 2.8.7).
+    pub(crate) fn table(&mut self, index: u32, addr: u64, len: u32, flags: u16) -> Result<Table, Fault> {
+        // 2.7.5.3.1, 2.8.19: INDIRECT only with VIRTIO_F_INDIRECT_DESC negotiated.
+        if !self.rules.indirect {
+            let message = "INDIRECT is set and VIRTIO_F_INDIRECT_DESC was not negotiated".to_owned();
+            return Err(self.fault(Rule::IndirectNotNegotiated, index, Some(addr), message));
+        }
+        // 2.7.5.3.1, 2.8.19: INDIRECT and NEXT never together. WRITE is ignored here (2.7.5.3.2).
+        if flags & desc::NEXT != 0 {
+            let message = "INDIRECT and NEXT are both set".to_owned();
+            return Err(self.fault(Rule::IndirectAndNext, index, Some(addr), message));
+        }
+        // 2.7.5.3, 2.8.7: the table is len / 16 descriptors.
+        let entries = len / 16;
+        if entries == 0 || (len % 16 != 0 && !self.rules.policy.indirect_remainder) {
+            let message = format!("an indirect table of {len} bytes is no whole number of descriptors");
+            return Err(self.fault(Rule::IndirectBadLen, index, Some(addr), message));
+        }
+        // 2.7.5.3.1, 2.8.19: no chain longer than the queue size, or the policy's limit.
+        let limit = self.rules.table_limit();
+        if entries > limit {
+            let message = format!("an indirect table of {entries} descriptors, at most {limit} are taken");
+            return Err(self.fault(Rule::IndirectTooLong, index, Some(addr), message));
+        }
+        match self.mem.resolve(addr, u64::from(entries) * desc::BYTES, Want::Read) {
+            Ok(at) => Ok(Table { at, entries }),
+            Err(error) => {
+                let message = format!("an indirect table of {len} bytes: {error}");
+                Err(self.fault(Rule::IndirectUnmapped, index, Some(error.address()), message))
+            }
+        }
+    }
+
+    /// Entry `index` of an indirect table.
+    #[inline]
+    pub(crate) fn load_entry(&mut self, table: Table, index: u32) -> Result<Desc, Fault> {
+        match Desc::load_entry(self.mem, table.at, index) {
+            Ok(desc) => Ok(desc),
+            Err(error) => Err(self.fault(Rule::IndirectUnmapped, index, Some(error.address()), error.to_string())),
+        }
+    }
+
+    /// Entry `index` of a packed indirect table: address, length, id, flags (2.8.13); the id is reserved here.
+    #[inline]
+    pub(crate) fn load_packed_entry(&mut self, table: Table, index: u32) -> Result<Desc, Fault> {
+        // Both formats are two 8-byte words that differ only in which half-word holds the flags.
+        let entry = self.load_entry(table, index)?;
+        Ok(Desc { flags: entry.next, next: entry.flags, ..entry })
+    }
+
+    /// Whether a table may make the chain longer than the queue.
+    pub(crate) const fn beyond_queue(&self) -> bool {
+        self.rules.policy.indirect_beyond_queue
+    }
+
+    /// Descriptors taken so far.
+    pub(crate) const fn descriptors(&self) -> u32 {
+        self.descriptors
+    }
+
+    /// The finished chain; `seq` is the queue's to give.
+    #[inline]
+    pub(crate) fn finish(self, slots: u16) -> Element {
+        Element {
+            head: self.head,
+            position: self.position,
+            slots,
+            descriptors: self.descriptors,
+            readable: self.readable,
+            writable: self.writable,
+            first: self.first,
+            count: self.segments.len() - self.first,
+            epoch: self.mem.epoch(),
+            seq: 0,
+            generation: 0,
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! Gather and scatter: copies between a chain's segments and host buffers.
+//!
+//! Host buffers are raw pointers, since a Python buffer can be changed by other threads while we copy, and a
+//! reference would promise that it is not. Segments resolved in an older epoch are translated again.
+
+use crate::chain::Segment;
+use crate::mem::{Access, At, MemoryError};
+
+/// The segments of one chain, with the epoch that they were resolved for.
+#[derive(Clone, Copy, Debug)]
+pub struct Iov<'a> {
+    segments: &'a [Segment],
+    epoch: u64,
+}
+
+/// A stretch of one segment that a copy touches.
+struct Piece {
+    at: At,
+    off: u64,
+    len: usize,
+}
+
+impl<'a> Iov<'a> {
+    /// All segments of a chain; the two kinds are told apart at each copy.
+    #[must_use]
+    pub const fn new(segments: &'a [Segment], epoch: u64) -> Self {
+        Self { segments, epoch }
+    }
+
+    /// Call `f` with every piece of the readable or writable part between `offset` and `offset + len`, in
+    /// order, and with the number of bytes before it. Returns the number of bytes covered.
+    #[inline]
+    fn pieces<A: Access>(
+        &self,
+        mem: &A,
+        writable: bool,
+        offset: u64,
+        len: usize,
+        mut f: impl FnMut(Piece, usize) -> Result<(), MemoryError>,
+    ) -> Result<usize, MemoryError> {
+        let fresh = mem.epoch() == self.epoch;
+        let mut skip = offset;
+        let mut done = 0;
+        for segment in self.segments.iter().filter(|segment| segment.writable == writable) {
+            let size = u64::from(segment.len);
+            if skip >= size {
+                skip -= size;
+                continue;
+            }
+            if done == len {
+                break;
+            }
+            let room = usize::try_from(size - skip).unwrap_or(usize::MAX);
+            let piece = room.min(len - done);
+            let at = if fresh { segment.at } else { At::unresolved(segment.at.gpa) };
+            f(Piece { at, off: skip, len: piece }, done)?;
+            done += piece;
+            skip = 0;
+        }
+        Ok(done)
+    }
+
+    /// Gather up to `len` bytes of the readable part from `offset` on; the number copied.
+    ///
+    /// # Safety
+    /// `dst` is valid for writes of `len` bytes and does not overlap guest memory.
+    ///
+    /// # Errors
+    /// When memory of the chain is no longer mapped; `dst` may then be partly written.
+    #[inline]
+    pub unsafe fn gather<A: Access>(
+        &self,
+        mem: &A,
+        offset: u64,
+        dst: *mut u8,
+        len: usize,
+    ) -> Result<usize, MemoryError> {
+        self.pieces(mem, false, offset, len, |piece, before| {
+            // SAFETY: `before + piece.len <= len`, so the target stays inside what the caller vouches for.
+            let target = unsafe { dst.add(before) };
+            // SAFETY: as above, `target` is valid for `piece.len` bytes and outside of guest memory.
+            unsafe { mem.read_raw(piece.at, piece.off, target, piece.len) }
+        })
+    }
+
+    /// Scatter up to `len` bytes into the writable part from `offset` on; the number copied.
+    ///
+    /// # Safety
+    /// `src` is valid for reads of `len` bytes and does not overlap guest memory.
+    ///
+    /// # Errors
+    /// When memory of the chain is no longer mapped; earlier segments may then be written.
+    #[inline]
+    pub unsafe fn scatter<A: Access>(
+        &self,
+        mem: &A,
+        offset: u64,
+        src: *const u8,
+        len: usize,
+    ) -> Result<usize, MemoryError> {
+        self.pieces(mem, true, offset, len, |piece, before| {
+            // SAFETY: `before + piece.len <= len`, so the source stays inside what the caller vouches for.
+            let source = unsafe { src.add(before) };
+            // SAFETY: as above, `source` is valid for `piece.len` bytes and outside of guest memory.
+            unsafe { mem.write_raw(piece.at, piece.off, source, piece.len) }
+        })
+    }
+
+    /// Gather into a slice; the number of bytes copied.
+    ///
+    /// # Errors
+    /// As [`Iov::gather`].
+    pub fn read<A: Access>(&self, mem: &A, offset: u64, dst: &mut [u8]) -> Result<usize, MemoryError> {
+        // SAFETY: a slice of ours is valid for its length and never lies in guest memory.
+        unsafe { self.gather(mem, offset, dst.as_mut_ptr(), dst.len()) }
+    }
+
+    /// Scatter from a slice; the number of bytes copied.
+    ///
+    /// # Errors
+    /// As [`Iov::scatter`].
+    pub fn write<A: Access>(&self, mem: &A, offset: u64, src: &[u8]) -> Result<usize, MemoryError> {
+        // SAFETY: a slice of ours is valid for its length and never lies in guest memory.
+        unsafe { self.scatter(mem, offset, src.as_ptr(), src.len()) }
+    }
+
+    /// Set up to `len` bytes of the writable part from `offset` on to `value`; the number set.
+    ///
+    /// # Errors
+    /// When memory of the chain is no longer mapped.
+    pub fn fill<A: Access>(&self, mem: &A, offset: u64, len: usize, value: u8) -> Result<usize, MemoryError> {
+        self.pieces(mem, true, offset, len, |piece, _| mem.fill(piece.at, piece.off, piece.len as u64, value))
+    }
+}

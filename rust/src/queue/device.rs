@@ -1,0 +1,455 @@
+//! The device end of a virtqueue.
+
+use std::collections::VecDeque;
+
+use super::heads::HeadSet;
+use super::{Counters, Life, QueueConfig, QueueState, feature};
+use crate::chain::{ChainRules, Element, Segment};
+use crate::error::{Fault, Misuse, QueueError};
+use crate::mem::{Access, MemoryError};
+use crate::ring::RingLayout;
+use crate::ring::packed::PackedDevice;
+use crate::ring::split::SplitDevice;
+
+#[derive(Debug)]
+enum Ring {
+    Split(SplitDevice),
+    Packed(PackedDevice),
+}
+
+/// Run the same code for either format.
+macro_rules! each {
+    ($ring:expr, $r:ident => $body:expr) => {
+        match $ring {
+            Ring::Split($r) => $body,
+            Ring::Packed($r) => $body,
+        }
+    };
+}
+
+/// What completing a chain needs to know of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    /// Generation of the queue that the chain was popped in.
+    pub generation: u64,
+    /// Number of the pop in that generation.
+    pub seq: u64,
+    /// Head or buffer id.
+    pub head: u16,
+    /// Ring slots that it occupies.
+    pub slots: u16,
+    /// Bytes that can be written to it.
+    pub writable: u64,
+}
+
+/// With IN_ORDER: a chain that waits for those popped before it.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    seq: u64,
+    head: u16,
+    slots: u16,
+    written: Option<u32>,
+}
+
+/// The device end of one queue, in either format.
+#[derive(Debug)]
+pub struct DeviceQueue {
+    config: QueueConfig,
+    layout: RingLayout,
+    rules: ChainRules,
+    ring: Ring,
+    life: Life,
+    generation: u64,
+    next_seq: u64,
+    in_flight: u32,
+    busy: HeadSet,
+    waiting: Option<VecDeque<Waiting>>,
+    kicks: bool,
+    /// Whether the driver was asked for a kick since the ring moved last.
+    armed: bool,
+    unsignalled: bool,
+    counters: Counters,
+}
+
+impl DeviceQueue {
+    /// Build a queue from a configuration that the other side chose; a fresh ring when `state` is None.
+    ///
+    /// # Errors
+    /// A configuration rule (`QueueSize…`, `RingMisaligned`, `RingUnmapped`) or `StateOutOfRange`.
+    pub fn new<A: Access>(mem: &A, config: QueueConfig, state: Option<QueueState>) -> Result<Self, Fault> {
+        let layout = config.layout()?;
+        let state = config.start(&layout, state)?;
+        let rules = config.rules(layout.size);
+        let event_idx = config.has(feature::EVENT_IDX);
+        let ring = if config.packed() {
+            PackedDevice::new(mem, layout, event_idx, state.avail, state.used).map(Ring::Packed)
+        } else {
+            SplitDevice::new(mem, layout, event_idx, state.avail, state.used).map(Ring::Split)
+        };
+        Ok(Self {
+            config,
+            layout,
+            ring: ring.map_err(|error| unmapped(&rules, error))?,
+            rules,
+            life: Life::Running,
+            generation: 0,
+            next_seq: 0,
+            in_flight: 0,
+            busy: HeadSet::new(!config.policy.duplicate_heads),
+            waiting: config.has(feature::IN_ORDER).then(VecDeque::new),
+            kicks: true,
+            armed: false,
+            unsignalled: false,
+            counters: Counters::default(),
+        })
+    }
+
+    /// A new generation: everything in flight is dropped, a latch is cleared. On a fault nothing changes.
+    ///
+    /// # Errors
+    /// As [`DeviceQueue::new`].
+    pub fn reset<A: Access>(
+        &mut self,
+        mem: &A,
+        config: Option<QueueConfig>,
+        state: Option<QueueState>,
+    ) -> Result<(), Fault> {
+        let fresh = Self::new(mem, config.unwrap_or(self.config), state)?;
+        let generation = self.generation + 1;
+        *self = Self { generation, ..fresh };
+        Ok(())
+    }
+
+    /// The configuration as it was given.
+    #[must_use]
+    pub const fn config(&self) -> &QueueConfig {
+        &self.config
+    }
+
+    /// Where the fields lie.
+    #[must_use]
+    pub const fn layout(&self) -> &RingLayout {
+        &self.layout
+    }
+
+    /// Number of resets so far.
+    #[must_use]
+    pub const fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Chains popped and not yet completed.
+    #[must_use]
+    pub const fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    /// The violation that latched the queue.
+    #[must_use]
+    pub const fn latched(&self) -> Option<&Fault> {
+        if let Life::Latched(fault) = &self.life { Some(fault) } else { None }
+    }
+
+    /// Whether pops are suspended by `stop`.
+    #[must_use]
+    pub const fn stopped(&self) -> bool {
+        matches!(self.life, Life::Stopped)
+    }
+
+    /// What has happened so far.
+    #[must_use]
+    pub const fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Count chains that were completed with 0 bytes because they did not fit the handler.
+    pub const fn count_rejected(&mut self, chains: u64) {
+        self.counters.rejected += chains;
+    }
+
+    /// Where the queue stands: popped so far, published so far.
+    #[must_use]
+    pub fn state(&self) -> QueueState {
+        let (avail, used) = each!(&self.ring, ring => ring.state());
+        QueueState { avail, used }
+    }
+
+    /// Break the queue: from now on nothing is popped, written or notified.
+    pub fn latch(&mut self, fault: Fault) {
+        if !matches!(self.life, Life::Latched(_)) {
+            self.life = Life::Latched(fault);
+        }
+    }
+
+    fn latched_by(&mut self, fault: Fault) -> Fault {
+        self.latch(fault.clone());
+        fault
+    }
+
+    /// Run `f` with the ring resolved for the present memory; a memory error latches the queue.
+    fn with_ring<A: Access, T>(
+        &mut self,
+        mem: &A,
+        f: impl FnOnce(&mut Ring) -> Result<T, MemoryError>,
+    ) -> Result<T, Fault> {
+        let result = each!(&mut self.ring, ring => ring.refresh(mem)).and_then(|()| f(&mut self.ring));
+        result.map_err(|error| {
+            let fault = each!(&self.ring, ring => ring.unmapped(&self.rules, error));
+            self.latched_by(fault)
+        })
+    }
+
+    /// Whether something is available. What is broken counts as work: the next pop says what it is.
+    pub fn has_work<A: Access>(&mut self, mem: &A) -> bool {
+        if !matches!(self.life, Life::Running) {
+            return false;
+        }
+        let rules = &self.rules;
+        each!(&mut self.ring, ring => ring.refresh(mem).is_err() || ring.look(mem, rules).unwrap_or(true))
+    }
+
+    /// Pop the next chain; its segments are appended to `segments`.
+    ///
+    /// A pop that comes to the end of the ring asks the driver for a kick, unless kicks are disabled.
+    ///
+    /// # Errors
+    /// The rule that the driver broke; the queue is then latched.
+    #[inline]
+    pub fn pop<A: Access>(&mut self, mem: &A, segments: &mut Vec<Segment>) -> Result<Option<Element>, Fault> {
+        if !matches!(self.life, Life::Running) {
+            return Ok(None);
+        }
+        match self.pop_or_arm(mem, segments) {
+            Ok(element) => Ok(element),
+            Err(fault) => Err(self.latched_by(fault)),
+        }
+    }
+
+    /// Pop up to `limit` chains; their number. A broken chain behind good ones is left for the next call.
+    ///
+    /// # Errors
+    /// As [`DeviceQueue::pop`], when the first chain is broken.
+    pub fn pop_many<A: Access>(
+        &mut self,
+        mem: &A,
+        limit: usize,
+        segments: &mut Vec<Segment>,
+        elements: &mut Vec<Element>,
+    ) -> Result<usize, Fault> {
+        let mut count = 0;
+        while count < limit && matches!(self.life, Life::Running) {
+            match self.pop_or_arm(mem, segments) {
+                Ok(Some(element)) => elements.push(element),
+                Ok(None) => break,
+                Err(_) if count > 0 => break,
+                Err(fault) => return Err(self.latched_by(fault)),
+            }
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    #[inline]
+    fn pop_or_arm<A: Access>(&mut self, mem: &A, segments: &mut Vec<Segment>) -> Result<Option<Element>, Fault> {
+        if let Some(element) = self.pop_ring(mem, segments)? {
+            return Ok(Some(element));
+        }
+        if !self.kicks || self.armed {
+            return Ok(None);
+        }
+        // Asking for a kick and looking once more, in this order, is what keeps a kick from being lost.
+        let armed = each!(&mut self.ring, ring => ring.arm(mem));
+        armed.map_err(|error| each!(&self.ring, ring => ring.unmapped(&self.rules, error)))?;
+        self.armed = true;
+        self.pop_ring(mem, segments)
+    }
+
+    #[inline]
+    fn pop_ring<A: Access>(&mut self, mem: &A, segments: &mut Vec<Segment>) -> Result<Option<Element>, Fault> {
+        let (rules, busy) = (&self.rules, &self.busy);
+        let room = self.in_flight < u32::from(self.layout.size);
+        let is_busy = |head| busy.contains(head);
+        each!(&mut self.ring, ring => ring.refresh(mem).map_err(|error| ring.unmapped(rules, error)))?;
+        let popped = match &mut self.ring {
+            Ring::Split(ring) => ring.pop(mem, rules, segments, is_busy, room)?,
+            Ring::Packed(ring) => ring.pop(mem, rules, segments, is_busy)?,
+        };
+        let Some(mut element) = popped else {
+            return Ok(None);
+        };
+        element.seq = self.next_seq;
+        element.generation = self.generation;
+        self.next_seq += 1;
+        self.in_flight += 1;
+        self.armed = false;
+        self.counters.popped += 1;
+        self.busy.insert(element.head);
+        if let Some(waiting) = &mut self.waiting {
+            let Element { seq, head, slots, .. } = element;
+            waiting.push_back(Waiting { seq, head, slots, written: None });
+        }
+        Ok(Some(element))
+    }
+
+    /// Put the newest popped chain back, as if it had not been popped. A stale one is dropped.
+    ///
+    /// # Errors
+    /// `NotNewest` when a later chain was popped and not put back.
+    pub fn unpop(&mut self, ticket: &Ticket) -> Result<(), Misuse> {
+        if ticket.generation != self.generation || self.latched().is_some() {
+            return Ok(());
+        }
+        if ticket.seq + 1 != self.next_seq {
+            return Err(Misuse::NotNewest);
+        }
+        match &mut self.ring {
+            Ring::Split(ring) => ring.unpop(),
+            Ring::Packed(ring) => ring.unpop(ticket.slots),
+        }
+        self.next_seq -= 1;
+        self.in_flight -= 1;
+        self.counters.popped -= 1;
+        self.armed = false;
+        self.busy.remove(ticket.head);
+        if let Some(waiting) = &mut self.waiting {
+            waiting.pop_back();
+        }
+        Ok(())
+    }
+
+    /// Whether a chain may still be touched: same generation, not latched.
+    #[must_use]
+    pub const fn is_current(&self, ticket: &Ticket) -> bool {
+        ticket.generation == self.generation && !matches!(self.life, Life::Latched(_))
+    }
+
+    /// Complete a chain with `written` bytes; not visible before `publish`. False when it was dropped.
+    ///
+    /// # Errors
+    /// `WrittenTooBig`, with nothing changed; a violation when the ring is no longer mapped.
+    #[inline]
+    pub fn complete<A: Access>(&mut self, mem: &A, ticket: &Ticket, written: u64) -> Result<bool, QueueError> {
+        if written > ticket.writable {
+            return Err(Misuse::WrittenTooBig { written, writable: ticket.writable }.into());
+        }
+        // Of an old generation, or after a latch, nothing is written (2.4.1, 2.1.1).
+        if !self.is_current(ticket) {
+            self.counters.dropped += 1;
+            return Ok(false);
+        }
+        // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
+        let written = u32::try_from(written).unwrap_or(u32::MAX);
+        if self.waiting.is_some() {
+            self.complete_in_order(mem, ticket, written)?;
+        } else {
+            let (head, slots) = (ticket.head, ticket.slots);
+            self.with_ring(mem, |ring| stage(ring, mem, head, slots, written))?;
+        }
+        self.busy.remove(ticket.head);
+        self.in_flight -= 1;
+        self.counters.pushed += 1;
+        self.unsignalled = true;
+        Ok(true)
+    }
+
+    /// 2.7.9, 2.8.8: with IN_ORDER chains are used in the order in which they were made available.
+    fn complete_in_order<A: Access>(&mut self, mem: &A, ticket: &Ticket, written: u32) -> Result<(), Fault> {
+        let mut waiting = self.waiting.take().unwrap_or_default();
+        if let Some(entry) = waiting.iter_mut().find(|entry| entry.seq == ticket.seq) {
+            entry.written = Some(written);
+        }
+        let staged = self.with_ring(mem, |ring| {
+            while let Some(&Waiting { head, slots, written: Some(written), .. }) = waiting.front() {
+                stage(ring, mem, head, slots, written)?;
+                waiting.pop_front();
+            }
+            Ok(())
+        });
+        self.waiting = Some(waiting);
+        staged
+    }
+
+    /// Make all completed chains visible to the driver.
+    ///
+    /// # Errors
+    /// A violation when the ring is no longer mapped; the queue is then latched.
+    #[inline]
+    pub fn publish<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
+        if matches!(self.life, Life::Latched(_)) {
+            return Ok(());
+        }
+        self.with_ring(mem, |ring| each!(ring, ring => ring.publish(mem)))
+    }
+
+    /// Whether the driver must be notified of what was published since the last call; counts the answer.
+    ///
+    /// # Errors
+    /// A violation when the ring is no longer mapped; the queue is then latched.
+    pub fn wants_call<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
+        if !self.unsignalled || matches!(self.life, Life::Latched(_)) {
+            return Ok(false);
+        }
+        let wants = self.with_ring(mem, |ring| each!(ring, ring => ring.wants_call(mem)))?;
+        self.unsignalled = false;
+        let counter = if wants { &mut self.counters.notified } else { &mut self.counters.suppressed };
+        *counter += 1;
+        Ok(wants)
+    }
+
+    /// Ask for kicks; whether something is available already.
+    ///
+    /// # Errors
+    /// A violation when the ring is no longer mapped; the queue is then latched.
+    pub fn enable_kicks<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
+        self.kicks = true;
+        if !matches!(self.life, Life::Running) {
+            return Ok(false);
+        }
+        self.with_ring(mem, |ring| each!(ring, ring => ring.arm(mem)))?;
+        self.armed = true;
+        Ok(self.has_work(mem))
+    }
+
+    /// Ask for no kicks.
+    ///
+    /// # Errors
+    /// A violation when the ring is no longer mapped; the queue is then latched.
+    pub fn disable_kicks<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
+        self.kicks = false;
+        self.armed = false;
+        if !matches!(self.life, Life::Running) {
+            return Ok(());
+        }
+        self.with_ring(mem, |ring| each!(ring, ring => ring.disarm(mem)))
+    }
+
+    /// No more pops; completions are still taken.
+    pub fn stop(&mut self) -> QueueState {
+        if matches!(self.life, Life::Running) {
+            self.life = Life::Stopped;
+        }
+        self.state()
+    }
+
+    /// Undo `stop`.
+    pub fn resume(&mut self) {
+        if matches!(self.life, Life::Stopped) {
+            self.life = Life::Running;
+        }
+    }
+}
+
+#[inline]
+fn stage<A: Access>(ring: &mut Ring, mem: &A, head: u16, slots: u16, written: u32) -> Result<(), MemoryError> {
+    match ring {
+        Ring::Split(ring) => ring.stage(mem, head, written),
+        Ring::Packed(ring) => ring.stage(mem, head, slots, written),
+    }
+}
+
+#[cold]
+pub(super) fn unmapped(rules: &ChainRules, error: MemoryError) -> Fault {
+    let mut fault = rules.fault(crate::rule::Rule::RingUnmapped, error.to_string());
+    fault.address = Some(error.address());
+    fault
+}

@@ -1,0 +1,67 @@
+//! Both ends of a queue: one type each over both ring formats.
+//!
+//! # Theory
+//!
+//! A ring knows positions; a queue knows *life*: which generation it is in, whether it runs, is stopped or is
+//! latched, what is in flight, and who must be told. One broken rule of the other side changes the life once:
+//! from then on nothing is popped, nothing is written and nobody is notified, until a reset begins a new
+//! generation. What was popped before belongs to its generation and can never be completed in another.
+//!
+//! A queue does not own guest memory. Every call takes a pinned [`crate::mem::Access`], and the ring's
+//! addresses are resolved anew when its epoch has changed.
+
+mod config;
+mod device;
+mod driver;
+mod heads;
+
+pub use config::{QueueConfig, QueueState, feature};
+pub use device::{DeviceQueue, Ticket};
+pub use driver::{DriverQueue, IndirectArea};
+
+use crate::error::Fault;
+
+/// One buffer that a driver makes available.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Buffer {
+    pub(crate) addr: u64,
+    pub(crate) len: u32,
+    /// WRITE and INDIRECT; NEXT and the wrap bits are the ring's.
+    pub(crate) flags: u16,
+}
+
+/// A used entry as it was read, and where.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Used {
+    pub(crate) id: u32,
+    pub(crate) len: u32,
+    pub(crate) position: u16,
+    pub(crate) address: u64,
+}
+
+/// Whether a queue works.
+#[derive(Clone, Debug)]
+pub(crate) enum Life {
+    Running,
+    /// No new pops; completions are taken.
+    Stopped,
+    /// The other side broke this rule.
+    Latched(Fault),
+}
+
+/// What has happened at one end since it was built or reset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Chains popped (device) or used buffers taken (driver).
+    pub popped: u64,
+    /// Chains used (device) or made available (driver).
+    pub pushed: u64,
+    /// Completions that came after a reset or a latch.
+    pub dropped: u64,
+    /// Chains completed with 0 bytes because they did not fit the handler.
+    pub rejected: u64,
+    /// Notifications sent.
+    pub notified: u64,
+    /// Notifications that the other side had not asked for.
+    pub suppressed: u64,
+}

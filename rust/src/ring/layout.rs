@@ -1,0 +1,138 @@
+//! Where the fields of a virtqueue lie (VIRTIO 1.4, 2.7 and 2.8.11 to 2.8.14).
+//!
+//! | split | offset | packed | offset |
+//! |---|---|---|---|
+//! | desc\[i\] | 16 i, aligned 16 | desc\[i\] | 16 i, aligned 16 |
+//! | avail flags, idx, ring\[i\], used_event | 0, 2, 4 + 2 i, 4 + 2 size; aligned 2 | driver event: off_wrap, flags | 0, 2; aligned 4 |
+//! | used flags, idx, ring\[i\], avail_event | 0, 2, 4 + 8 i, 4 + 8 size; aligned 4 | device event: off_wrap, flags | 0, 2; aligned 4 |
+
+/// Largest size of a queue in either format (VIRTIO 1.4, 2.7 and 2.8).
+pub const MAX_SIZE: u16 = 32768;
+
+/// One field of the layout: `count` words of `size` bytes, `stride` bytes apart, the first at `address`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Field {
+    /// Name, as in the specification's structures.
+    pub name: &'static str,
+    /// Guest address of the first one.
+    pub address: u64,
+    /// Bytes of one.
+    pub size: u64,
+    /// Bytes from one to the next.
+    pub stride: u64,
+    /// How many there are.
+    pub count: u64,
+}
+
+/// Format, size and addresses of a virtqueue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RingLayout {
+    /// Number of descriptors.
+    pub size: u16,
+    /// Packed (2.8) or split (2.7).
+    pub packed: bool,
+    /// Descriptor table, or descriptor ring.
+    pub desc: u64,
+    /// Avail ring, or driver event area.
+    pub driver: u64,
+    /// Used ring, or device event area.
+    pub device: u64,
+}
+
+pub(crate) const AVAIL_FLAGS: u64 = 0;
+pub(crate) const AVAIL_IDX: u64 = 2;
+pub(crate) const AVAIL_RING: u64 = 4;
+pub(crate) const USED_FLAGS: u64 = 0;
+pub(crate) const USED_IDX: u64 = 2;
+pub(crate) const USED_RING: u64 = 4;
+pub(crate) const EVENT_OFF_WRAP: u64 = 0;
+pub(crate) const EVENT_FLAGS: u64 = 2;
+
+impl RingLayout {
+    /// The three areas one after another from `base` on; None when they leave the address space.
+    #[must_use]
+    pub fn contiguous(size: u16, packed: bool, base: u64) -> Option<Self> {
+        let mut layout = Self { size, packed, desc: base, driver: 0, device: 0 };
+        layout.driver = base.checked_add(layout.desc_bytes())?;
+        layout.device = layout.driver.checked_add(layout.driver_bytes())?.checked_next_multiple_of(4)?;
+        layout.device.checked_add(layout.device_bytes())?;
+        Some(layout)
+    }
+
+    /// Bytes of the descriptor area.
+    #[must_use]
+    pub const fn desc_bytes(&self) -> u64 {
+        16 * self.size as u64
+    }
+
+    /// Bytes of the driver area; with `used_event` always, as 2.7.6 lays it out.
+    #[must_use]
+    pub const fn driver_bytes(&self) -> u64 {
+        if self.packed { 4 } else { 6 + 2 * self.size as u64 }
+    }
+
+    /// Bytes of the device area; with `avail_event` always, as 2.7.8 lays it out.
+    #[must_use]
+    pub const fn device_bytes(&self) -> u64 {
+        if self.packed { 4 } else { 6 + 8 * self.size as u64 }
+    }
+
+    /// Alignment of the three areas in bytes: descriptor, driver, device (2.7, 2.8.11).
+    #[must_use]
+    pub const fn alignments(&self) -> [u64; 3] {
+        if self.packed { [16, 4, 4] } else { [16, 2, 4] }
+    }
+
+    /// Offset of `used_event` in the driver area of a split ring.
+    #[must_use]
+    pub(crate) const fn used_event(&self) -> u64 {
+        AVAIL_RING + 2 * self.size as u64
+    }
+
+    /// Offset of `avail_event` in the device area of a split ring.
+    #[must_use]
+    pub(crate) const fn avail_event(&self) -> u64 {
+        USED_RING + 8 * self.size as u64
+    }
+
+    /// Every field by name.
+    #[must_use]
+    pub fn fields(&self) -> Vec<Field> {
+        let n = u64::from(self.size);
+        let f = |name, base: u64, off: u64, size, stride, count| Field {
+            name,
+            address: base.wrapping_add(off),
+            size,
+            stride,
+            count,
+        };
+        if self.packed {
+            vec![
+                f("desc.addr", self.desc, 0, 8, 16, n),
+                f("desc.len", self.desc, 8, 4, 16, n),
+                f("desc.id", self.desc, 12, 2, 16, n),
+                f("desc.flags", self.desc, 14, 2, 16, n),
+                f("driver_event.off_wrap", self.driver, EVENT_OFF_WRAP, 2, 2, 1),
+                f("driver_event.flags", self.driver, EVENT_FLAGS, 2, 2, 1),
+                f("device_event.off_wrap", self.device, EVENT_OFF_WRAP, 2, 2, 1),
+                f("device_event.flags", self.device, EVENT_FLAGS, 2, 2, 1),
+            ]
+        } else {
+            vec![
+                f("desc.addr", self.desc, 0, 8, 16, n),
+                f("desc.len", self.desc, 8, 4, 16, n),
+                f("desc.flags", self.desc, 12, 2, 16, n),
+                f("desc.next", self.desc, 14, 2, 16, n),
+                f("avail.flags", self.driver, AVAIL_FLAGS, 2, 2, 1),
+                f("avail.idx", self.driver, AVAIL_IDX, 2, 2, 1),
+                f("avail.ring", self.driver, AVAIL_RING, 2, 2, n),
+                f("used_event", self.driver, self.used_event(), 2, 2, 1),
+                f("used.flags", self.device, USED_FLAGS, 2, 2, 1),
+                f("used.idx", self.device, USED_IDX, 2, 2, 1),
+                f("used.ring.id", self.device, USED_RING, 4, 8, n),
+                f("used.ring.len", self.device, USED_RING + 4, 4, 8, n),
+                f("avail_event", self.device, self.avail_event(), 2, 2, 1),
+            ]
+        }
+    }
+}

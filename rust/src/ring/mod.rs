@@ -1,0 +1,60 @@
+//! Both virtqueue formats, both ends of each, generic over [`crate::mem::Access`].
+//!
+//! # Theory
+//!
+//! A ring object is one end's private state: indices, wrap counters and resolved addresses of the three
+//! areas. It never trusts what it reads back. `stage` writes an entry that the other side cannot see yet;
+//! `publish` makes all staged entries visible with one release store. All positions are kept in range by
+//! this code, so masks and remainders only ever see our own values.
+
+pub(crate) mod desc;
+mod event;
+mod layout;
+pub(crate) mod packed;
+pub(crate) mod split;
+
+pub use event::{PackedEvent, need_event, packed_need_event};
+pub use layout::{Field, MAX_SIZE, RingLayout};
+
+use crate::mem::{Access, At, MemoryError, Want};
+
+/// The three areas of a queue, resolved for one epoch of guest memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Areas {
+    pub(crate) desc: At,
+    pub(crate) driver: At,
+    pub(crate) device: At,
+    epoch: u64,
+}
+
+/// Which end of the queue we are: decides which areas must be writable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    Driver,
+    Device,
+}
+
+impl Areas {
+    /// Resolve all three areas, each as one operation.
+    pub(crate) fn resolve<A: Access>(mem: &A, layout: &RingLayout, end: End) -> Result<Self, MemoryError> {
+        let ours = |yes: bool| if yes { Want::Write } else { Want::Read };
+        // The packed ring is written by both ends; of the split ring each end writes its own part.
+        let desc = ours(end == End::Driver || layout.packed);
+        Ok(Self {
+            desc: mem.resolve(layout.desc, layout.desc_bytes(), desc)?,
+            driver: mem.resolve(layout.driver, layout.driver_bytes(), ours(end == End::Driver))?,
+            device: mem.resolve(layout.device, layout.device_bytes(), ours(end == End::Device))?,
+            epoch: mem.epoch(),
+        })
+    }
+
+    /// Resolve again if the memory table has changed since.
+    #[inline]
+    pub(crate) fn refresh<A: Access>(&mut self, mem: &A, layout: &RingLayout, end: End) -> Result<(), MemoryError> {
+        if self.epoch == mem.epoch() {
+            return Ok(());
+        }
+        *self = Self::resolve(mem, layout, end)?;
+        Ok(())
+    }
+}

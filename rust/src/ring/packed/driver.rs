@@ -1,0 +1,204 @@
+//! The driver end of a packed virtqueue.
+
+use super::Place;
+use crate::chain::ChainRules;
+use crate::error::{Fault, Misuse};
+use crate::mem::{Access, MemoryError};
+use crate::queue::{Buffer, Used};
+use crate::ring::event::{AT_DESC, DISABLE, ENABLE};
+use crate::ring::layout::{EVENT_FLAGS, EVENT_OFF_WRAP};
+use crate::ring::{Areas, End, PackedEvent, RingLayout, desc, packed_need_event};
+use crate::rule::Rule;
+
+/// Private state of the driver end.
+#[derive(Debug)]
+pub(crate) struct PackedDriver {
+    areas: Areas,
+    layout: RingLayout,
+    event_idx: bool,
+    /// Free buffer ids; with IN_ORDER they come back in the order in which they were given.
+    ids: std::collections::VecDeque<u16>,
+    free: u16,
+    next_avail: Place,
+    published: Place,
+    /// Place and flags of the first descriptor added since the last publication, stored last.
+    staged: Option<(u16, u16)>,
+    added: u16,
+    /// Slots published since the last kick decision, and where the ring stood then.
+    moved: u32,
+    kicked: Place,
+    next_used: Place,
+}
+
+impl PackedDriver {
+    pub(crate) fn new<A: Access>(
+        mem: &A,
+        layout: RingLayout,
+        event_idx: bool,
+        avail: u16,
+        used: u16,
+    ) -> Result<Self, MemoryError> {
+        Ok(Self {
+            areas: Areas::resolve(mem, &layout, End::Driver)?,
+            layout,
+            event_idx,
+            ids: (0..layout.size).collect(),
+            free: layout.size,
+            next_avail: Place::from_bits(avail),
+            published: Place::from_bits(avail),
+            staged: None,
+            added: 0,
+            moved: 0,
+            kicked: Place::from_bits(avail),
+            next_used: Place::from_bits(used),
+        })
+    }
+
+    pub(crate) fn refresh<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
+        self.areas.refresh(mem, &self.layout, End::Driver)
+    }
+
+    pub(crate) const fn state(&self) -> (u16, u16) {
+        (self.published.bits(), self.next_used.bits())
+    }
+
+    pub(crate) const fn free(&self) -> u16 {
+        self.free
+    }
+
+    /// The id that the next buffer will get.
+    pub(crate) fn next_head(&self) -> u16 {
+        self.ids.front().copied().unwrap_or(0)
+    }
+
+    pub(crate) fn check_room(&self, needed: usize) -> Result<(), Misuse> {
+        // 2.8.17: there is room for the whole list before its first descriptor becomes available.
+        if needed > usize::from(self.free) || self.ids.is_empty() {
+            let needed = u32::try_from(needed).unwrap_or(u32::MAX);
+            return Err(Misuse::QueueFull { needed, free: u32::from(self.free) });
+        }
+        Ok(())
+    }
+
+    /// Write a list of descriptors; the caller has checked that there is room and at least one.
+    pub(crate) fn add<A: Access>(&mut self, mem: &A, buffers: &[Buffer]) -> Result<u16, MemoryError> {
+        let id = self.next_head();
+        let first = self.next_avail;
+        let mut place = first;
+        let mut head_flags = 0;
+        let last = buffers.len().saturating_sub(1);
+        for (i, buffer) in buffers.iter().enumerate() {
+            let off = desc::BYTES * u64::from(place.slot);
+            mem.store_u64(self.areas.desc, off, buffer.addr)?;
+            mem.store_u32(self.areas.desc, off + 8, buffer.len)?;
+            mem.store_u16(self.areas.desc, off + 12, id)?;
+            let flags = buffer.flags | place.avail_flags() | if i == last { 0 } else { desc::NEXT };
+            if i == 0 {
+                head_flags = flags;
+            } else {
+                mem.store_u16_release(self.areas.desc, desc::flags_off(place.slot), flags)?;
+            }
+            place = place.forward(1, self.layout.size);
+        }
+        if self.staged.is_none() {
+            self.staged = Some((first.slot, head_flags));
+        } else {
+            mem.store_u16_release(self.areas.desc, desc::flags_off(first.slot), head_flags)?;
+        }
+        self.ids.pop_front();
+        self.free -= u16::try_from(buffers.len()).unwrap_or(self.free);
+        self.next_avail = place;
+        self.moved += u32::try_from(buffers.len()).unwrap_or(u32::MAX);
+        self.added += 1;
+        Ok(id)
+    }
+
+    /// Make everything added visible (2.8.21.1.1: a barrier before the flags update).
+    pub(crate) fn publish<A: Access>(&mut self, mem: &A) -> Result<u16, MemoryError> {
+        let count = self.added;
+        if let Some((slot, flags)) = self.staged {
+            mem.store_u16_release(self.areas.desc, desc::flags_off(slot), flags)?;
+            self.staged = None;
+            self.added = 0;
+            self.published = self.next_avail;
+        }
+        Ok(count)
+    }
+
+    /// Whether the device wants to hear of what was published since the last kick (2.8.21.3.1).
+    pub(crate) fn wants_kick<A: Access>(&mut self, mem: &A) -> Result<bool, MemoryError> {
+        if self.moved == 0 {
+            return Ok(false);
+        }
+        let (new, old) = (self.published, self.kicked);
+        mem.fence();
+        self.kicked = new;
+        // A whole lap or more since the last decision passes every place there is.
+        let lap = std::mem::take(&mut self.moved) > u32::from(self.layout.size);
+        let event = PackedEvent::from_word(mem.load_u32(self.areas.device, 0)?);
+        let passed = packed_need_event(event, self.event_idx, self.layout.size, new.pair(), old.pair());
+        Ok(passed || (lap && event.flags & 3 != DISABLE))
+    }
+
+    /// Whether the next slot is used.
+    pub(crate) fn look<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<bool, Fault> {
+        let slot = self.next_used.slot;
+        let flags = mem
+            .load_u16_acquire(self.areas.desc, desc::flags_off(slot))
+            .map_err(|e| self.unmapped(rules, e))?;
+        Ok(self.next_used.is_used(flags))
+    }
+
+    /// The next used descriptor, if there is one. Does not consume it: `advance` does.
+    pub(crate) fn peek<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<Option<Used>, Fault> {
+        let slot = self.next_used.slot;
+        let off = desc::BYTES * u64::from(slot);
+        let read = || {
+            let flags = mem.load_u16_acquire(self.areas.desc, desc::flags_off(slot))?;
+            if !self.next_used.is_used(flags) {
+                return Ok(None);
+            }
+            Ok(Some((flags, mem.load_u32(self.areas.desc, off + 8)?, mem.load_u16(self.areas.desc, off + 12)?)))
+        };
+        let Some((flags, len, id)) = read().map_err(|e| self.unmapped(rules, e))? else {
+            return Ok(None);
+        };
+        // 2.8.4: without WRITE the length is reserved; QEMU never sets WRITE and means the length.
+        let len = if flags & desc::WRITE != 0 || rules.policy.used_without_write { len } else { 0 };
+        let address = self.layout.desc.wrapping_add(off);
+        Ok(Some(Used { id: u32::from(id), len, position: slot, address }))
+    }
+
+    /// Consume the used buffer `id`, which occupied `descriptors` slots.
+    pub(crate) fn advance(&mut self, id: u16, descriptors: u16) {
+        self.next_used = self.next_used.forward(descriptors, self.layout.size);
+        self.free += descriptors;
+        self.ids.push_back(id);
+    }
+
+    /// Ask for calls; the caller looks again afterwards.
+    pub(crate) fn arm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
+        let flags = if self.event_idx {
+            mem.store_u16(self.areas.driver, EVENT_OFF_WRAP, self.next_used.bits())?;
+            AT_DESC
+        } else {
+            ENABLE
+        };
+        mem.store_u16_release(self.areas.driver, EVENT_FLAGS, flags)?;
+        mem.fence();
+        Ok(())
+    }
+
+    /// Ask for no calls.
+    pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
+        mem.store_u16(self.areas.driver, EVENT_FLAGS, DISABLE)
+    }
+
+    #[cold]
+    pub(crate) fn unmapped(&self, rules: &ChainRules, error: MemoryError) -> Fault {
+        let mut fault = rules.fault(Rule::RingUnmapped, error.to_string());
+        fault.position = Some(self.next_used.slot);
+        fault.address = Some(error.address());
+        fault
+    }
+}

@@ -1,0 +1,222 @@
+//! The driver end of a split virtqueue.
+//!
+//! The free list and everything about a chain in flight live in private memory: nothing is ever read back
+//! from the descriptor table, which the device could have changed although it must not (2.7.5.1).
+
+use crate::chain::ChainRules;
+use crate::error::{Fault, Misuse};
+use crate::mem::{Access, MemoryError};
+use crate::queue::{Buffer, Used};
+use crate::ring::desc::{self, Desc};
+use crate::ring::layout::{AVAIL_FLAGS, AVAIL_IDX, AVAIL_RING, USED_FLAGS, USED_IDX, USED_RING};
+use crate::ring::{Areas, End, RingLayout, need_event};
+use crate::rule::Rule;
+
+
+/// Private state of the driver end.
+#[derive(Debug)]
+pub(crate) struct SplitDriver {
+    areas: Areas,
+    layout: RingLayout,
+    event_idx: bool,
+    in_order: bool,
+    mask: u16,
+    /// Next free descriptor of each free descriptor; of a chain in flight, its next one.
+    next: Vec<u16>,
+    free_head: u16,
+    free: u16,
+    next_avail: u16,
+    published: u16,
+    kicked: u16,
+    last_used: u16,
+    /// `used.idx` as last loaded.
+    seen_used: u16,
+}
+
+impl SplitDriver {
+    pub(crate) fn new<A: Access>(
+        mem: &A,
+        layout: RingLayout,
+        event_idx: bool,
+        in_order: bool,
+        avail: u16,
+        used: u16,
+    ) -> Result<Self, MemoryError> {
+        let size = layout.size;
+        Ok(Self {
+            areas: Areas::resolve(mem, &layout, End::Driver)?,
+            layout,
+            event_idx,
+            in_order,
+            mask: size - 1,
+            next: (0..size).map(|i| (i + 1) & (size - 1)).collect(),
+            free_head: 0,
+            free: size,
+            next_avail: avail,
+            published: avail,
+            kicked: avail,
+            last_used: used,
+            seen_used: used,
+        })
+    }
+
+    pub(crate) fn refresh<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
+        self.areas.refresh(mem, &self.layout, End::Driver)
+    }
+
+    pub(crate) const fn state(&self) -> (u16, u16) {
+        (self.published, self.last_used)
+    }
+
+    pub(crate) const fn free(&self) -> u16 {
+        self.free
+    }
+
+    /// The head that the next chain will get.
+    pub(crate) const fn next_head(&self) -> u16 {
+        self.free_head
+    }
+
+    fn follow(&self, index: u16) -> u16 {
+        self.next.get(usize::from(index)).copied().unwrap_or(0)
+    }
+
+    /// Write a chain of descriptors (one INDIRECT descriptor, or the buffers themselves) and its avail entry.
+    /// The caller has checked that `free` suffices and that there is at least one.
+    pub(crate) fn add<A: Access>(&mut self, mem: &A, buffers: &[Buffer]) -> Result<u16, MemoryError> {
+        let head = self.free_head;
+        let mut index = head;
+        let last = buffers.len().saturating_sub(1);
+        for (i, buffer) in buffers.iter().enumerate() {
+            let next = self.follow(index);
+            let flags = buffer.flags | if i == last { 0 } else { desc::NEXT };
+            // IN_ORDER asks that next be the following index, even in the last one (2.7.5.2); so we always do.
+            let off = desc::BYTES * u64::from(index);
+            mem.store_u64(self.areas.desc, off, buffer.addr)?;
+            mem.store_u64(self.areas.desc, off + 8, Desc::rest(buffer.len, flags, next))?;
+            index = next;
+        }
+        let slot = AVAIL_RING + 2 * u64::from(self.next_avail & self.mask);
+        mem.store_u16(self.areas.driver, slot, head)?;
+        self.free_head = index;
+        self.free -= u16::try_from(buffers.len()).unwrap_or(self.free);
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(head)
+    }
+
+    /// Make everything added visible (2.7.13.3.1: a barrier before the idx update).
+    pub(crate) fn publish<A: Access>(&mut self, mem: &A) -> Result<u16, MemoryError> {
+        let count = self.next_avail.wrapping_sub(self.published);
+        if count != 0 {
+            mem.store_u16_release(self.areas.driver, AVAIL_IDX, self.next_avail)?;
+            self.published = self.next_avail;
+        }
+        Ok(count)
+    }
+
+    /// Whether the device wants to hear of what was published since the last kick (2.7.10.1, 2.7.13.4.1).
+    pub(crate) fn wants_kick<A: Access>(&mut self, mem: &A) -> Result<bool, MemoryError> {
+        let (new, old) = (self.published, self.kicked);
+        if new == old {
+            return Ok(false);
+        }
+        mem.fence();
+        self.kicked = new;
+        if self.event_idx {
+            let event = mem.load_u16(self.areas.device, self.layout.avail_event())?;
+            Ok(need_event(event, new, old))
+        } else {
+            Ok(mem.load_u16(self.areas.device, USED_FLAGS)? & 1 == 0)
+        }
+    }
+
+    /// Whether the used ring holds something new; `in_flight` bounds how much that can be.
+    pub(crate) fn look<A: Access>(&mut self, mem: &A, rules: &ChainRules, in_flight: u32) -> Result<bool, Fault> {
+        if self.seen_used != self.last_used {
+            return Ok(true);
+        }
+        let idx = mem.load_u16_acquire(self.areas.device, USED_IDX).map_err(|e| self.unmapped(rules, e))?;
+        let ahead = idx.wrapping_sub(self.last_used);
+        // 2.7.8: idx counts used buffers, and only what is in flight (and was published) can be used.
+        if u32::from(ahead) > in_flight {
+            let message = format!(
+                "used.idx is {idx}, {ahead} ahead of the {} taken, while {in_flight} are in flight",
+                self.last_used
+            );
+            let mut fault = rules.fault(Rule::UsedIdxTooFar, message);
+            fault.position = Some(self.last_used);
+            fault.address = Some(self.layout.device.wrapping_add(USED_IDX));
+            return Err(fault);
+        }
+        self.seen_used = idx;
+        Ok(ahead != 0)
+    }
+
+    /// The next used entry. Does not consume it: `advance` does, when it was found good.
+    pub(crate) fn peek<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<Used, Fault> {
+        let entry = USED_RING + 8 * u64::from(self.last_used & self.mask);
+        let read = || Ok((mem.load_u32(self.areas.device, entry)?, mem.load_u32(self.areas.device, entry + 4)?));
+        let (id, len) = read().map_err(|e| self.unmapped(rules, e))?;
+        Ok(Used { id, len, position: self.last_used, address: self.layout.device.wrapping_add(entry) })
+    }
+
+    /// Consume one used entry whose chain was `head` with `descriptors` ring descriptors.
+    pub(crate) fn advance(&mut self, head: u16, descriptors: u16) {
+        self.last_used = self.last_used.wrapping_add(1);
+        self.release(head, descriptors);
+    }
+
+    fn release(&mut self, head: u16, descriptors: u16) {
+        self.free += descriptors;
+        if self.in_order {
+            // 2.7.5: with IN_ORDER descriptors are used in ring order, so the free ones follow by themselves.
+            return;
+        }
+        let mut tail = head;
+        for _ in 1..descriptors {
+            tail = self.follow(tail);
+        }
+        if let Some(next) = self.next.get_mut(usize::from(tail)) {
+            *next = self.free_head;
+        }
+        self.free_head = head;
+    }
+
+    /// How many used entries are known to be there and not consumed.
+    pub(crate) const fn ready(&self) -> u16 {
+        self.seen_used.wrapping_sub(self.last_used)
+    }
+
+    /// Ask for calls (2.7.7.1); the caller looks again afterwards.
+    pub(crate) fn arm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
+        if self.event_idx {
+            mem.store_u16(self.areas.driver, self.layout.used_event(), self.last_used)?;
+        } else {
+            mem.store_u16(self.areas.driver, AVAIL_FLAGS, 0)?;
+        }
+        mem.fence();
+        Ok(())
+    }
+
+    /// Ask for no calls. With EVENT_IDX flags stays 0 (2.7.7.1) and an old `used_event` says so.
+    pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
+        if self.event_idx { Ok(()) } else { mem.store_u16(self.areas.driver, AVAIL_FLAGS, 1) }
+    }
+
+    #[cold]
+    pub(crate) fn unmapped(&self, rules: &ChainRules, error: MemoryError) -> Fault {
+        let mut fault = rules.fault(Rule::RingUnmapped, error.to_string());
+        fault.position = Some(self.last_used);
+        fault.address = Some(error.address());
+        fault
+    }
+
+    /// Whether `needed` ring descriptors are free.
+    pub(crate) fn check_room(&self, needed: usize) -> Result<(), Misuse> {
+        if needed > usize::from(self.free) {
+            let needed = u32::try_from(needed).unwrap_or(u32::MAX);
+            return Err(Misuse::QueueFull { needed, free: u32::from(self.free) });
+        }
+        Ok(())
+    }
+}
