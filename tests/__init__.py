@@ -1,1 +1,1 @@
-"""The tests, by what they need: unit, property, stateful, cli (nothing), kernel (real Linux), peers (real others)."""
+"""The tests, in folders by what they look at; `kernel` boots real Linux, the others need nothing."""
