@@ -357,7 +357,7 @@ def broken_value(name: str, value: object) -> dict[str, object]:
         broken_value("status", -1),
         broken_value("status", 65536),
         broken_value("status", "01"),
-        broken_value("status", True),
+        broken_value("status", value=True),
         broken_value("status", None),
         broken_value("mac", "0102030405"),
         broken_value("mac", "01020304050607"),
