@@ -117,6 +117,9 @@ class Trace:
         """Forget the log and the changes that are still planned; numbering starts at 0 again."""
     def change_at(self, number: int, address: int, data: Buffer) -> None:
         """Write `data` to `address` just before access `number` happens, as a racing other side would."""
+    @property
+    def missed(self) -> int:
+        """Changes since the last `clear()` that could not be made: not mapped for writing at that moment."""
 
 @final
 class GuestMemory:

@@ -191,7 +191,9 @@ impl fmt::Debug for Notifier {
             Kind::Stream(fd) => out.field("stream", fd),
             Kind::Callback(_) => out.field("callback", &format_args!("…")),
         };
-        out.field("count", &self.count()).finish()
+        out.field("read_only", &self.read_only)
+            .field("count", &self.count())
+            .finish()
     }
 }
 
@@ -283,7 +285,9 @@ mod tests {
     fn a_callback_is_called_each_time() {
         let calls = Arc::new(AtomicU64::new(0));
         let inner = Arc::clone(&calls);
-        let notifier = Notifier::callback(Box::new(move || drop(inner.fetch_add(1, Ordering::Relaxed))));
+        let notifier = Notifier::callback(Box::new(move || {
+            inner.fetch_add(1, Ordering::Relaxed);
+        }));
         notifier.notify().unwrap();
         notifier.notify().unwrap();
         assert_eq!(

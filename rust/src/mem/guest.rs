@@ -37,12 +37,30 @@ impl RegionSpec {
 /// A range of guest memory that stays mapped, whatever happens to the table.
 #[derive(Debug)]
 pub struct Live {
-    /// Host address of the first byte.
-    pub ptr: *mut u8,
+    pub(super) mapping: Arc<Mapping>,
+    /// Offset of the first byte in the mapping's region; with `len` inside it.
+    pub(super) skip: usize,
+    pub(super) len: usize,
+}
+
+impl Live {
+    /// Host address of the first byte, mapped as long as `self` lives.
+    #[must_use]
+    pub fn ptr(&self) -> *mut u8 {
+        self.mapping.ptr().wrapping_add(self.skip)
+    }
+
     /// Length in bytes.
-    pub len: usize,
-    /// Keeps the range mapped.
-    pub mapping: Arc<Mapping>,
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
 }
 
 /// Guest memory; see the module's head.
@@ -200,10 +218,18 @@ impl GuestMemory {
         self.pin().mapped().copy_within(dst, src, len)
     }
 
+    /// Check that all `len` bytes at `gpa` are mapped, and writable if so wanted.
+    ///
+    /// # Errors
+    /// As [`Access::resolve`].
+    pub fn check(&self, gpa: u64, len: u64, want: Want) -> Result<(), MemoryError> {
+        self.pin().table.check(gpa, len, want)
+    }
+
     /// Whether all `len` bytes at `gpa` are mapped.
     #[must_use]
     pub fn is_mapped(&self, gpa: u64, len: u64) -> bool {
-        self.pin().table.check(gpa, len, Want::Read).is_ok()
+        self.check(gpa, len, Want::Read).is_ok()
     }
 
     /// The bytes themselves, kept mapped.

@@ -136,9 +136,9 @@ impl Table {
         }
         let mapping = Arc::clone(region.mapping());
         Ok(Live {
-            ptr: mapping.ptr().wrapping_add(host_size(skip)),
-            len: host_size(len),
             mapping,
+            skip: host_size(skip),
+            len: host_size(len),
         })
     }
 

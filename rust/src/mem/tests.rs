@@ -470,10 +470,10 @@ fn a_mapping_lives_as_long_as_its_last_holder() {
         let live = mem.live(16, 32, Want::Write).unwrap();
         mem.write(16, &[99]).unwrap();
         mem.remove(0, size).unwrap();
-        assert_eq!(mappings_of(live.ptr), 1);
+        assert_eq!(mappings_of(live.ptr()), 1);
         // SAFETY: `live` keeps the mapping.
-        assert_eq!(unsafe { live.ptr.read() }, 99);
-        let ptr = live.ptr;
+        assert_eq!(unsafe { live.ptr().read() }, 99);
+        let ptr = live.ptr();
         drop(live);
         assert_eq!(mappings_of(ptr), 0);
     }

@@ -1,0 +1,377 @@
+//! Python's `GuestMemory`, `Region`, `Trace` and `Access`.
+//!
+//! No pin lives across a call into Python: each method pins, copies and unpins, and what waits for pins (a change of
+//! the table) does so without the GIL.
+
+#![allow(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
+
+use std::ffi::c_int;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use pyo3::exceptions::PyBufferError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyMemoryView};
+use pyo3::{PyRef, ffi};
+use rustix::io::Errno;
+
+use super::args::{Input, Int, Output, Raw, detached, duplicate, invalid, os_error};
+use crate::mem::{Backing, GuestMemory, Live, MemoryError, Record, Region, RegionError, RegionSpec, Trace, Want};
+
+/// An address that our caller gave cannot be used.
+pub(crate) fn memory_error(error: MemoryError) -> PyErr {
+    invalid(error)
+}
+
+fn region_error(error: RegionError) -> PyErr {
+    match error {
+        // The fd or the size is one that cannot be mapped; everything else is the machine's trouble.
+        RegionError::System {
+            errno:
+                Errno::ACCESS | Errno::BADF | Errno::FBIG | Errno::INVAL | Errno::NODEV | Errno::OVERFLOW | Errno::PERM,
+            ..
+        } => invalid(error),
+        RegionError::System { errno, .. } => os_error(errno, error.to_string()),
+        _ => invalid(error),
+    }
+}
+
+/// One stretch of guest memory, as it was when asked for.
+#[pyclass(frozen, name = "Region", module = "virtio_test._core")]
+pub struct PyRegion {
+    #[pyo3(get)]
+    address: u64,
+    #[pyo3(get)]
+    size: u64,
+    #[pyo3(get)]
+    offset: u64,
+    #[pyo3(get)]
+    writable: bool,
+    /// Keeps the fd open, and not the mapping.
+    file: Option<Arc<OwnedFd>>,
+}
+
+impl From<&Arc<Region>> for PyRegion {
+    fn from(region: &Arc<Region>) -> Self {
+        Self {
+            address: region.gpa(),
+            size: region.size(),
+            offset: region.offset(),
+            writable: region.writable(),
+            file: region.fd().cloned(),
+        }
+    }
+}
+
+#[pymethods]
+impl PyRegion {
+    #[getter]
+    fn fd(&self) -> Option<RawFd> {
+        self.file.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    fn __repr__(&self) -> String {
+        let Self {
+            address, size, offset, ..
+        } = self;
+        let fd = self
+            .fd()
+            .map_or_else(|| "anonymous".to_owned(), |fd| format!("fd {fd} at {offset:#x}"));
+        let mode = if self.writable { "" } else { ", read-only" };
+        format!("<Region {address:#x} + {size:#x}, {fd}{mode}>")
+    }
+}
+
+/// One access to traced memory.
+#[pyclass(frozen, name = "Access", module = "virtio_test._core")]
+pub struct PyAccess(Record);
+
+#[pymethods]
+impl PyAccess {
+    #[getter]
+    const fn kind(&self) -> &'static str {
+        self.0.kind.name()
+    }
+
+    #[getter]
+    const fn address(&self) -> u64 {
+        self.0.gpa
+    }
+
+    #[getter]
+    const fn length(&self) -> u64 {
+        self.0.len
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Access {} {:#x} + {}>", self.kind(), self.address(), self.length())
+    }
+}
+
+/// Records every access that queues and chains make to a memory, and can change memory in between.
+#[pyclass(frozen, name = "Trace", module = "virtio_test._core")]
+pub struct PyTrace(Arc<Trace>);
+
+#[pymethods]
+impl PyTrace {
+    #[new]
+    fn new() -> Self {
+        Self(Arc::new(Trace::new()))
+    }
+
+    fn log(&self) -> Vec<PyAccess> {
+        self.0.log().into_iter().map(PyAccess).collect()
+    }
+
+    fn clear(&self) {
+        self.0.clear();
+    }
+
+    fn change_at(&self, number: Int<u64>, address: Int<u64>, data: Input<'_>) {
+        self.0.change_at(number.0, address.0, data.to_vec());
+    }
+
+    #[getter]
+    fn missed(&self) -> u64 {
+        self.0.missed()
+    }
+
+    #[expect(clippy::unused_self, reason = "Python calls it on an instance")]
+    const fn __repr__(&self) -> &'static str {
+        "Trace()"
+    }
+}
+
+/// A received region: guest address, size, fd, offset in the file.
+type Received = (Int<u64>, Int<u64>, Int<i32>, Int<u64>);
+
+/// What new regions without an fd are made of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Own {
+    Memfd,
+    Anonymous,
+}
+
+impl Own {
+    fn named(name: &str) -> PyResult<Self> {
+        match name {
+            "memfd" => Ok(Self::Memfd),
+            "anonymous" => Ok(Self::Anonymous),
+            _ => Err(invalid(format_args!(
+                "backing must be 'memfd' or 'anonymous', not {name:?}"
+            ))),
+        }
+    }
+
+    const fn backing(self) -> Backing {
+        match self {
+            Self::Memfd => Backing::Memfd,
+            Self::Anonymous => Backing::Anonymous,
+        }
+    }
+}
+
+/// A table of regions that never overlap, with an epoch that grows at each change of the table.
+#[pyclass(frozen, name = "GuestMemory", module = "virtio_test._core")]
+pub struct PyGuestMemory {
+    inner: Arc<GuestMemory>,
+    trace: Option<Py<PyTrace>>,
+    own: Own,
+}
+
+impl PyGuestMemory {
+    /// The memory itself, for the queues.
+    pub(crate) const fn inner(&self) -> &Arc<GuestMemory> {
+        &self.inner
+    }
+}
+
+#[pymethods]
+impl PyGuestMemory {
+    #[new]
+    #[pyo3(signature = (regions=Vec::new(), *, backing="memfd", trace=None))]
+    #[pyo3(text_signature = "(regions=(), *, backing='memfd', trace=None)")]
+    fn new(
+        py: Python<'_>,
+        regions: Vec<(Int<u64>, Int<u64>)>,
+        backing: &str,
+        trace: Option<Py<PyTrace>>,
+    ) -> PyResult<Self> {
+        let own = Own::named(backing)?;
+        let spec = |(gpa, size): (Int<u64>, Int<u64>)| RegionSpec {
+            gpa: gpa.0,
+            size: size.0,
+            backing: own.backing(),
+        };
+        let regions = regions.into_iter().map(spec).collect();
+        let record = trace.as_ref().map(|trace| Arc::clone(&trace.bind(py).get().0));
+        let inner = Arc::new(GuestMemory::new(regions, record).map_err(region_error)?);
+        Ok(Self { inner, trace, own })
+    }
+
+    #[getter]
+    fn epoch(&self) -> u64 {
+        self.inner.epoch()
+    }
+
+    #[getter]
+    fn regions(&self) -> Vec<PyRegion> {
+        self.inner.regions().iter().map(PyRegion::from).collect()
+    }
+
+    #[getter]
+    fn trace(&self, py: Python<'_>) -> Option<Py<PyTrace>> {
+        self.trace.as_ref().map(|trace| trace.clone_ref(py))
+    }
+
+    #[pyo3(signature = (address, size, *, fd=None, offset=Int(0), writable=true))]
+    #[pyo3(text_signature = "($self, address, size, *, fd=None, offset=0, writable=True)")]
+    fn add_region(
+        &self,
+        py: Python<'_>,
+        address: Int<u64>,
+        size: Int<u64>,
+        fd: Option<Int<i32>>,
+        offset: Int<u64>,
+        writable: bool,
+    ) -> PyResult<()> {
+        let (gpa, size, offset) = (address.0, size.0, offset.0);
+        let backing = match fd {
+            Some(fd) => Backing::Received {
+                fd: duplicate(fd.0)?,
+                offset,
+                writable,
+            },
+            None if offset != 0 => return Err(invalid("an offset is one into a file: give fd, or no offset")),
+            None if writable => self.own.backing(),
+            None => Backing::fresh_read_only(gpa, size).map_err(region_error)?,
+        };
+        py.detach(|| self.inner.add(RegionSpec { gpa, size, backing }))
+            .map_err(region_error)
+    }
+
+    fn remove_region(&self, py: Python<'_>, address: Int<u64>, size: Int<u64>) -> PyResult<()> {
+        py.detach(|| self.inner.remove(address.0, size.0)).map_err(region_error)
+    }
+
+    fn replace(&self, py: Python<'_>, regions: Vec<Received>) -> PyResult<()> {
+        let specs = regions.into_iter().map(|(gpa, size, fd, offset)| {
+            let backing = Backing::Received {
+                fd: duplicate(fd.0)?,
+                offset: offset.0,
+                writable: true,
+            };
+            Ok(RegionSpec {
+                gpa: gpa.0,
+                size: size.0,
+                backing,
+            })
+        });
+        let specs = specs.collect::<PyResult<Vec<_>>>()?;
+        py.detach(|| self.inner.replace(specs)).map_err(region_error)
+    }
+
+    fn read<'py>(&self, py: Python<'py>, address: Int<u64>, length: Int<usize>) -> PyResult<Bound<'py, PyBytes>> {
+        let (gpa, len) = (address.0, length.0);
+        // Before that much memory is asked for.
+        self.inner.check(gpa, len as u64, Want::Read).map_err(memory_error)?;
+        PyBytes::new_with(py, len, |out| {
+            detached(py, len, || self.inner.read(gpa, out)).map_err(memory_error)
+        })
+    }
+
+    fn read_into(&self, py: Python<'_>, address: Int<u64>, buffer: Output) -> PyResult<()> {
+        let raw = buffer.raw();
+        detached(py, raw.len, || {
+            let Raw { ptr, len } = { raw };
+            // SAFETY: `buffer` is held over the copy, so its `len` bytes are valid for writes (M6).
+            unsafe { self.inner.read_raw(address.0, ptr, len) }
+        })
+        .map_err(memory_error)
+    }
+
+    fn write(&self, py: Python<'_>, address: Int<u64>, data: Input<'_>) -> PyResult<()> {
+        let raw = data.raw();
+        detached(py, raw.len, || {
+            let Raw { ptr, len } = { raw };
+            // SAFETY: `data` is held over the copy, so its `len` bytes are valid for reads (M6).
+            unsafe { self.inner.write_raw(address.0, ptr, len) }
+        })
+        .map_err(memory_error)
+    }
+
+    #[pyo3(signature = (address, length, value=Int(0)))]
+    #[pyo3(text_signature = "($self, address, length, value=0)")]
+    fn fill(&self, py: Python<'_>, address: Int<u64>, length: Int<usize>, value: Int<u8>) -> PyResult<()> {
+        let fill = || self.inner.fill(address.0, length.0 as u64, value.0);
+        detached(py, length.0, fill).map_err(memory_error)
+    }
+
+    fn copy(&self, py: Python<'_>, destination: Int<u64>, source: Int<u64>, length: Int<usize>) -> PyResult<()> {
+        let copy = || self.inner.copy(destination.0, source.0, length.0 as u64);
+        detached(py, length.0, copy).map_err(memory_error)
+    }
+
+    fn is_mapped(&self, address: Int<u64>, length: Int<u64>) -> bool {
+        self.inner.is_mapped(address.0, length.0)
+    }
+
+    #[pyo3(signature = (address, length, *, writable=false))]
+    fn live_view<'py>(
+        &self,
+        py: Python<'py>,
+        address: Int<u64>,
+        length: Int<u64>,
+        writable: bool,
+    ) -> PyResult<Bound<'py, PyMemoryView>> {
+        let want = if writable { Want::Write } else { Want::Read };
+        let live = self.inner.live(address.0, length.0, want).map_err(memory_error)?;
+        PyMemoryView::from(Bound::new(py, LiveBytes { live, writable })?.as_any())
+    }
+
+    fn __repr__(&self) -> String {
+        let regions = self.inner.regions();
+        if !regions.iter().all(|region| region.own()) {
+            return format!(
+                "<GuestMemory of {} regions, epoch {}>",
+                regions.len(),
+                self.inner.epoch()
+            );
+        }
+        let pairs: Vec<_> = regions.iter().map(|region| (region.gpa(), region.size())).collect();
+        let backing = if self.own == Own::Memfd {
+            ""
+        } else {
+            ", backing='anonymous'"
+        };
+        let trace = if self.trace.is_some() { ", trace=Trace()" } else { "" };
+        format!("GuestMemory({pairs:?}{backing}{trace})")
+    }
+}
+
+/// What a live view is a view of; keeps its bytes mapped.
+#[pyclass(frozen, module = "virtio_test._core")]
+struct LiveBytes {
+    live: Live,
+    writable: bool,
+}
+
+#[pymethods]
+impl LiveBytes {
+    unsafe fn __getbuffer__(slf: PyRef<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        if view.is_null() {
+            return Err(PyBufferError::new_err("no view to fill"));
+        }
+        let (ptr, len) = (slf.live.ptr().cast(), slf.live.len());
+        let len = ffi::Py_ssize_t::try_from(len).map_err(|_| PyBufferError::new_err("the range is too long"))?;
+        let readonly = c_int::from(!slf.writable);
+        // SAFETY: Python gives a `view` to fill. The view takes a reference to the object, which holds the mapping,
+        // so `len` bytes at `ptr` stay mapped while the view lives (M1); read-only unless the region is writable.
+        let filled = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), ptr, len, readonly, flags) };
+        if filled == 0 {
+            Ok(())
+        } else {
+            Err(PyErr::fetch(slf.py()))
+        }
+    }
+}
