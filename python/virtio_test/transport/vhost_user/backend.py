@@ -1,0 +1,329 @@
+"""The vhost-user back-end: a device served to one front-end after the other.
+
+Theory
+------
+The socket is read exactly as far as the present message goes, so its fds are known (see `codec`). A request is
+answered before anything else is done; what it set in motion runs in the owner loop afterwards. Nothing waits for
+the front-end: one that does not read its replies is disconnected.
+
+One front-end at a time. Another that connects meanwhile waits in the socket's backlog and is served when the
+first has gone. Whatever ends a connection ends only that: its memory is unmapped, its fds are closed, the device
+is reset, and the next front-end finds the server as the first did.
+"""
+
+from __future__ import annotations
+
+import array
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Final, Self
+
+from virtio_test._core import GuestMemory, Policy
+from virtio_test.clock import Clock
+from virtio_test.device import Device
+from virtio_test.errors import InvalidArgument, MessageError
+from virtio_test.features import FeatureSet, check_own_offer
+from virtio_test.loop import OwnerLoop
+
+from .codec import Decoder, Message
+from .endpoint import Endpoint
+from .messages import FRONTEND_REQUESTS, MAX_FDS, ProtocolFeature
+from .rules import violation
+from .session import SUPPORTED, Session
+
+__all__ = ["DEFAULT_PROTOCOL_FEATURES", "Backend", "serve"]
+
+_log: Final = logging.getLogger("virtio_test.vhost_user")
+_FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_PARTS_PER_TURN: Final = 64
+"""Reads of one turn of the loop, so that a front-end that never stops talking starves nobody."""
+
+DEFAULT_PROTOCOL_FEATURES: Final = SUPPORTED & ~ProtocolFeature.INBAND_NOTIFICATIONS
+"""What is offered unless told otherwise. With in-band notifications UML would send every kick as a message and
+wait for its answer; the protocol itself advises against them where fds can be had."""
+
+
+class Backend:
+    """Serves `device` over a UNIX socket; it is the device's `Bus`.
+
+    Args:
+        device: what is served; it is attached at once, so its timers start.
+        path: listen here (mode 0600); or
+        fd: a UNIX stream socket that the launcher gave, listening or connected.
+        loop: the owner loop; one on the monotonic clock when None.
+        features: what is offered instead of all that the device can.
+        protocol_features: protocol features that are offered.
+        policy: tolerances towards the driver's rings.
+
+    Raises:
+        InvalidArgument: the path or fd cannot be used, or features are offered that the device does not have, or
+            that may not be offered; one line.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        fd: int | None = None,
+        loop: OwnerLoop | None = None,
+        features: FeatureSet | None = None,
+        protocol_features: ProtocolFeature = DEFAULT_PROTOCOL_FEATURES,
+        policy: Policy = Policy.interop,
+    ) -> None:
+        offered = device.features if features is None else features
+        if extra := offered - device.features:
+            raise InvalidArgument(f"the device does not have the features {extra}; it has {device.features}")
+        check_own_offer(offered)
+        if foreign := protocol_features & ~SUPPORTED:
+            raise InvalidArgument(f"protocol features {foreign!r} are not served here; those served are {SUPPORTED!r}")
+        self.device = device
+        self.loop = OwnerLoop() if loop is None else loop
+        self.last_error: MessageError | None = None
+        self.sessions = 0
+        self._offered = offered
+        self._protocol_features = protocol_features
+        self._policy = policy
+        self._memory = GuestMemory()
+        self._session: Session | None = None
+        self._socket: socket.socket | None = None
+        self._decoder = Decoder(FRONTEND_REQUESTS)
+        self._endpoint = Endpoint(path, fd=fd)
+        device.attach(self)
+        if self._endpoint.connected is not None:
+            self._connected(self._endpoint.connected)
+        else:
+            self._listen()
+
+    def __repr__(self) -> str:
+        return f"<Backend of {self.device!r}, {'connected' if self._socket else 'waiting'}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def session(self) -> Session | None:
+        """The session of the present front-end."""
+        return self._session
+
+    @property
+    def finished(self) -> bool:
+        """Whether no front-end can come any more: the one connection that was given has ended, or we are closed."""
+        return self._socket is None and self._endpoint.listener is None
+
+    def close(self) -> None:
+        """End the connection, stop listening, and remove the socket's file if it is still ours."""
+        self._disconnect()
+        if self._endpoint.listener is not None:
+            self.loop.remove_reader(self._endpoint.listener.fileno())
+        self._endpoint.close()
+
+    # --- the device's bus -----------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> GuestMemory:
+        """See `Bus.memory`; empty while no front-end shares any."""
+        return self._memory
+
+    @property
+    def clock(self) -> Clock:
+        """See `Bus.clock`."""
+        return self.loop.clock
+
+    def call(self, queue_index: int) -> None:
+        """See `Bus.call`."""
+        if self._session is not None:
+            self._session.rings.call(queue_index)
+
+    def config_changed(self) -> None:
+        """See `Bus.config_changed`."""
+        if self._session is not None:
+            self._session.config_changed()
+
+    def broken(self, error: Exception) -> None:
+        """See `Bus.broken`."""
+        if self._session is not None:
+            self._session.rings.fail(error)
+
+    # --- connections ----------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        if self._endpoint.listener is not None:
+            self.loop.add_reader(self._endpoint.listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        listener = self._endpoint.listener
+        if listener is None or self._socket is not None:
+            return
+        try:
+            accepted, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # Out of fds, for one: the front-end waits in the backlog until there are some.
+            _log.warning("a front-end cannot be accepted: %s", error.strerror)
+            return
+        # The next one is looked at when this one has gone.
+        self.loop.remove_reader(listener.fileno())
+        self._connected(accepted)
+
+    def _connected(self, accepted: socket.socket) -> None:
+        accepted.settimeout(0.0)
+        self._socket = accepted
+        self._decoder = Decoder(FRONTEND_REQUESTS)
+        self._session = Session(
+            self.device,
+            self._memory,
+            self.loop,
+            offered=self._offered,
+            protocol_features=self._protocol_features,
+            policy=self._policy,
+        )
+        self.sessions += 1
+        self.loop.add_reader(accepted.fileno(), self._readable)
+        _log.info("front-end %d is connected", self.sessions)
+
+    def _disconnect(self) -> None:
+        gone, self._socket = self._socket, None
+        session, self._session = self._session, None
+        if gone is None or session is None:
+            return
+        self.loop.remove_reader(gone.fileno())
+        try:
+            session.close()
+        finally:
+            gone.close()
+            self._endpoint.connected = None
+            self._decoder = Decoder(FRONTEND_REQUESTS)
+            self._listen()
+        _log.info("front-end %d has gone", self.sessions)
+        if self.finished:
+            self.loop.stop()
+
+    def _readable(self) -> None:
+        try:
+            for _ in range(_PARTS_PER_TURN):
+                if self._socket is None or not self._read_part(self._socket):
+                    return
+        except MessageError as error:
+            self.last_error = error
+            _log.warning("the connection of front-end %d is ended: %s", self.sessions, error)
+            self._disconnect()
+
+    def _read_part(self, connection: socket.socket) -> bool:
+        """Read one part of one message; whether there may be more.
+
+        Raises:
+            MessageError: malformed, or refused in a way that ends the connection.
+        """
+        try:
+            data, ancillary, flags, _ = connection.recvmsg(
+                self._decoder.wanted, _FD_SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            _log.info("front-end %d: %s", self.sessions, error.strerror)
+            data, ancillary, flags = b"", [], 0
+        fds = array.array("i")
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        messages = self._decoder.feed(data, fds)
+        if flags & socket.MSG_CTRUNC:
+            raise violation("FdCount", "more fds came than could be taken")
+        if not data:
+            self._decoder.end()
+            self._disconnect()
+            return False
+        for message in messages:
+            try:
+                self._answer(connection, message)
+            finally:
+                message.close()
+        return self._socket is not None
+
+    def _answer(self, connection: socket.socket, message: Message) -> None:
+        session = self._session
+        if session is None:
+            return
+        reply = session.handle(message)
+        if reply is None:
+            return
+        try:
+            sent = connection.send(reply, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            # Its end of the connection is read next, and ends the session.
+            _log.info("front-end %d: %s", self.sessions, error.strerror)
+            return
+        if sent != len(reply):
+            raise violation("RepliesUnread", f"the answer to request {message.request} cannot be sent")
+
+
+def serve(
+    device: Device,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    fd: int | None = None,
+    loop: OwnerLoop | None = None,
+    features: FeatureSet | None = None,
+    protocol_features: ProtocolFeature = DEFAULT_PROTOCOL_FEATURES,
+    policy: Policy = Policy.interop,
+    ready: Callable[[Backend], object] | None = None,
+) -> None:
+    """Serve `device` until SIGINT or SIGTERM, or until the connection that `fd` is has ended.
+
+    To be called in the main thread. The device prints through its own console; what happens to connections is
+    logged as ``virtio_test.vhost_user``.
+
+    Args:
+        device: what is served.
+        path: listen here; or
+        fd: a UNIX stream socket that the launcher gave.
+        loop: the owner loop; one on the monotonic clock when None.
+        features: what is offered instead of all that the device can.
+        protocol_features: protocol features that are offered.
+        policy: tolerances towards the driver's rings.
+        ready: called once front-ends can connect.
+
+    Raises:
+        InvalidArgument: see `Backend`.
+    """
+    backend = Backend(
+        device,
+        path=path,
+        fd=fd,
+        loop=loop,
+        features=features,
+        protocol_features=protocol_features,
+        policy=policy,
+    )
+    with backend, _stopped_by_signals(backend.loop):
+        if ready is not None:
+            ready(backend)
+        backend.loop.run()
+
+
+@contextmanager
+def _stopped_by_signals(loop: OwnerLoop) -> Generator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(_number: int, _frame: object) -> None:
+        loop.stop()
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,183 @@
+"""Where front-ends reach the server: a listening UNIX socket at a path, or a socket that the launcher gave.
+
+Whatever is wrong with a path becomes one line that says what, where and what to do. A file is removed in two
+cases only: the socket that a killed server of this user left behind (a socket of mode 0600, ours, on which
+nobody listens), before binding; and our own, recognised by its inode, at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from virtio_test.errors import InvalidArgument
+
+__all__ = ["MAX_PATH_BYTES", "Endpoint"]
+
+MAX_PATH_BYTES: Final = 107
+"""What fits into a UNIX socket address, its final NUL not counted."""
+
+_ADVICE: Final = {
+    errno.ENOENT: "no such folder; create it, or give another path",
+    errno.ENOTDIR: "a part of the path is no folder; give another path",
+    errno.EACCES: "the folder is not writable for this user; give another path",
+    errno.EPERM: "the folder is not writable for this user; give another path",
+    errno.EROFS: "the file system is read-only; give another path",
+    errno.ENAMETOOLONG: "a part of the path is too long; give a shorter one",
+    errno.ELOOP: "a loop of symbolic links; give another path",
+    errno.ENOSPC: "the file system is full; give another path",
+}
+
+
+class Endpoint:
+    """A bound, listening socket, or one connection that exists already.
+
+    Args:
+        path: bind and listen here; mode 0600.
+        fd: a UNIX stream socket, listening or connected, that is ours from now on.
+
+    Attributes:
+        listener: the listening socket, or None.
+        connected: the connection that came with the fd, or None.
+
+    Raises:
+        InvalidArgument: neither or both are given, or what was given cannot be used; one line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, fd: int | None = None) -> None:
+        self.listener: socket.socket | None = None
+        self.connected: socket.socket | None = None
+        self._path: Path | None = None
+        self._identity: tuple[int, int] | None = None
+        if (path is None) == (fd is None):
+            raise InvalidArgument("a server needs either a socket path or a socket fd")
+        if path is not None:
+            self._bind(os.fspath(path))
+        elif fd is not None:
+            self._adopt(fd)
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self._path or 'of a given fd'}>"
+
+    def _adopt(self, fd: int) -> None:
+        try:
+            given = socket.socket(fileno=fd)
+        except OSError as error:
+            raise InvalidArgument(f"fd {fd} is no socket ({error.strerror}); give a UNIX stream socket") from None
+        if given.family != socket.AF_UNIX or given.type != socket.SOCK_STREAM:
+            given.detach()
+            raise InvalidArgument(f"fd {fd} is no UNIX stream socket; give one")
+        given.settimeout(0.0)
+        if given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            self.listener = given
+        else:
+            self.connected = given
+
+    def _bind(self, text: str) -> None:
+        raw = os.fsencode(text)
+        if not raw or b"\0" in raw:
+            raise InvalidArgument(f"socket path {text!r} is no path; give one of 1 to {MAX_PATH_BYTES} bytes")
+        if len(raw) > MAX_PATH_BYTES:
+            raise InvalidArgument(
+                f"socket path {text} has {len(raw)} bytes, and a socket address holds {MAX_PATH_BYTES}; "
+                "give a shorter one"
+            )
+        path = Path(text)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with _alone_in(path.parent):
+                _remove_stale(path)
+                # The mode of the socket becomes that of its file: nobody else can connect, not even for a moment.
+                os.fchmod(listener.fileno(), 0o600)
+                listener.bind(raw)
+                status = path.lstat()
+                listener.listen(1)
+        except OSError as error:
+            listener.close()
+            if error.errno == errno.EADDRINUSE:
+                raise InvalidArgument(_why_taken(path)) from None
+            advice = _ADVICE.get(error.errno or 0, f"{error.strerror}; give another path")
+            raise InvalidArgument(f"socket path {text}: {advice}") from None
+        listener.settimeout(0.0)
+        # Absolute, so that a change of the working folder does not make us look elsewhere at the end.
+        self._path = path.absolute()
+        self._identity = (status.st_dev, status.st_ino)
+        self.listener = listener
+
+    def close(self) -> None:
+        """Close the sockets, and remove our file if it is still ours."""
+        for each in (self.listener, self.connected):
+            if each is not None:
+                each.close()
+        self.listener = self.connected = None
+        if self._path is not None:
+            try:
+                status = self._path.lstat()
+                if (status.st_dev, status.st_ino) == self._identity:
+                    self._path.unlink()
+            except OSError:
+                # Gone already, or its folder is: nothing of ours is left.
+                pass
+            self._path = None
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Generator[None]:
+    """Two servers that start at once must not take each other's new socket for a stale one."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        # A folder that one may write into and not read: there is no lock, and no stale socket is looked for either.
+        yield
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(0.0)
+        try:
+            probe.connect(os.fsencode(path))
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True
+        return True
+
+
+def _is_stale(path: Path) -> bool:
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    mine = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o600
+    return stat.S_ISSOCK(status.st_mode) and mine and not _listens(path)
+
+
+def _remove_stale(path: Path) -> None:
+    if _is_stale(path):
+        path.unlink()
+
+
+def _why_taken(path: Path) -> str:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return f"socket path {path} is taken by something that has just gone; try again"
+    if stat.S_ISSOCK(mode):
+        if _listens(path):
+            return f"socket path {path}: another server listens there; stop it, or give another path"
+        return f"socket path {path}: a socket of another program is there; remove it, or give another path"
+    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a file"
+    return f"socket path {path}: {kind} is there, and it is left alone; remove it, or give another path"

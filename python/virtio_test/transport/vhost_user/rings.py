@@ -1,0 +1,190 @@
+"""One virtqueue as the back-end keeps it: what the front-end has said of it, and when it runs.
+
+Theory
+------
+Two states are independent of each other. A ring is *started* by its kick fd (or by an in-band kick) and
+*stopped* by GET_VRING_BASE; it is *enabled* and *disabled* by SET_VRING_ENABLE, or enabled once and for all by
+a front-end that does not negotiate protocol features. It *runs* while it is started, enabled and not broken, its
+size and addresses are known and its areas lie in shared memory. Whatever a message changes, `Rings.update`
+compares what should run with what does, so no order of messages needs a case of its own.
+
+A ring that ceases to run keeps its position, and goes on there. It begins anew with SET_VRING_BASE, and that
+is also what clears a broken ring: whoever sets a ring up anew (after GET_VRING_BASE, or, as UML does, after no
+message at all) has seen that it stopped.
+
+Position: of a split ring the message carries the avail index, and the used index stands in memory. Of a packed
+ring bits 0 to 15 carry offset and wrap counter; used follows avail, since whoever stops a ring drains it. Base
+0 for a ring that this front-end never read back is a fresh ring, however little that fits the format: UML
+sends 0 always.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+from pathlib import Path
+from typing import Final
+
+from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig, QueueState, RingLayout
+
+from .codec import OwnedFd
+from .payloads import VringAddress
+from .rules import violation
+
+__all__ = ["FRESH_PACKED", "Ring", "checked_notifier", "hung_up"]
+
+FRESH_PACKED: Final = 0x8000
+_PACKED: Final = 1 << 34
+
+
+class Ring:
+    """What is known of one virtqueue.
+
+    Attributes:
+        index: its number.
+        size: number of descriptors; None before SET_VRING_NUM.
+        address: the front-end's addresses; None before SET_VRING_ADDR.
+        base: the value of SET_VRING_BASE that has not been used yet.
+        position: where the ring stopped.
+        read_back: whether this front-end has read the base.
+        started: by a kick fd or an in-band kick, and not stopped since.
+        enabled: by SET_VRING_ENABLE, or by a front-end without protocol features.
+        broken: why it was stopped by us.
+        kick: what the front-end wakes us with.
+        call: what we wake the front-end with.
+        error: what we tell the front-end with that the ring is broken.
+        queue: the running queue.
+    """
+
+    def __init__(self, index: int, largest: int) -> None:
+        self.index = index
+        self.largest = largest
+        self.enabled = False
+        self.call: Notifier | None = None
+        self.error: Notifier | None = None
+        self.kick: Notifier | None = None
+        self.queue: DeviceQueue | None = None
+        self.forget()
+
+    def __repr__(self) -> str:
+        states = ("started", "enabled", "running", "broken")
+        return f"<Ring {self.index}: {', '.join(name for name in states if getattr(self, name)) or 'stopped'}>"
+
+    def forget(self) -> None:
+        """Back to what a ring is before the first message about it; fds and `enabled` stay."""
+        self.size: int | None = None
+        self.address: VringAddress | None = None
+        self.base: int | None = None
+        self.position: QueueState | None = None
+        self.read_back = False
+        self.started = False
+        self.broken: Exception | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the device works on it."""
+        return self.queue is not None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it should run, as far as messages alone decide."""
+        return self.started and self.enabled and self.broken is None and self.address is not None
+
+    def set_size(self, size: int, *, packed: bool) -> None:
+        """Take SET_VRING_NUM.
+
+        Raises:
+            MessageError: VringSize.
+        """
+        if not 1 <= size <= self.largest or (not packed and size & (size - 1)):
+            kind = "a number" if packed else "a power of two"
+            raise violation(
+                "VringSize", f"size {size}, where {kind} from 1 to {self.largest} is legal", queue=self.index
+            )
+        self.size = size
+
+    def check_base(self, value: int, *, packed: bool) -> None:
+        """Judge SET_VRING_BASE.
+
+        Raises:
+            MessageError: VringBase.
+        """
+        if not packed and value > 0xFFFF:
+            raise violation("VringBase", f"base {value:#x}, where 16 bits are legal", queue=self.index)
+        if packed and self.size is not None and (value & 0x7FFF) >= self.size:
+            raise violation("VringBase", f"base {value:#x} of a ring of {self.size} descriptors", queue=self.index)
+
+    def set_base(self, value: int) -> None:
+        """Take SET_VRING_BASE; the ring begins anew."""
+        self.base = value & 0xFFFF
+        self.position = None
+        self.broken = None
+
+    def layout(self, address: VringAddress, *, packed: bool) -> RingLayout:
+        """Sizes of the three areas, with the front-end's addresses as their places.
+
+        Raises:
+            MessageError: VringOrder, the size is not known yet.
+        """
+        if self.size is None:
+            raise violation("VringOrder", "its addresses come before its size", queue=self.index)
+        return RingLayout(
+            self.size, packed=packed, desc=address.descriptor, driver=address.available, device=address.used
+        )
+
+    def reply_base(self, *, packed: bool) -> int:
+        """What GET_VRING_BASE answers: both halves of a packed ring, the avail index of a split one."""
+        if self.position is not None:
+            return self.position.avail | self.position.used << 16 if packed else self.position.avail
+        base = self._base(packed=packed)
+        return base | base << 16 if packed else base
+
+    def _base(self, *, packed: bool) -> int:
+        base = self.base or 0
+        return FRESH_PACKED if packed and base == 0 and not self.read_back else base
+
+    def start_state(self, memory: GuestMemory, layout: RingLayout, *, packed: bool) -> QueueState:
+        """Where a queue over `layout` (guest addresses) goes on.
+
+        Raises:
+            MessageError: VringBase, more is in flight than the ring holds.
+        """
+        if self.position is not None:
+            return self.position
+        base = self._base(packed=packed)
+        if packed:
+            return QueueState(base)
+        used = int.from_bytes(memory.read(layout.at("used.idx"), 2), "little")
+        if (base - used) & 0xFFFF > layout.size:
+            raise violation(
+                "VringBase",
+                f"base {base} and used index {used}: more in flight than the {layout.size} of the ring",
+                queue=self.index,
+            )
+        return QueueState(base, used)
+
+    def queue_config(self, layout: RingLayout, features: int, policy: Policy) -> QueueConfig:
+        """The configuration of a queue over `layout`, in guest addresses."""
+        return QueueConfig.from_layout(layout, index=self.index, features=features, policy=policy)
+
+
+def checked_notifier(fd: OwnedFd, index: int) -> Notifier:
+    """A notifier over a duplicate of `fd`.
+
+    Raises:
+        MessageError: FdType; a file or /dev/zero would be readable for ever, and is no way to wake anybody.
+    """
+    mode = os.fstat(fd.fileno()).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        target = str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
+        if target != "anon_inode:[eventfd]":
+            raise violation("FdType", f"the fd is {target}", queue=index)
+    return Notifier.from_fd(fd.fileno())
+
+
+def hung_up(fd: int) -> bool:
+    """Whether nobody can write to `fd` any more: a pipe or socket whose other end is closed stays readable."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))

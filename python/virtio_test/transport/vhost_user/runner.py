@@ -1,0 +1,285 @@
+"""The rings of one front-end while they run: when they start and stop, and what wakes them.
+
+Theory
+------
+Kicks, timers and messages meet in the owner loop. A kick only marks its queue; messages never run a handler.
+Whatever a message has changed, `update` compares what should run with what does.
+
+One broken rule of the driver is one change of state: the ring stops, its err fd is signalled once, GET_STATUS
+shows DEVICE_NEEDS_RESET, and no configuration change is sent. The ring works again when it is set up anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, RingLayout
+from virtio_test.clock import Timer
+from virtio_test.device import Device
+from virtio_test.errors import HandlerError, QueueViolation, RuleViolation, VirtioTestError
+from virtio_test.features import FeatureSet
+from virtio_test.loop import OwnerLoop
+
+from .channel import BackendChannel
+from .memory import SharedMemory
+from .payloads import MemoryRegion
+from .rings import Ring, hung_up
+
+__all__ = ["RingSet"]
+
+_log: Final = logging.getLogger("virtio_test.vhost_user")
+_PACKED: Final = 1 << 34
+_POLL_SECONDS: Final = 0.001
+
+
+class RingSet:
+    """The rings of one session, over one device and one memory.
+
+    Args:
+        device: what works on them.
+        memory: the guest memory that the front-end's regions are mapped into.
+        loop: the owner loop.
+        policy: tolerances of the queues.
+
+    Attributes:
+        accepted: the negotiated features; None before SET_FEATURES.
+        channel: the back-end's channel to the front-end, once there is one.
+        inband: whether calls and errors go through that channel where there is no fd; with NEED_REPLY.
+    """
+
+    def __init__(self, device: Device, memory: GuestMemory, loop: OwnerLoop, policy: Policy) -> None:
+        self.device = device
+        self.loop = loop
+        self.policy = policy
+        self.memory = SharedMemory(memory)
+        self.rings = [Ring(index, size) for index, size in enumerate(device.queue_sizes)]
+        self.accepted: FeatureSet | None = None
+        self.channel: BackendChannel | None = None
+        self.inband = False
+        self._active = False
+        self._at: Ring | None = None
+        self._pollers: dict[int, Timer] = {}
+
+    def __repr__(self) -> str:
+        return f"<RingSet {self.rings}>"
+
+    @property
+    def packed(self) -> bool:
+        """Whether the driver has accepted RING_PACKED."""
+        return self.accepted is not None and bool(self.accepted.bits & _PACKED)
+
+    @property
+    def running(self) -> bool:
+        """Whether any ring runs."""
+        return any(ring.running for ring in self.rings)
+
+    @property
+    def active(self) -> bool:
+        """Whether the device has been activated, and not reset since."""
+        return self._active
+
+    @property
+    def broken(self) -> bool:
+        """Whether a ring was stopped for a broken rule and not set up anew."""
+        return any(ring.broken is not None for ring in self.rings)
+
+    def reset(self) -> None:
+        """Device reset: every ring back to the state before the first message about it, the device too."""
+        self.reset_device()
+        for ring in self.rings:
+            self.set_kick(ring, None)
+            ring.forget()
+            ring.enabled = False
+
+    def reset_device(self) -> None:
+        """Only the device, and what it works on."""
+        for ring in self.rings:
+            self.loop.unpend((self, ring.index))
+        self.device.reset()
+        self._active = False
+        for ring in self.rings:
+            queue, ring.queue = ring.queue, None
+            if queue is not None:
+                _revoke(queue)
+
+    def close(self) -> None:
+        """The front-end has gone: nothing of it may be left."""
+        self.reset()
+        for ring in self.rings:
+            ring.call = ring.error = None
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        self.memory.clear()
+
+    # --- memory ---------------------------------------------------------------------------------------------
+
+    def change_memory(self, regions: Sequence[MemoryRegion], change: Callable[[], None]) -> None:
+        """Stop what will not lie where it lies, change the table, start what can run."""
+        for ring in self.rings:
+            if ring.queue is not None and _place(self._resolve(ring, regions)) != _place(ring.queue.layout()):
+                self.stop(ring)
+        try:
+            change()
+        finally:
+            self.update()
+
+    def update(self) -> None:
+        """Stop and start what the present state asks for."""
+        for ring in self.rings:
+            where = self._resolve(ring, self.memory.regions) if ring.wanted and self.accepted is not None else None
+            if ring.queue is not None and (where is None or _place(where) != _place(ring.queue.layout())):
+                self.stop(ring)
+            if ring.queue is None and where is not None:
+                self._start(ring, where)
+
+    def _resolve(self, ring: Ring, regions: Sequence[MemoryRegion]) -> RingLayout | None:
+        """The ring's layout in guest addresses; None unless it is known and all of it is shared."""
+        if ring.address is None or ring.size is None:
+            return None
+        return self.translate(ring.layout(ring.address, packed=self.packed), regions)
+
+    def translate(self, users: RingLayout, regions: Sequence[MemoryRegion] | None = None) -> RingLayout | None:
+        """A layout of front-end addresses in guest addresses; None unless all of it is shared."""
+        places = (
+            (users.desc, users.desc_bytes),
+            (users.driver, users.driver_bytes),
+            (users.device, users.device_bytes),
+        )
+        found = [self.memory.guest_address(user, length, regions) for user, length in places]
+        desc, driver, device = found
+        if desc is None or driver is None or device is None:
+            return None
+        return RingLayout(users.size, packed=users.packed, desc=desc, driver=driver, device=device)
+
+    def _start(self, ring: Ring, where: RingLayout) -> None:
+        assert self.accepted is not None
+        with self._working_on(ring):
+            state = ring.start_state(self.memory.memory, where, packed=self.packed)
+            queue = DeviceQueue(
+                self.memory.memory,
+                ring.queue_config(where, self.accepted.bits, self.policy),
+                state=state,
+                call=Notifier.callback(lambda: self.call(ring.index)),
+            )
+            if not self._active:
+                self.device.activate(self.accepted)
+                self._active = True
+            self.device.start_queue(queue)
+            ring.queue = queue
+        # Buffers may lie there already, and no kick need come for them (VIRTIO 1.4, 3.1.1).
+        self.mark(ring)
+
+    def stop(self, ring: Ring) -> None:
+        """The device stops working on `ring`, whose position is kept."""
+        queue, ring.queue = ring.queue, None
+        if queue is None:
+            return
+        self.loop.unpend((self, ring.index))
+        with self._working_on(ring):
+            self.device.stop_queue(ring.index)
+        ring.position = queue.stop()
+
+    @contextmanager
+    def _working_on(self, ring: Ring) -> Generator[None]:
+        """Whatever goes wrong inside stops this ring, and not the server."""
+        self._at = ring
+        try:
+            yield
+        except VirtioTestError as error:
+            self.fail(error)
+        except Exception as error:  # noqa: BLE001 - logged with its traceback; the server lives
+            _log.exception("the device failed at queue %d", ring.index)
+            self.fail(HandlerError(f"queue {ring.index}: {type(error).__name__}: {error}"))
+        finally:
+            self._at = None
+
+    def mark(self, ring: Ring) -> None:
+        """A kick: the ring is looked at when the present message has been answered."""
+        if ring.queue is not None:
+            self.loop.pend((self, ring.index), lambda: self._work(ring))
+
+    def _kicked(self, ring: Ring, kick: Notifier) -> None:
+        if kick.drain():
+            self.mark(ring)
+        elif hung_up(kick.fileno()):
+            _log.info("queue %d: nobody holds the other end of its kick fd any more", ring.index)
+            self.set_kick(ring, None)
+
+    def _work(self, ring: Ring) -> bool:
+        more = False
+        if ring.queue is not None:
+            with self._working_on(ring):
+                more = self.device.kicked(ring.index)
+            self.update()
+        return more and ring.running
+
+    def set_kick(self, ring: Ring, kick: Notifier | None, *, poll: bool = False) -> None:
+        """Wait for `kick` instead of what was there; or look at the ring every millisecond."""
+        poller = self._pollers.pop(ring.index, None)
+        if poller is not None:
+            poller.stop()
+        if ring.kick is not None:
+            self.loop.remove_reader(ring.kick.fileno())
+        ring.kick = kick
+        if kick is not None:
+            self.loop.add_reader(kick.fileno(), lambda: self._kicked(ring, kick))
+        if poll:
+            self._pollers[ring.index] = Timer(
+                self.loop.clock, lambda: self.mark(ring), first_after=_POLL_SECONDS, every=_POLL_SECONDS
+            )
+
+    # --- what the device asks for ---------------------------------------------------------------------------
+
+    def call(self, index: int) -> None:
+        """Interrupt the driver for queue `index`."""
+        ring = self.rings[index]
+        if ring.call is not None:
+            _notify(ring.call, "call", index)
+        elif self.inband and self.channel is not None:
+            self.channel.vring_call(index)
+
+    def fail(self, error: Exception) -> None:
+        """A rule was broken, or a handler failed: stop the ring that it happened on, or all when none is known."""
+        ring = self._at
+        if isinstance(error, RuleViolation) and error.queue is not None and error.queue < len(self.rings):
+            ring = self.rings[error.queue]
+        for each in self.rings if ring is None else [ring]:
+            if each.broken is None:
+                each.broken = error
+                self._signal_error(each)
+        # What a handler raised has its log entry, with the traceback, from the device.
+        level = logging.DEBUG if isinstance(error, HandlerError) else logging.WARNING
+        _log.log(level, "%s stopped: %s", f"queue {ring.index}" if ring is not None else "the device", error)
+        if self._at is None:
+            self.loop.call_soon(self.update)
+
+    def _signal_error(self, ring: Ring) -> None:
+        if ring.error is not None:
+            _notify(ring.error, "err", ring.index)
+        elif self.inband and self.channel is not None:
+            self.channel.vring_error(ring.index)
+
+
+def _place(layout: RingLayout | None) -> tuple[int, int, int, int] | None:
+    return None if layout is None else (layout.size, layout.desc, layout.driver, layout.device)
+
+
+def _notify(notifier: Notifier, name: str, index: int) -> None:
+    try:
+        notifier.notify()
+    except VirtioTestError as error:
+        # The front-end gave us an fd that cannot be written: it only harms itself.
+        _log.info("queue %d: its %s fd does not work: %s", index, name, error)
+
+
+def _revoke(queue: DeviceQueue) -> None:
+    """A new generation: whoever still holds a chain of this queue can write nothing any more."""
+    try:
+        queue.reset()
+    except QueueViolation as error:
+        # Its memory has gone before it: nothing is written into that, and a latched queue takes nothing either.
+        queue.latch(error)

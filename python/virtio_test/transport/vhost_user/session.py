@@ -1,0 +1,412 @@
+"""One front-end's session: what its messages do; no socket is touched here.
+
+Theory
+------
+`handle` takes a decoded request and gives the bytes of the answer, if one is due. A request that cannot be
+honoured changes nothing. It is then answered with a number other than 0 when its sender wants an answer; a
+sender that wants none could not learn of it, so its connection ends. A request whose own reply cannot be given
+ends the connection too, because a front-end waits for that reply for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from virtio_test._core import GuestMemory, Notifier, Policy
+from virtio_test.device import Device
+from virtio_test.errors import MessageError, StatusViolation
+from virtio_test.features import FeatureSet, judge_accepted
+from virtio_test.loop import OwnerLoop
+from virtio_test.status import Action, DeviceStatus, Status
+
+from .channel import BackendChannel
+from .codec import Message, encode_reply
+from .memory import MAX_SLOTS
+from .messages import (
+    FRONTEND_REQUESTS,
+    PROTOCOL_FEATURES_BIT,
+    VRING_INDEX_MASK,
+    VRING_NO_FD,
+    ProtocolFeature,
+    Request,
+)
+from .payloads import U64, Config, MemoryTable, Payload, SingleRegion, VringAddress, VringState
+from .rings import Ring, checked_notifier
+from .rules import violation
+from .runner import RingSet
+
+__all__ = ["SUPPORTED", "Session"]
+
+_log: Final = logging.getLogger("virtio_test.vhost_user")
+_PROTOCOL: Final = 1 << PROTOCOL_FEATURES_BIT
+_WORD64: Final = (1 << 64) - 1
+
+_F = ProtocolFeature
+SUPPORTED: Final = (
+    _F.MQ
+    | _F.REPLY_ACK
+    | _F.BACKEND_REQ
+    | _F.CONFIG
+    | _F.RESET_DEVICE
+    | _F.INBAND_NOTIFICATIONS
+    | _F.CONFIGURE_MEM_SLOTS
+    | _F.STATUS
+)
+"""Every protocol feature that this back-end serves."""
+
+
+class Session:
+    """The state between the connecting and the leaving of one front-end.
+
+    Args:
+        device: what is served.
+        memory: the guest memory that the front-end's regions are mapped into.
+        loop: the owner loop.
+        offered: feature bits that GET_FEATURES shows.
+        protocol_features: protocol features that are offered.
+        policy: tolerances of the queues.
+
+    Attributes:
+        rings: the rings and all that runs.
+        protocol: the negotiated protocol features.
+        status: the device status as far as the front-end tells it.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        memory: GuestMemory,
+        loop: OwnerLoop,
+        *,
+        offered: FeatureSet,
+        protocol_features: ProtocolFeature = SUPPORTED,
+        policy: Policy = Policy.interop,
+    ) -> None:
+        self.device = device
+        self.loop = loop
+        self.offered = offered
+        self.offered_protocol = protocol_features
+        self.rings = RingSet(device, memory, loop, policy)
+        self.protocol = ProtocolFeature(0)
+        self.status = DeviceStatus(width=8)
+        # A request of the table without an entry here is one that this back-end does not serve.
+        self._handlers: dict[int, Callable[[Message], Payload | None]] = {
+            Request.GET_FEATURES: self._get_features,
+            Request.SET_FEATURES: self._set_features,
+            Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
+            Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            Request.GET_QUEUE_NUM: self._get_queue_num,
+            Request.SET_OWNER: self._set_owner,
+            Request.RESET_OWNER: self._reset_owner,
+            Request.RESET_DEVICE: self._reset,
+            Request.SET_STATUS: self._set_status,
+            Request.GET_STATUS: self._get_status,
+            Request.SET_BACKEND_REQ_FD: self._set_backend_fd,
+            Request.GET_CONFIG: self._get_config,
+            Request.SET_CONFIG: self._set_config,
+            Request.SET_MEM_TABLE: self._set_mem_table,
+            Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
+            Request.ADD_MEM_REG: self._add_mem_reg,
+            Request.REM_MEM_REG: self._rem_mem_reg,
+            Request.SET_VRING_NUM: self._set_vring_num,
+            Request.SET_VRING_BASE: self._set_vring_base,
+            Request.SET_VRING_ADDR: self._set_vring_addr,
+            Request.GET_VRING_BASE: self._get_vring_base,
+            Request.SET_VRING_KICK: self._set_vring_kick,
+            Request.SET_VRING_CALL: self._set_vring_call,
+            Request.SET_VRING_ERR: self._set_vring_err,
+            Request.SET_VRING_ENABLE: self._set_vring_enable,
+            Request.VRING_KICK: self._vring_kick,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Session {self.rings}>"
+
+    # --- messages -------------------------------------------------------------------------------------------
+
+    def handle(self, message: Message) -> bytes | None:
+        """Do what `message` asks; the bytes of the answer, or None when none is due.
+
+        Raises:
+            MessageError: the connection must end.
+        """
+        row = FRONTEND_REQUESTS.get(message.request)
+        try:
+            if row is None:
+                raise violation("UnknownRequest", f"request {message.request} is not known")
+            if row.needs is not None and not row.needs & self.protocol:
+                raise violation("NotNegotiated", f"{row.name} needs {row.needs.name}, which was not negotiated")
+            handler = self._handlers.get(message.request)
+            if handler is None:
+                raise violation("NotSupported", f"{row.name} is not served here")
+            reply = handler(message)
+        except MessageError as error:
+            if error.rule == "InbandAlone" or (row is not None and row.reply is not None and not row.may_be_empty):
+                raise
+            if row is not None and row.reply is not None:
+                _log.warning("answered with an error: %s", error)
+                return encode_reply(message.request)
+            if message.need_reply:
+                _log.warning("refused: %s", error)
+                return encode_reply(message.request, U64(1))
+            if row is None:
+                _log.warning("ignored: %s", error)
+                return None
+            raise
+        if row.reply is not None:
+            return encode_reply(message.request, reply)
+        return encode_reply(message.request, U64(0)) if message.need_reply else None
+
+    def _ring(self, index: int) -> Ring:
+        rings = self.rings.rings
+        if index >= len(rings):
+            raise violation("VringIndex", f"queue {index} of a device with {len(rings)}", queue=index)
+        return rings[index]
+
+    # --- features and status --------------------------------------------------------------------------------
+
+    def _get_features(self, _: Message) -> Payload:
+        return U64((self.offered.bits & _WORD64) | _PROTOCOL)
+
+    def _set_features(self, message: Message) -> None:
+        value = _u64(message)
+        accepted = FeatureSet.from_bits(value & ~_PROTOCOL, device=self.offered.device)
+        found = judge_accepted(self.offered, accepted, legacy=True)
+        if found is not None:
+            rule = "FeatureNotOffered" if found.rule == "FeatureNotOffered" else "FeaturesRefused"
+            raise violation(rule, found.message)
+        protocol = bool(value & _PROTOCOL)
+        changed = accepted != self.rings.accepted
+        if not protocol and (self.rings.running or self.rings.broken):
+            # Such a front-end has no way to stop a ring: its driver begins anew.
+            self.rings.reset()
+        elif self.rings.running:
+            if changed:
+                raise violation("FeaturesWhileRunning", f"from {self.rings.accepted} to {accepted} while rings run")
+        elif self.rings.active and changed:
+            self.rings.reset_device()
+        self.rings.accepted = accepted
+        if not protocol:
+            for ring in self.rings.rings:
+                ring.enabled = True
+        self.rings.update()
+
+    def _get_protocol_features(self, _: Message) -> Payload:
+        return U64(int(self.offered_protocol))
+
+    def _set_protocol_features(self, message: Message) -> None:
+        value = _u64(message)
+        if value & ~int(self.offered_protocol):
+            raise violation("ProtocolFeatureNotOffered", f"bits {value & ~int(self.offered_protocol):#x}")
+        chosen = ProtocolFeature(value)
+        if chosen & _F.INBAND_NOTIFICATIONS and not (chosen & _F.BACKEND_REQ and chosen & _F.REPLY_ACK):
+            raise violation("InbandAlone", "INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK")
+        self.protocol = chosen
+        self.rings.inband = bool(chosen & _F.INBAND_NOTIFICATIONS)
+
+    def _get_queue_num(self, _: Message) -> Payload:
+        return U64(len(self.rings.rings))
+
+    def _get_status(self, _: Message) -> Payload:
+        return U64(self.status.value | (int(Status.DEVICE_NEEDS_RESET) if self.rings.broken else 0))
+
+    def _set_status(self, message: Message) -> None:
+        value = _u64(message)
+        if value > 0xFF:
+            raise violation("StatusValue", f"status {value:#x}")
+        # Front-ends read, add a bit and write: our own bit comes back to us.
+        change = self.status.write(value & ~int(Status.DEVICE_NEEDS_RESET), features_ok=self.rings.accepted is not None)
+        for found in change.violations:
+            _log.info("device status: %s", found)
+        if Action.RESET in change.actions:
+            self.rings.reset()
+
+    def _set_owner(self, _: Message) -> None:
+        """Nothing: the connection itself says who the owner is."""
+
+    def _reset_owner(self, _: Message) -> None:
+        # Deprecated; the protocol recommends to disable the rings and no more.
+        for ring in self.rings.rings:
+            ring.enabled = False
+        self.rings.update()
+
+    def _reset(self, _: Message) -> None:
+        self.status.reset()
+        self.rings.reset()
+
+    def _set_backend_fd(self, message: Message) -> None:
+        channel = BackendChannel(message.fds[0], self.loop)
+        if self.rings.channel is not None:
+            self.rings.channel.close()
+        self.rings.channel = channel
+
+    # --- configuration space --------------------------------------------------------------------------------
+
+    def _get_config(self, message: Message) -> Payload:
+        asked = _config(message)
+        try:
+            return Config(asked.offset, asked.size, asked.flags, self.device.config.read(asked.offset, asked.size))
+        except StatusViolation as error:
+            raise violation("ConfigRange", error.message) from error
+
+    def _set_config(self, message: Message) -> None:
+        # Front-ends write the whole space back for one byte: read-only fields in it are left as they are.
+        given = _config(message)
+        try:
+            self.device.config.write(given.offset, given.data)
+        except StatusViolation as error:
+            raise violation("ConfigRange", error.message) from error
+
+    # --- memory ---------------------------------------------------------------------------------------------
+
+    def _set_mem_table(self, message: Message) -> None:
+        assert isinstance(message.payload, MemoryTable)
+        regions = message.payload.regions
+        memory = self.rings.memory
+        memory.check_table(regions, message.fds)
+        self.rings.change_memory(regions, lambda: memory.replace(regions, message.fds))
+
+    def _get_max_mem_slots(self, _: Message) -> Payload:
+        return U64(MAX_SLOTS)
+
+    def _add_mem_reg(self, message: Message) -> None:
+        assert isinstance(message.payload, SingleRegion)
+        region, fd, memory = message.payload.region, message.fds[0], self.rings.memory
+        memory.check_added(region, fd)
+        self.rings.change_memory((*memory.regions, region), lambda: memory.add(region, fd))
+
+    def _rem_mem_reg(self, message: Message) -> None:
+        assert isinstance(message.payload, SingleRegion)
+        memory = self.rings.memory
+        region = memory.find(message.payload.region)
+        left = [each for each in memory.regions if each is not region]
+        self.rings.change_memory(left, lambda: memory.remove(region))
+
+    # --- rings: what messages say ---------------------------------------------------------------------------
+
+    def _set_vring_num(self, message: Message) -> None:
+        state = _state(message)
+        self._ring(state.index).set_size(state.num, packed=self.rings.packed)
+        self.rings.update()
+
+    def _set_vring_base(self, message: Message) -> None:
+        state = _state(message)
+        ring = self._ring(state.index)
+        ring.check_base(state.num, packed=self.rings.packed)
+        if ring.running or ring.broken is not None:
+            # Set up anew without having been stopped: it starts with the next kick fd, not with the old addresses.
+            self.rings.stop(ring)
+            ring.started = False
+        ring.set_base(state.num)
+
+    def _set_vring_addr(self, message: Message) -> None:
+        address = message.payload
+        assert isinstance(address, VringAddress)
+        ring = self._ring(address.index)
+        if address.flags:
+            raise violation("VringFlags", f"flags {address.flags:#x}, and logging is not offered", queue=ring.index)
+        before, ring.address = ring.address, address
+        try:
+            layout = ring.layout(address, packed=self.rings.packed)
+            for name, user, align in (
+                ("descriptor", address.descriptor, 16),
+                ("available", address.available, 4 if self.rings.packed else 2),
+                ("used", address.used, 4),
+            ):
+                if user % align:
+                    raise violation(
+                        "VringAddress", f"{name} address {user:#x} is not {align}-aligned", queue=ring.index
+                    )
+            if self.rings.translate(layout) is None:
+                raise violation(
+                    "VringAddress",
+                    f"descriptor {address.descriptor:#x}, available {address.available:#x}, used {address.used:#x}: "
+                    "not all in shared memory",
+                    queue=ring.index,
+                )
+        except MessageError:
+            ring.address = before
+            raise
+        self.rings.update()
+
+    def _get_vring_base(self, message: Message) -> Payload:
+        ring = self._ring(_state(message).index)
+        ring.started = False
+        self.rings.set_kick(ring, None)
+        self.rings.update()
+        base = ring.reply_base(packed=self.rings.packed)
+        ring.base = base & 0xFFFF
+        ring.read_back = True
+        return VringState(ring.index, base)
+
+    def _vring_fd(self, message: Message) -> tuple[Ring, Notifier | None]:
+        value = _u64(message)
+        if value & ~(VRING_INDEX_MASK | VRING_NO_FD):
+            raise violation("VringValue", f"reserved bits in {value:#x}")
+        ring = self._ring(value & VRING_INDEX_MASK)
+        return ring, checked_notifier(message.fds[0], ring.index) if message.fds else None
+
+    def _set_vring_kick(self, message: Message) -> None:
+        ring, kick = self._vring_fd(message)
+        poll = kick is None and not self.protocol & _F.INBAND_NOTIFICATIONS
+        self.rings.set_kick(ring, kick, poll=poll)
+        ring.started = True
+        self.rings.update()
+
+    def _set_vring_call(self, message: Message) -> None:
+        ring, ring_call = self._vring_fd(message)
+        ring.call = ring_call
+
+    def _set_vring_err(self, message: Message) -> None:
+        ring, ring_error = self._vring_fd(message)
+        ring.error = ring_error
+
+    def _set_vring_enable(self, message: Message) -> None:
+        state = _state(message)
+        ring = self._ring(state.index)
+        if state.num > 1:
+            raise violation("VringValue", f"enabled is {state.num}, where 0 and 1 are legal", queue=ring.index)
+        ring.enabled = bool(state.num)
+        self.rings.update()
+
+    def _vring_kick(self, message: Message) -> None:
+        state = _state(message)
+        ring = self._ring(state.index)
+        if state.num:
+            raise violation("VringValue", f"an in-band kick carries {state.num}, where 0 is legal", queue=ring.index)
+        ring.started = True
+        self.rings.update()
+        self.rings.mark(ring)
+
+    # --- outside of messages --------------------------------------------------------------------------------
+
+    def config_changed(self) -> None:
+        """Tell the front-end, once rings run and the driver is live: before that QEMU 11.1 would crash."""
+        live = self.rings.running and not self.rings.broken
+        if self.protocol & _F.STATUS:
+            live = live and self.status.driver_ok
+        if live and self.rings.channel is not None and self.protocol & _F.CONFIG:
+            self.rings.channel.config_changed()
+
+    def close(self) -> None:
+        """The front-end has gone: nothing of it may be left."""
+        self.rings.close()
+
+
+def _u64(message: Message) -> int:
+    assert isinstance(message.payload, U64)
+    return message.payload.value
+
+
+def _state(message: Message) -> VringState:
+    assert isinstance(message.payload, VringState)
+    return message.payload
+
+
+def _config(message: Message) -> Config:
+    assert isinstance(message.payload, Config)
+    if message.payload.flags > 1:
+        raise violation("ConfigFlags", f"kind {message.payload.flags} of a configuration access")
+    return message.payload
