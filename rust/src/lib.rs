@@ -7,7 +7,11 @@ pub mod chain;
 pub mod error;
 pub mod iov;
 pub mod mem;
+pub mod notify;
 pub mod policy;
+pub mod poller;
+#[cfg(feature = "python")]
+mod py;
 pub mod queue;
 pub mod ring;
 pub mod rule;

@@ -11,7 +11,8 @@
 //! A ring word is a naturally aligned 2, 4 or 8 byte word that both sides access at the same time: it is
 //! always an atomic access. Bulk data is copied by [`Access::read`] and [`Access::write`] without
 //! atomics: the other side may change it meanwhile, and then the copy holds some mixture, which is the
-//! other side's own loss. No reference to guest memory is ever formed.
+//! other side's own loss. No reference to guest memory is formed, but
+//! to a single atomic word for the time of its access.
 //!
 //! Values are little endian in memory (VIRTIO 1.4, 2.7 and 2.8: `le16`, `le32`, `le64`); the words that
 //! this trait returns and takes are in the host's order.

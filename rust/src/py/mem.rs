@@ -325,7 +325,14 @@ impl PyGuestMemory {
         writable: bool,
     ) -> PyResult<Bound<'py, PyMemoryView>> {
         let want = if writable { Want::Write } else { Want::Read };
-        let live = self.inner.live(address.0, length.0, want).map_err(memory_error)?;
+        let live = self.inner.live(address.0, length.0, want).map_err(|error| {
+            let crossing = self.inner.check(address.0, length.0, want).is_ok();
+            if crossing {
+                invalid("a live view must lie in one region")
+            } else {
+                memory_error(error)
+            }
+        })?;
         PyMemoryView::from(Bound::new(py, LiveBytes { live, writable })?.as_any())
     }
 

@@ -46,8 +46,8 @@ impl PyNotifier {
 
 fn notify_error(error: NotifyError) -> PyErr {
     match error {
-        NotifyError::WrongKind { .. } => invalid(error),
-        NotifyError::ReadOnly { .. } => StateError::new_err(error.to_string()),
+        NotifyError::WrongKind => invalid(error),
+        NotifyError::ReadOnly => StateError::new_err(error.to_string()),
         NotifyError::System { errno, .. } => os_error(errno, error.to_string()),
     }
 }

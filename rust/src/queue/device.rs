@@ -176,9 +176,22 @@ impl DeviceQueue {
 
     /// Break the queue: from now on nothing is popped, written or notified.
     pub fn latch(&mut self, fault: Fault) {
-        if !matches!(self.life, Life::Latched(_)) {
+        if !self.broken() {
             self.life = Life::Latched(fault);
         }
+    }
+
+    /// Break the queue by decision of our own device; the same consequences as a broken rule.
+    pub fn break_down(&mut self) {
+        if !self.broken() {
+            self.life = Life::Broken;
+        }
+    }
+
+    /// Whether the queue is dead until its reset, by whoever's fault.
+    #[must_use]
+    pub const fn broken(&self) -> bool {
+        matches!(self.life, Life::Latched(_) | Life::Broken)
     }
 
     fn latched_by(&mut self, fault: Fault) -> Fault {
@@ -296,7 +309,7 @@ impl DeviceQueue {
     /// # Errors
     /// `NotNewest` when a later chain was popped and not put back.
     pub fn unpop(&mut self, ticket: &Ticket) -> Result<(), Misuse> {
-        if ticket.generation != self.generation || self.latched().is_some() {
+        if ticket.generation != self.generation || self.broken() {
             return Ok(());
         }
         if ticket.seq + 1 != self.next_seq {
@@ -320,7 +333,7 @@ impl DeviceQueue {
     /// Whether a chain may still be touched: same generation, not latched.
     #[must_use]
     pub const fn is_current(&self, ticket: &Ticket) -> bool {
-        ticket.generation == self.generation && !matches!(self.life, Life::Latched(_))
+        ticket.generation == self.generation && !self.broken()
     }
 
     /// Complete a chain with `written` bytes; not visible before `publish`. False when it was dropped.
@@ -375,7 +388,7 @@ impl DeviceQueue {
     /// A violation when the ring is no longer mapped; the queue is then latched.
     #[inline]
     pub fn publish<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
-        if matches!(self.life, Life::Latched(_)) {
+        if self.broken() {
             return Ok(());
         }
         self.with_ring(mem, |ring| each!(ring, ring => ring.publish(mem)))
@@ -386,7 +399,7 @@ impl DeviceQueue {
     /// # Errors
     /// A violation when the ring is no longer mapped; the queue is then latched.
     pub fn wants_call<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
-        if !self.unsignalled || matches!(self.life, Life::Latched(_)) {
+        if !self.unsignalled || self.broken() {
             return Ok(false);
         }
         let wants = self.with_ring(mem, |ring| each!(ring, ring => ring.wants_call(mem)))?;

@@ -349,6 +349,27 @@ impl DriverQueue {
         Ok(used)
     }
 
+    /// Up to `limit` used buffers. A broken one behind good ones is left for the next call.
+    ///
+    /// # Errors
+    /// As [`DriverQueue::get_used`], when the first one is broken.
+    pub fn get_used_many<A: Access>(&mut self, mem: &A, limit: usize) -> Result<Vec<(u64, u32)>, Fault> {
+        let mut taken = Vec::new();
+        while taken.len() < limit && self.latched().is_none() {
+            if self.ready.is_empty() {
+                match self.take_used(mem) {
+                    Ok(()) => {}
+                    Err(_) if !taken.is_empty() => break,
+                    Err(fault) => return Err(self.latched_by(fault)),
+                }
+            }
+            let Some(used) = self.ready.pop_front() else { break };
+            taken.push(used);
+        }
+        self.counters.popped += taken.len() as u64;
+        Ok(taken)
+    }
+
     fn take_used<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
         each!(&mut self.ring, ring => ring.refresh(mem).map_err(|error| ring.unmapped(&self.rules, error)))?;
         if !self.look(mem)? {

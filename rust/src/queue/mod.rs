@@ -47,6 +47,8 @@ pub(crate) enum Life {
     Stopped,
     /// The other side broke this rule.
     Latched(Fault),
+    /// Our own device gave the queue up.
+    Broken,
 }
 
 /// What has happened at one end since it was built or reset.

@@ -1,0 +1,200 @@
+//! `Batch`: several chains taken at once, with requests in one buffer and responses from one buffer.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::PyByteArray;
+
+use super::args::{Input, Int, Output, Raw};
+use super::chain::{Rows, Shared};
+use super::device::PyDeviceQueue;
+use super::errors::{InvalidArgument, StaleChain, either, raise};
+use crate::chain::{Element, Segment};
+use crate::mem::with_access;
+
+/// Popped chains and the arena of their segments.
+#[derive(Default)]
+pub(crate) struct Popped {
+    pub(crate) elements: Vec<Element>,
+    pub(crate) segments: Vec<Segment>,
+}
+
+impl Popped {
+    /// Pop up to `limit` chains.
+    pub(crate) fn take(py: Python<'_>, shared: &Shared, limit: usize) -> PyResult<Self> {
+        let mut popped = Self::default();
+        let pin = shared.guest.pin();
+        let taken = with_access!(pin, |mem| {
+            shared.lock().pop_many(mem, limit, &mut popped.segments, &mut popped.elements)
+        });
+        drop(pin);
+        taken.map_err(|fault| raise(py, &fault))?;
+        Ok(popped)
+    }
+
+    /// Put the chains from `first` on back into the ring, newest first.
+    pub(crate) fn put_back(&mut self, shared: &Shared, first: usize) {
+        let mut queue = shared.lock();
+        while self.elements.len() > first {
+            let Some(element) = self.elements.pop() else { break };
+            // Where a later chain was popped by somebody else, the older one stays in flight: `NotNewest`.
+            let _ = queue.unpop(&element.ticket());
+        }
+    }
+
+    /// Requests of the elements for which `keep` is true, one row each, in a new bytearray.
+    pub(crate) fn requests<'py>(
+        &self,
+        py: Python<'py>,
+        shared: &Shared,
+        itemsize: usize,
+        keep: impl Fn(&Element) -> bool,
+    ) -> PyResult<Bound<'py, PyByteArray>> {
+        let kept: Vec<&Element> = self.elements.iter().filter(|element| keep(element)).collect();
+        let Some(total) = kept.len().checked_mul(itemsize) else {
+            return Err(InvalidArgument::new_err(format!("{} rows of {itemsize} bytes are too much", kept.len())));
+        };
+        let rows = Rows { segments: &self.segments, itemsize };
+        PyByteArray::new_with(py, total, |bytes| rows.gather(&shared.guest, &kept, Raw::of(bytes)))
+    }
+
+    /// Complete all elements: those for which `keep` is true with their row of `source`, the others with 0;
+    /// publish once. Returns how many were completed with a row.
+    pub(crate) fn respond(
+        &self,
+        py: Python<'_>,
+        shared: &Shared,
+        source: Raw,
+        itemsize: usize,
+        keep: impl Fn(&Element) -> bool,
+    ) -> PyResult<usize> {
+        let rows = Rows { segments: &self.segments, itemsize };
+        let mut queue = shared.lock();
+        let (mut row, mut good) = (0, 0);
+        let mut trouble = None;
+        for element in &self.elements {
+            let kept = keep(element);
+            let fits = kept && element.writable >= itemsize as u64;
+            let mut written = 0;
+            if fits && queue.is_current(&element.ticket()) {
+                match rows.scatter(&shared.guest, element, source, row) {
+                    Ok(()) => written = itemsize as u64,
+                    Err(error) => trouble = trouble.or(Some(error)),
+                }
+            }
+            let pin = shared.guest.pin();
+            let done = with_access!(pin, |mem| queue.complete(mem, &element.ticket(), written));
+            drop(pin);
+            let done = done.map_err(|error| either(py, error))?;
+            good += usize::from(done && fits);
+            row += usize::from(kept);
+            if done && !fits {
+                queue.count_rejected(1);
+            }
+        }
+        let pin = shared.guest.pin();
+        with_access!(pin, |mem| queue.publish(mem)).map_err(|fault| raise(py, &fault))?;
+        trouble.map_or(Ok(good), Err)
+    }
+}
+
+struct State {
+    popped: Popped,
+    /// Readable bytes that a chain must have to be a row; set by `requests`.
+    least: u64,
+}
+
+/// Several chains taken at once.
+#[pyclass(frozen, module = "virtio_test._core", name = "Batch")]
+pub struct PyBatch {
+    queue: Py<PyDeviceQueue>,
+    state: Mutex<Option<State>>,
+}
+
+impl PyBatch {
+    pub(crate) fn new(queue: Py<PyDeviceQueue>, popped: Popped) -> Self {
+        Self { queue, state: Mutex::new(Some(State { popped, least: 0 })) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, Option<State>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn spent() -> PyErr {
+    StaleChain::new_err("the batch was responded to already")
+}
+
+#[pymethods]
+impl PyBatch {
+    fn __len__(&self) -> usize {
+        let state = self.state();
+        let count = |state: &State| {
+            state.popped.elements.iter().filter(|element| element.readable >= state.least).count()
+        };
+        state.as_ref().map_or(0, count)
+    }
+
+    fn requests<'py>(&self, py: Python<'py>, itemsize: Int<usize>) -> PyResult<Bound<'py, PyAny>> {
+        let itemsize = itemsize.0;
+        let bytes = {
+            let mut state = self.state();
+            let state = state.as_mut().ok_or_else(spent)?;
+            let least = itemsize as u64;
+            let bytes = state.popped.requests(py, self.queue.get().shared(), itemsize, |element| element.readable >= least)?;
+            state.least = least;
+            bytes
+        };
+        pyo3::types::PyMemoryView::from(&bytes)?.call_method0("toreadonly")
+    }
+
+    #[pyo3(signature = (responses, *, itemsize = None))]
+    #[allow(clippy::needless_pass_by_value, reason = "held until the copies have ended")]
+    fn respond(&self, py: Python<'_>, responses: Input<'_>, itemsize: Option<Int<usize>>) -> PyResult<usize> {
+        let source = responses.raw();
+        let rows = self.__len__();
+        let itemsize = match itemsize {
+            Some(itemsize) => itemsize.0,
+            None => source.len.checked_div(rows).unwrap_or(0),
+        };
+        if rows.checked_mul(itemsize) != Some(source.len) {
+            let text = format!("{} response bytes are not {rows} rows of {itemsize}", source.len);
+            return Err(InvalidArgument::new_err(text));
+        }
+        let State { popped, least } = self.state().take().ok_or_else(spent)?;
+        let good = popped.respond(py, self.queue.get().shared(), source, itemsize, |element| element.readable >= least);
+        self.queue.get().signal(py)?;
+        good
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.queue)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Batch of {} chains>", self.__len__())
+    }
+}
+
+impl Drop for PyBatch {
+    fn drop(&mut self) {
+        if let Some(mut state) = self.state().take() {
+            state.popped.put_back(self.queue.get().shared(), 0);
+        }
+    }
+}
+
+/// A zeroed bytearray, and the view of it that holds its size while a handler has it.
+pub(crate) fn zeroed<'py>(
+    py: Python<'py>,
+    rows: usize,
+    itemsize: usize,
+) -> PyResult<(Bound<'py, PyByteArray>, Output)> {
+    let Some(total) = rows.checked_mul(itemsize) else {
+        return Err(InvalidArgument::new_err(format!("{rows} rows of {itemsize} bytes are too much")));
+    };
+    let bytes = PyByteArray::new_with(py, total, |_| Ok(()))?;
+    let view = bytes.extract()?;
+    Ok((bytes, view))
+}
