@@ -33,15 +33,8 @@ impl Function {
 /// How one end wakes the other: an eventfd, any fd that takes 8 bytes (a pipe), or a Python callback.
 #[pyclass(frozen, name = "Notifier", module = "virtio_test._core")]
 pub struct PyNotifier {
-    inner: Arc<Notifier>,
+    inner: Notifier,
     function: Option<Arc<Function>>,
-}
-
-impl PyNotifier {
-    /// The notifier itself, for threads of the core; attached code calls [`PyNotifier::notify`].
-    pub(crate) const fn inner(&self) -> &Arc<Notifier> {
-        &self.inner
-    }
 }
 
 fn notify_error(error: NotifyError) -> PyErr {
@@ -56,13 +49,13 @@ fn notify_error(error: NotifyError) -> PyErr {
 impl PyNotifier {
     #[staticmethod]
     fn eventfd() -> PyResult<Self> {
-        let inner = Arc::new(Notifier::eventfd().map_err(notify_error)?);
+        let inner = Notifier::eventfd().map_err(notify_error)?;
         Ok(Self { inner, function: None })
     }
 
     #[staticmethod]
     fn from_fd(fd: Int<i32>) -> PyResult<Self> {
-        let inner = Arc::new(Notifier::from_fd(duplicate(fd.0)?).map_err(notify_error)?);
+        let inner = Notifier::from_fd(duplicate(fd.0)?).map_err(notify_error)?;
         Ok(Self { inner, function: None })
     }
 
@@ -79,7 +72,7 @@ impl PyNotifier {
         let call = move || {
             Python::attach(|py| known.call(py).unwrap_or_else(|error| error.write_unraisable(py, None)));
         };
-        let inner = Arc::new(Notifier::callback(Box::new(call)));
+        let inner = Notifier::callback(Box::new(call));
         Ok(Self {
             inner,
             function: Some(function),
