@@ -2,7 +2,8 @@
 #
 # Every target does its own set-up, inside this folder: the environment .venv follows requirements-dev.txt, the
 # compiled core follows the Rust sources, and neither is made again while those are unchanged. The only
-# thing taken from outside is Debian packages, installed by tools/debian-packages when they are missing.
+# things outside are Debian packages, installed by tools/debian-packages when they are missing, and the user's
+# caches: cargo's, pip's and ours, where tests/kernel keeps kernels and QEMU.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -28,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 
 .PHONY: help demo test lint lint-rust lint-python test-rust test-asan test-python test-kernel guest-uml stubtest wheel clean \
-	toolchain kernel-packages
+	clean-guests toolchain guest-packages
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,10 +71,12 @@ test-asan: | toolchain ## the same under AddressSanitizer
 test-python: $(VENV)/.core $(VENV)/.dev ## the Python tests that need no guest
 	$(BIN)/pytest -n $(JOBS) -m "not kernel" --hypothesis-profile=virtio-ci
 
-test-kernel: $(VENV)/.core $(VENV)/.dev guest-uml ## real Linux as the guest: user-mode Linux and QEMU
-	$(BIN)/pytest -m kernel
+# Kernels and QEMU are built and fetched before pytest starts, so that no test's time limit runs meanwhile.
+test-kernel: $(VENV)/.core $(VENV)/.dev guest-packages ## real Linux as the guest: user-mode Linux and QEMU
+	$(BIN)/python -m tests.kernel.build all
+	$(BIN)/pytest -m kernel --hypothesis-profile=virtio-ci
 
-guest-uml: $(VENV)/.dev | kernel-packages ## the user-mode Linux kernel and our driver module, cached
+guest-uml: $(BIN)/python guest-packages ## the user-mode Linux kernel and our driver module, cached
 	$(BIN)/python -m tests.kernel.build uml
 
 wheel: $(VENV)/.tools ## a wheel for this Python, one for every Python from 3.11 on, and the sdist, in dist/
@@ -81,10 +84,13 @@ wheel: $(VENV)/.tools ## a wheel for this Python, one for every Python from 3.11
 	$(BIN)/maturin build --locked --release --out dist --features abi3
 	$(BIN)/maturin sdist --out dist
 
-clean: ## remove everything that was built here, .venv and the cached kernels included
+clean: ## remove everything that was built in this folder, .venv included
 	rm -rf target .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find python tests examples guest -name __pycache__ -prune -exec rm -rf {} +
 	rm -f python/virtio_test/_core.*.so
+
+clean-guests: ## remove the cache of kernels and QEMU
+	$(PYTHON) -m tests.kernel.build clean
 
 # --------------------------------------------------------------------------------------------------------- set-up
 
@@ -93,8 +99,8 @@ toolchain:
 		{ echo "make: no cargo found: install Rust 1.85 or newer (rustup), then run make again" >&2; exit 1; }
 	@command -v cc >/dev/null || tools/debian-packages gcc libc6-dev
 
-kernel-packages:
-	@tools/debian-packages --from guest/debian-packages.txt
+guest-packages:
+	@tools/debian-packages --from guest/debian-packages.txt --known linux-source-6.1 --known linux-image-cloud-amd64
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
