@@ -194,9 +194,18 @@ impl<'a, A: Access> Walk<'a, A> {
             if self.rules.policy.zero_length {
                 return Ok(());
             }
-            return Err(self.fault(Rule::ZeroLength, index, Some(addr), "the descriptor has length 0".to_owned()));
+            return Err(self.fault(
+                Rule::ZeroLength,
+                index,
+                Some(addr),
+                "the descriptor has length 0".to_owned(),
+            ));
         }
-        let sum = if writable { &mut self.writable } else { &mut self.readable };
+        let sum = if writable {
+            &mut self.writable
+        } else {
+            &mut self.readable
+        };
         *sum += u64::from(len);
         // 2.7.5.2: no chain is longer than 2^32 bytes in total.
         let total = self.readable + self.writable;
@@ -221,7 +230,12 @@ impl<'a, A: Access> Walk<'a, A> {
             MemoryError::ReadOnly { .. } => Rule::ReadOnlyAddress,
             MemoryError::Unmapped { .. } | MemoryError::Misaligned { .. } => Rule::UnmappedAddress,
         };
-        self.fault(rule, index, Some(error.address()), format!("a buffer of {len} bytes: {error}"))
+        self.fault(
+            rule,
+            index,
+            Some(error.address()),
+            format!("a buffer of {len} bytes: {error}"),
+        )
     }
 
     /// Check an INDIRECT descriptor and find its table (2.7.5.3, 2.8.7).
@@ -271,7 +285,11 @@ impl<'a, A: Access> Walk<'a, A> {
     pub(crate) fn load_packed_entry(&mut self, table: Table, index: u32) -> Result<Desc, Fault> {
         // Both formats are two 8-byte words that differ only in which half-word holds the flags.
         let entry = self.load_entry(table, index)?;
-        Ok(Desc { flags: entry.next, next: entry.flags, ..entry })
+        Ok(Desc {
+            flags: entry.next,
+            next: entry.flags,
+            ..entry
+        })
     }
 
     /// Whether a table may make the chain longer than the queue.

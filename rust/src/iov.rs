@@ -52,8 +52,19 @@ impl<'a> Iov<'a> {
             }
             let room = usize::try_from(size - skip).unwrap_or(usize::MAX);
             let piece = room.min(len - done);
-            let at = if fresh { segment.at } else { At::unresolved(segment.at.gpa) };
-            f(Piece { at, off: skip, len: piece }, done)?;
+            let at = if fresh {
+                segment.at
+            } else {
+                At::unresolved(segment.at.gpa)
+            };
+            f(
+                Piece {
+                    at,
+                    off: skip,
+                    len: piece,
+                },
+                done,
+            )?;
             done += piece;
             skip = 0;
         }
@@ -129,6 +140,8 @@ impl<'a> Iov<'a> {
     /// # Errors
     /// When memory of the chain is no longer mapped.
     pub fn fill<A: Access>(&self, mem: &A, offset: u64, len: usize, value: u8) -> Result<usize, MemoryError> {
-        self.pieces(mem, true, offset, len, |piece, _| mem.fill(piece.at, piece.off, piece.len as u64, value))
+        self.pieces(mem, true, offset, len, |piece, _| {
+            mem.fill(piece.at, piece.off, piece.len as u64, value)
+        })
     }
 }

@@ -6,7 +6,10 @@
 
 /// Tolerances towards the other side; `true` accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(clippy::struct_excessive_bools, reason = "a table of independent switches, each named by the catalogue")]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "a table of independent switches, each named by the catalogue"
+)]
 pub struct Policy {
     /// Accept descriptors of length 0; they become no segment.
     pub zero_length: bool,

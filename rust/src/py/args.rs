@@ -89,14 +89,20 @@ unsafe impl Sync for Raw {}
 impl Raw {
     /// Of a slice of ours, for as long as the caller keeps the slice.
     pub(crate) fn of(bytes: &mut [u8]) -> Self {
-        Self { ptr: bytes.as_mut_ptr(), len: bytes.len() }
+        Self {
+            ptr: bytes.as_mut_ptr(),
+            len: bytes.len(),
+        }
     }
 
     /// Row `row` of rows of `itemsize` bytes, when it lies wholly inside.
     pub(crate) fn row(self, row: usize, itemsize: usize) -> Option<Self> {
         let start = row.checked_mul(itemsize)?;
         let end = start.checked_add(itemsize)?;
-        (end <= self.len).then(|| Self { ptr: self.ptr.wrapping_add(start), len: itemsize })
+        (end <= self.len).then(|| Self {
+            ptr: self.ptr.wrapping_add(start),
+            len: itemsize,
+        })
     }
 }
 

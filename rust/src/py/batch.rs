@@ -26,7 +26,9 @@ impl Popped {
         let mut popped = Self::default();
         let pin = shared.guest.pin();
         let taken = with_access!(pin, |mem| {
-            shared.lock().pop_many(mem, limit, &mut popped.segments, &mut popped.elements)
+            shared
+                .lock()
+                .pop_many(mem, limit, &mut popped.segments, &mut popped.elements)
         });
         drop(pin);
         taken.map_err(|fault| raise(py, &fault))?;
@@ -53,9 +55,15 @@ impl Popped {
     ) -> PyResult<Bound<'py, PyByteArray>> {
         let kept: Vec<&Element> = self.elements.iter().filter(|element| keep(element)).collect();
         let Some(total) = kept.len().checked_mul(itemsize) else {
-            return Err(InvalidArgument::new_err(format!("{} rows of {itemsize} bytes are too much", kept.len())));
+            return Err(InvalidArgument::new_err(format!(
+                "{} rows of {itemsize} bytes are too much",
+                kept.len()
+            )));
         };
-        let rows = Rows { segments: &self.segments, itemsize };
+        let rows = Rows {
+            segments: &self.segments,
+            itemsize,
+        };
         PyByteArray::new_with(py, total, |bytes| rows.gather(&shared.guest, &kept, Raw::of(bytes)))
     }
 
@@ -69,7 +77,10 @@ impl Popped {
         itemsize: usize,
         keep: impl Fn(&Element) -> bool,
     ) -> PyResult<usize> {
-        let rows = Rows { segments: &self.segments, itemsize };
+        let rows = Rows {
+            segments: &self.segments,
+            itemsize,
+        };
         let mut queue = shared.lock();
         let (mut row, mut good) = (0, 0);
         let mut trouble = None;
@@ -114,7 +125,10 @@ pub struct PyBatch {
 
 impl PyBatch {
     pub(crate) fn new(queue: Py<PyDeviceQueue>, popped: Popped) -> Self {
-        Self { queue, state: Mutex::new(Some(State { popped, least: 0 })) }
+        Self {
+            queue,
+            state: Mutex::new(Some(State { popped, least: 0 })),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, Option<State>> {
@@ -131,7 +145,12 @@ impl PyBatch {
     fn __len__(&self) -> usize {
         let state = self.state();
         let count = |state: &State| {
-            state.popped.elements.iter().filter(|element| element.readable >= state.least).count()
+            state
+                .popped
+                .elements
+                .iter()
+                .filter(|element| element.readable >= state.least)
+                .count()
         };
         state.as_ref().map_or(0, count)
     }
@@ -142,7 +161,11 @@ impl PyBatch {
             let mut state = self.state();
             let state = state.as_mut().ok_or_else(spent)?;
             let least = itemsize as u64;
-            let bytes = state.popped.requests(py, self.queue.get().shared(), itemsize, |element| element.readable >= least)?;
+            let bytes = state
+                .popped
+                .requests(py, self.queue.get().shared(), itemsize, |element| {
+                    element.readable >= least
+                })?;
             state.least = least;
             bytes
         };
@@ -163,7 +186,9 @@ impl PyBatch {
             return Err(InvalidArgument::new_err(text));
         }
         let State { popped, least } = self.state().take().ok_or_else(spent)?;
-        let good = popped.respond(py, self.queue.get().shared(), source, itemsize, |element| element.readable >= least);
+        let good = popped.respond(py, self.queue.get().shared(), source, itemsize, |element| {
+            element.readable >= least
+        });
         self.queue.get().signal(py)?;
         good
     }
@@ -186,13 +211,11 @@ impl Drop for PyBatch {
 }
 
 /// A zeroed bytearray, and the view of it that holds its size while a handler has it.
-pub(crate) fn zeroed<'py>(
-    py: Python<'py>,
-    rows: usize,
-    itemsize: usize,
-) -> PyResult<(Bound<'py, PyByteArray>, Output)> {
+pub(crate) fn zeroed(py: Python<'_>, rows: usize, itemsize: usize) -> PyResult<(Bound<'_, PyByteArray>, Output)> {
     let Some(total) = rows.checked_mul(itemsize) else {
-        return Err(InvalidArgument::new_err(format!("{rows} rows of {itemsize} bytes are too much")));
+        return Err(InvalidArgument::new_err(format!(
+            "{rows} rows of {itemsize} bytes are too much"
+        )));
     };
     let bytes = PyByteArray::new_with(py, total, |_| Ok(()))?;
     let view = bytes.extract()?;

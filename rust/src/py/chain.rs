@@ -28,7 +28,10 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new(guest: Arc<GuestMemory>, queue: DeviceQueue) -> Self {
-        Self { guest, queue: Mutex::new(queue) }
+        Self {
+            guest,
+            queue: Mutex::new(queue),
+        }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, DeviceQueue> {
@@ -155,16 +158,14 @@ impl PyChain {
 
     #[getter]
     fn segments(&self) -> Vec<(u64, u32, bool)> {
-        self.segments.iter().map(|segment| (segment.at.gpa, segment.len, segment.writable)).collect()
+        self.segments
+            .iter()
+            .map(|segment| (segment.at.gpa, segment.len, segment.writable))
+            .collect()
     }
 
     #[pyo3(signature = (length = None, *, offset = Int(0)))]
-    fn read<'py>(
-        &self,
-        py: Python<'py>,
-        length: Option<Int<u64>>,
-        offset: Int<u64>,
-    ) -> PyResult<Bound<'py, PyBytes>> {
+    fn read<'py>(&self, py: Python<'py>, length: Option<Int<u64>>, offset: Int<u64>) -> PyResult<Bound<'py, PyBytes>> {
         let (length, offset) = (length.map(|length| length.0), offset.0);
         let rest = self.element.readable.saturating_sub(offset);
         let length = usize::try_from(length.unwrap_or(rest).min(rest)).unwrap_or(usize::MAX);
@@ -194,13 +195,7 @@ impl PyChain {
     }
 
     #[pyo3(signature = (value = Int(0), *, offset = Int(0), length = None))]
-    fn fill(
-        &self,
-        py: Python<'_>,
-        value: Int<u8>,
-        offset: Int<u64>,
-        length: Option<Int<u64>>,
-    ) -> PyResult<usize> {
+    fn fill(&self, py: Python<'_>, value: Int<u8>, offset: Int<u64>, length: Option<Int<u64>>) -> PyResult<usize> {
         let (value, offset, length) = (value.0, offset.0, length.map(|length| length.0));
         let rest = self.element.writable.saturating_sub(offset);
         let length = usize::try_from(length.unwrap_or(rest).min(rest)).unwrap_or(usize::MAX);
@@ -215,8 +210,17 @@ impl PyChain {
     }
 
     fn __repr__(&self) -> String {
-        let Element { head, readable, writable, .. } = self.element;
-        let state = if self.done.load(Ordering::Relaxed) { ", done" } else { "" };
+        let Element {
+            head,
+            readable,
+            writable,
+            ..
+        } = self.element;
+        let state = if self.done.load(Ordering::Relaxed) {
+            ", done"
+        } else {
+            ""
+        };
         format!("<Chain head={head} readable={readable} writable={writable}{state}>")
     }
 }
@@ -248,18 +252,13 @@ impl Rows<'_> {
     }
 
     /// Scatter row `row` of `source` into the writable part of `element`.
-    pub(crate) fn scatter(
-        &self,
-        guest: &GuestMemory,
-        element: &Element,
-        source: Raw,
-        row: usize,
-    ) -> PyResult<()> {
+    pub(crate) fn scatter(&self, guest: &GuestMemory, element: &Element, source: Raw, row: usize) -> PyResult<()> {
         let source = source.row(row, self.itemsize).ok_or_else(|| too_few_rows(row))?;
         let pin = guest.pin();
         // SAFETY: as in `gather`.
-        let copied =
-            with_access!(pin, |mem| unsafe { self.iov(element).scatter(mem, 0, source.ptr, source.len) });
+        let copied = with_access!(pin, |mem| unsafe {
+            self.iov(element).scatter(mem, 0, source.ptr, source.len)
+        });
         copied.map(drop).map_err(stale)
     }
 }

@@ -60,7 +60,14 @@ impl PyCounters {
     }
 
     fn __repr__(&self) -> String {
-        let Counters { popped, pushed, dropped, rejected, notified, suppressed } = self.0;
+        let Counters {
+            popped,
+            pushed,
+            dropped,
+            rejected,
+            notified,
+            suppressed,
+        } = self.0;
         format!(
             "<Counters popped={popped} pushed={pushed} dropped={dropped} rejected={rejected} \
              notified={notified} suppressed={suppressed}>"
@@ -95,14 +102,20 @@ impl PyDeviceQueue {
 
     /// Complete chain `index` of `popped` with what its handler returned.
     fn complete(&self, py: Python<'_>, popped: &Popped, index: usize, response: Option<Raw>) -> PyResult<()> {
-        let Some(element) = popped.elements.get(index) else { return Ok(()) };
+        let Some(element) = popped.elements.get(index) else {
+            return Ok(());
+        };
         let ticket = element.ticket();
         let mut queue = self.shared.lock();
         let length = response.map_or(0, |raw| raw.len);
         let fits = length as u64 <= element.writable;
         let mut written = 0;
         if let Some(raw) = response.filter(|_| fits && queue.is_current(&ticket)) {
-            Rows { segments: &popped.segments, itemsize: length }.scatter(&self.shared.guest, element, raw, 0)?;
+            Rows {
+                segments: &popped.segments,
+                itemsize: length,
+            }
+            .scatter(&self.shared.guest, element, raw, 0)?;
             written = length as u64;
         }
         let pin = self.shared.guest.pin();
@@ -138,9 +151,13 @@ impl PyDeviceQueue {
             if total > max_request {
                 break;
             }
-            let rows = Rows { segments: &popped.segments, itemsize: length };
-            let request =
-                PyBytes::new_with(py, length, |bytes| rows.gather(&self.shared.guest, &[element], Raw::of(bytes)))?;
+            let rows = Rows {
+                segments: &popped.segments,
+                itemsize: length,
+            };
+            let request = PyBytes::new_with(py, length, |bytes| {
+                rows.gather(&self.shared.guest, &[element], Raw::of(bytes))
+            })?;
             requests.push(Some(request));
         }
         popped.put_back(&self.shared, requests.len());
@@ -148,13 +165,7 @@ impl PyDeviceQueue {
     }
 
     /// One burst of `process`: the number of chains completed, 0 when there is nothing to do.
-    fn burst(
-        &self,
-        py: Python<'_>,
-        handler: &Bound<'_, PyAny>,
-        limit: usize,
-        max_request: usize,
-    ) -> PyResult<usize> {
+    fn burst(&self, py: Python<'_>, handler: &Bound<'_, PyAny>, limit: usize, max_request: usize) -> PyResult<usize> {
         let mut popped = Popped::take(py, &self.shared, limit)?;
         let requests = match self.gather(py, &mut popped, max_request) {
             Ok(requests) => requests,
@@ -166,7 +177,9 @@ impl PyDeviceQueue {
         let count = requests.len();
         for (index, request) in requests.into_iter().enumerate() {
             let answered = match request {
-                None => self.complete(py, &popped, index, None).map(|()| self.with(|queue, _| queue.count_rejected(1))),
+                None => self
+                    .complete(py, &popped, index, None)
+                    .map(|()| self.with(|queue, _| queue.count_rejected(1))),
                 Some(request) => self.answer(py, handler, &popped, index, request),
             };
             if let Err(error) = answered {
@@ -203,7 +216,10 @@ impl PyDeviceQueue {
     fn keep_failed(&self, py: Python<'_>, popped: &mut Popped, index: usize) -> PyResult<()> {
         popped.put_back(&self.shared, index + 1);
         if let Some(element) = popped.elements.get(index) {
-            let segments = popped.segments.get(element.first..element.first + element.count).unwrap_or_default();
+            let segments = popped
+                .segments
+                .get(element.first..element.first + element.count)
+                .unwrap_or_default();
             let chain = PyChain::new(self.shared.clone(), element.clone(), segments);
             *locked(&self.failed) = Some(Py::new(py, chain)?);
         }
@@ -215,7 +231,9 @@ fn positive(limit: usize, name: &str) -> PyResult<usize> {
     if (1..=32768).contains(&limit) {
         Ok(limit)
     } else {
-        Err(InvalidArgument::new_err(format!("{name} is {limit}: it is 1 to 32768 chains")))
+        Err(InvalidArgument::new_err(format!(
+            "{name} is {limit}: it is 1 to 32768 chains"
+        )))
     }
 }
 
@@ -236,7 +254,13 @@ impl PyDeviceQueue {
         drop(pin);
         let queue = queue.map_err(|fault| raise(py, &fault))?;
         let shared = Arc::new(Shared::new(guest, queue));
-        Ok(Self { memory, shared, call: Mutex::new(call), failed: Mutex::new(None), broken: Mutex::new(None) })
+        Ok(Self {
+            memory,
+            shared,
+            call: Mutex::new(call),
+            failed: Mutex::new(None),
+            broken: Mutex::new(None),
+        })
     }
 
     #[getter]
@@ -450,7 +474,9 @@ impl PyDeviceQueue {
     fn latch(&self, violation: &Bound<'_, PyAny>) -> PyResult<()> {
         let class: Bound<'_, PyType> = errors::violation_type(violation.py());
         if !violation.is_instance(&class)? {
-            return Err(InvalidArgument::new_err("a queue is latched with a QueueViolation that says why"));
+            return Err(InvalidArgument::new_err(
+                "a queue is latched with a QueueViolation that says why",
+            ));
         }
         let fresh = self.with(|queue, _| {
             let fresh = queue.latched().is_none() && !queue.broken();
@@ -505,10 +531,19 @@ impl PyDeviceQueue {
 
     fn __repr__(&self) -> String {
         self.with(|queue, _| {
-            let state = if queue.broken() { "latched" } else if queue.stopped() { "stopped" } else { "running" };
+            let state = if queue.broken() {
+                "latched"
+            } else if queue.stopped() {
+                "stopped"
+            } else {
+                "running"
+            };
             let format = if queue.layout().packed { "packed" } else { "split" };
             let (index, size) = (queue.config().index, queue.layout().size);
-            format!("<DeviceQueue {index} {format} of {size}, {state}, {} in flight>", queue.in_flight())
+            format!(
+                "<DeviceQueue {index} {format} of {size}, {state}, {} in flight>",
+                queue.in_flight()
+            )
         })
     }
 }

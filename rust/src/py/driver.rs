@@ -64,13 +64,26 @@ impl PyDriverQueue {
             let text = format!("the indirect tables at {:#x} are not aligned to 16 bytes", address.0);
             return Err(InvalidArgument::new_err(text));
         }
-        let area = indirect.map(|address| IndirectArea { address: address.0, entries: indirect_entries.0 });
+        let area = indirect.map(|address| IndirectArea {
+            address: address.0,
+            entries: indirect_entries.0,
+        });
         let guest = memory.get().inner().clone();
         let pin = guest.pin();
-        let queue = with_access!(pin, |mem| DriverQueue::new(mem, config.0, state.map(|state| state.0), area));
+        let queue = with_access!(pin, |mem| DriverQueue::new(
+            mem,
+            config.0,
+            state.map(|state| state.0),
+            area
+        ));
         drop(pin);
         let queue = Mutex::new(queue.map_err(|fault| raise(py, &fault))?);
-        Ok(Self { memory, guest, kick: Mutex::new(kick), queue })
+        Ok(Self {
+            memory,
+            guest,
+            kick: Mutex::new(kick),
+            queue,
+        })
     }
 
     #[getter]
@@ -209,9 +222,16 @@ impl PyDriverQueue {
 
     fn __repr__(&self) -> String {
         let queue = self.lock();
-        let state = if queue.latched().is_some() { "latched" } else { "running" };
+        let state = if queue.latched().is_some() {
+            "latched"
+        } else {
+            "running"
+        };
         let format = if queue.layout().packed { "packed" } else { "split" };
         let (index, size) = (queue.config().index, queue.layout().size);
-        format!("<DriverQueue {index} {format} of {size}, {state}, {} in flight>", queue.in_flight())
+        format!(
+            "<DriverQueue {index} {format} of {size}, {state}, {} in flight>",
+            queue.in_flight()
+        )
     }
 }

@@ -1,5 +1,10 @@
 //! `RingLayout`, `QueueState`, `QueueConfig`, `Policy`, `Rule`: the values that queues are made of.
 
+#![allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "Python's methods take self by reference"
+)]
+
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -124,14 +129,17 @@ impl PyPolicy {
         if self.0 == Policy::STRICT {
             return "Policy.strict".to_owned();
         }
-        let differing: String = self
-            .flags()
-            .into_iter()
-            .zip(Self(Policy::INTEROP).flags())
-            .filter(|(own, base)| own != base)
-            .map(|((name, value), _)| format!(", {name}={}", if value { "True" } else { "False" }))
+        let word = |value| if value { "True" } else { "False" };
+        let pairs = self.flags().into_iter().zip(Self(Policy::INTEROP).flags());
+        let differing = pairs.filter(|(own, base)| own != base);
+        let switches: Vec<_> = differing
+            .map(|((name, value), _)| format!(", {name}={}", word(value)))
             .collect();
-        format!("Policy('interop'{differing}, max_indirect={})", self.0.max_indirect)
+        format!(
+            "Policy('interop'{}, max_indirect={})",
+            switches.concat(),
+            self.0.max_indirect
+        )
     }
 }
 

@@ -26,7 +26,14 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
     info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
-    info.set_item("abi", if cfg!(feature = "abi3") { "abi3" } else { "version-specific" })?;
+    info.set_item(
+        "abi",
+        if cfg!(feature = "abi3") {
+            "abi3"
+        } else {
+            "version-specific"
+        },
+    )?;
     info.set_item("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))?;
     Ok(info)
 }

@@ -87,7 +87,11 @@ impl QueueConfig {
             device: self.device,
         };
         // 2.7.1, 2.8.11: alignment of the three areas.
-        let areas = [("descriptor", self.desc), ("driver", self.driver), ("device", self.device)];
+        let areas = [
+            ("descriptor", self.desc),
+            ("driver", self.driver),
+            ("device", self.device),
+        ];
         for ((name, address), align) in areas.into_iter().zip(layout.alignments()) {
             if address % align != 0 {
                 let message = format!("the {name} area at {address:#x} is not aligned to {align} bytes");
@@ -140,6 +144,9 @@ impl QueueState {
     #[must_use]
     pub const fn fresh(packed: bool) -> Self {
         let bits = if packed { 0x8000 } else { 0 };
-        Self { avail: bits, used: bits }
+        Self {
+            avail: bits,
+            used: bits,
+        }
     }
 }

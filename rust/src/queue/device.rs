@@ -147,7 +147,11 @@ impl DeviceQueue {
     /// The violation that latched the queue.
     #[must_use]
     pub const fn latched(&self) -> Option<&Fault> {
-        if let Life::Latched(fault) = &self.life { Some(fault) } else { None }
+        if let Life::Latched(fault) = &self.life {
+            Some(fault)
+        } else {
+            None
+        }
     }
 
     /// Whether pops are suspended by `stop`.
@@ -299,7 +303,12 @@ impl DeviceQueue {
         self.busy.insert(element.head);
         if let Some(waiting) = &mut self.waiting {
             let Element { seq, head, slots, .. } = element;
-            waiting.push_back(Waiting { seq, head, slots, written: None });
+            waiting.push_back(Waiting {
+                seq,
+                head,
+                slots,
+                written: None,
+            });
         }
         Ok(Some(element))
     }
@@ -343,7 +352,11 @@ impl DeviceQueue {
     #[inline]
     pub fn complete<A: Access>(&mut self, mem: &A, ticket: &Ticket, written: u64) -> Result<bool, QueueError> {
         if written > ticket.writable {
-            return Err(Misuse::WrittenTooBig { written, writable: ticket.writable }.into());
+            return Err(Misuse::WrittenTooBig {
+                written,
+                writable: ticket.writable,
+            }
+            .into());
         }
         // Of an old generation, or after a latch, nothing is written (2.4.1, 2.1.1).
         if !self.is_current(ticket) {
@@ -372,7 +385,13 @@ impl DeviceQueue {
             entry.written = Some(written);
         }
         let staged = self.with_ring(mem, |ring| {
-            while let Some(&Waiting { head, slots, written: Some(written), .. }) = waiting.front() {
+            while let Some(&Waiting {
+                head,
+                slots,
+                written: Some(written),
+                ..
+            }) = waiting.front()
+            {
                 stage(ring, mem, head, slots, written)?;
                 waiting.pop_front();
             }
@@ -404,7 +423,11 @@ impl DeviceQueue {
         }
         let wants = self.with_ring(mem, |ring| each!(ring, ring => ring.wants_call(mem)))?;
         self.unsignalled = false;
-        let counter = if wants { &mut self.counters.notified } else { &mut self.counters.suppressed };
+        let counter = if wants {
+            &mut self.counters.notified
+        } else {
+            &mut self.counters.suppressed
+        };
         *counter += 1;
         Ok(wants)
     }

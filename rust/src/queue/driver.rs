@@ -128,7 +128,12 @@ impl DriverQueue {
     ) -> Result<(), Fault> {
         let fresh = Self::new(mem, config.unwrap_or(self.config), state, self.indirect)?;
         let (generation, next_token) = (self.generation + 1, self.next_token);
-        *self = Self { generation, next_token, published: next_token, ..fresh };
+        *self = Self {
+            generation,
+            next_token,
+            published: next_token,
+            ..fresh
+        };
         Ok(())
     }
 
@@ -165,7 +170,11 @@ impl DriverQueue {
     /// The violation that latched the queue.
     #[must_use]
     pub const fn latched(&self) -> Option<&Fault> {
-        if let Life::Latched(fault) = &self.life { Some(fault) } else { None }
+        if let Life::Latched(fault) = &self.life {
+            Some(fault)
+        } else {
+            None
+        }
     }
 
     /// What has happened so far.
@@ -222,13 +231,21 @@ impl DriverQueue {
         let mut buffers = std::mem::take(&mut self.scratch);
         buffers.clear();
         buffers.extend(readable.iter().map(|&(addr, len)| Buffer { addr, len, flags: 0 }));
-        buffers.extend(writable.iter().map(|&(addr, len)| Buffer { addr, len, flags: desc::WRITE }));
+        buffers.extend(writable.iter().map(|&(addr, len)| Buffer {
+            addr,
+            len,
+            flags: desc::WRITE,
+        }));
         let packed = self.layout.packed;
         let added = self.with_ring(mem, |ring| {
             if let Some(table) = table {
                 let addr = write_table(mem, table, packed, &buffers)?;
                 let len = u32::try_from(16 * count).unwrap_or(u32::MAX);
-                let entry = Buffer { addr, len, flags: desc::INDIRECT };
+                let entry = Buffer {
+                    addr,
+                    len,
+                    flags: desc::INDIRECT,
+                };
                 each!(ring, ring => ring.add(mem, &[entry]))
             } else {
                 each!(ring, ring => ring.add(mem, &buffers))
@@ -241,7 +258,11 @@ impl DriverQueue {
         self.in_flight += 1;
         let descriptors = u16::try_from(needed).unwrap_or(u16::MAX);
         if let Some(slot) = self.shadow.get_mut(usize::from(id)) {
-            *slot = Some(Shadow { token, descriptors, writable: total });
+            *slot = Some(Shadow {
+                token,
+                descriptors,
+                writable: total,
+            });
         }
         if let Some(order) = &mut self.order {
             order.push_back(id);
@@ -257,7 +278,9 @@ impl DriverQueue {
         }
         if count > usize::from(self.layout.size) {
             let size = self.layout.size;
-            return Err(Misuse::Invalid(format!("a chain of {count} buffers does not fit a queue of {size}")));
+            return Err(Misuse::Invalid(format!(
+                "a chain of {count} buffers does not fit a queue of {size}"
+            )));
         }
         if readable.iter().chain(writable).any(|&(_, len)| len == 0) {
             return Err(Misuse::Invalid("a buffer has at least one byte".to_owned()));
@@ -265,7 +288,9 @@ impl DriverQueue {
         let sum = |buffers: &[(u64, u32)]| buffers.iter().map(|&(_, len)| u64::from(len)).sum::<u64>();
         let total = sum(writable);
         if total + sum(readable) > 1 << 32 {
-            return Err(Misuse::Invalid("a chain has at most 2^32 bytes (VIRTIO 1.4, 2.7.5.2)".to_owned()));
+            return Err(Misuse::Invalid(
+                "a chain has at most 2^32 bytes (VIRTIO 1.4, 2.7.5.2)".to_owned(),
+            ));
         }
         Ok(total)
     }
@@ -275,10 +300,14 @@ impl DriverQueue {
         let area = self.indirect.ok_or(Misuse::NoIndirect)?;
         if count > usize::from(area.entries) {
             let entries = area.entries;
-            return Err(Misuse::Invalid(format!("{count} buffers do not fit an indirect table of {entries}")));
+            return Err(Misuse::Invalid(format!(
+                "{count} buffers do not fit an indirect table of {entries}"
+            )));
         }
         let head = each!(&self.ring, ring => ring.next_head());
-        Ok(area.address.wrapping_add(u64::from(head) * u64::from(area.entries) * desc::BYTES))
+        Ok(area
+            .address
+            .wrapping_add(u64::from(head) * u64::from(area.entries) * desc::BYTES))
     }
 
     /// Make everything added visible; the number of buffers.
@@ -304,7 +333,11 @@ impl DriverQueue {
             return Ok(false);
         }
         let wants = self.with_ring(mem, |ring| each!(ring, ring => ring.wants_kick(mem)))?;
-        let counter = if wants { &mut self.counters.notified } else { &mut self.counters.suppressed };
+        let counter = if wants {
+            &mut self.counters.notified
+        } else {
+            &mut self.counters.suppressed
+        };
         *counter += 1;
         Ok(wants)
     }
@@ -404,13 +437,11 @@ impl DriverQueue {
             return Err(self.used_fault(Rule::UsedIdOutOfRange, used, message));
         };
         let shadow = self.shadow.get(usize::from(id)).copied().flatten();
-        match shadow.filter(|shadow| shadow.token < self.published) {
-            Some(shadow) => Ok((id, shadow)),
-            None => {
-                let message = format!("used id {id} is no buffer in flight");
-                Err(self.used_fault(Rule::UsedIdNotInFlight, used, message))
-            }
+        if let Some(shadow) = shadow.filter(|shadow| shadow.token < self.published) {
+            return Ok((id, shadow));
         }
+        let message = format!("used id {id} is no buffer in flight");
+        Err(self.used_fault(Rule::UsedIdNotInFlight, used, message))
     }
 
     /// 2.7.8.2, 2.8.4: the length counts bytes written to the buffer's writable part.
@@ -421,7 +452,10 @@ impl DriverQueue {
         if self.rules.policy.used_len_beyond {
             return Ok(u32::try_from(shadow.writable).unwrap_or(u32::MAX));
         }
-        let message = format!("used length {} for a buffer of {} writable bytes", used.len, shadow.writable);
+        let message = format!(
+            "used length {} for a buffer of {} writable bytes",
+            used.len, shadow.writable
+        );
         Err(self.used_fault(Rule::UsedLenTooBig, used, message))
     }
 
@@ -473,7 +507,12 @@ impl DriverQueue {
     /// the device may still own the descriptors.
     pub fn detach(&mut self) -> Vec<u64> {
         let mut tokens: Vec<u64> = self.ready.drain(..).map(|(token, _)| token).collect();
-        tokens.extend(self.shadow.iter_mut().filter_map(Option::take).map(|shadow| shadow.token));
+        tokens.extend(
+            self.shadow
+                .iter_mut()
+                .filter_map(Option::take)
+                .map(|shadow| shadow.token),
+        );
         tokens.sort_unstable();
         self.in_flight = 0;
         if let Some(order) = &mut self.order {

@@ -9,12 +9,16 @@ pub(crate) struct HeadSet {
 impl HeadSet {
     /// A set for all 16-bit values, or an empty one that remembers nothing.
     pub(crate) fn new(tracking: bool) -> Self {
-        Self { words: if tracking { vec![0; 1024] } else { Vec::new() } }
+        Self {
+            words: if tracking { vec![0; 1024] } else { Vec::new() },
+        }
     }
 
     #[inline]
     pub(crate) fn contains(&self, head: u16) -> bool {
-        self.words.get(usize::from(head >> 6)).is_some_and(|word| word >> (head & 63) & 1 == 1)
+        self.words
+            .get(usize::from(head >> 6))
+            .is_some_and(|word| word >> (head & 63) & 1 == 1)
     }
 
     #[inline]

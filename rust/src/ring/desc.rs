@@ -1,5 +1,7 @@
 //! One descriptor, read once into a local (VIRTIO 1.4, 2.7.5 and 2.8.13).
 
+#![allow(clippy::cast_possible_truncation, reason = "fields are cut out of wider words")]
+
 use crate::mem::{Access, At, MemoryError};
 
 /// The buffer continues in the next descriptor.
@@ -27,7 +29,12 @@ pub(crate) struct Desc {
 
 impl Desc {
     const fn from_words(addr: u64, rest: u64) -> Self {
-        Self { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
+        Self {
+            addr,
+            len: rest as u32,
+            flags: (rest >> 32) as u16,
+            next: (rest >> 48) as u16,
+        }
     }
 
     /// `len`, `flags` and `next` as the second word of a split descriptor.
@@ -39,7 +46,10 @@ impl Desc {
     #[inline]
     pub(crate) fn load<A: Access>(mem: &A, table: At, index: u32) -> Result<Self, MemoryError> {
         let off = BYTES * u64::from(index);
-        Ok(Self::from_words(mem.load_u64(table, off)?, mem.load_u64(table, off + 8)?))
+        Ok(Self::from_words(
+            mem.load_u64(table, off)?,
+            mem.load_u64(table, off + 8)?,
+        ))
     }
 
     /// Entry `index` of an indirect table, which need not be aligned at all (2.7.5.3 asks for none).
@@ -59,7 +69,11 @@ impl Desc {
 #[inline]
 pub(crate) fn load_packed<A: Access>(mem: &A, ring: At, slot: u16) -> Result<(u64, u32, u16), MemoryError> {
     let off = BYTES * u64::from(slot);
-    Ok((mem.load_u64(ring, off)?, mem.load_u32(ring, off + 8)?, mem.load_u16(ring, off + 12)?))
+    Ok((
+        mem.load_u64(ring, off)?,
+        mem.load_u32(ring, off + 8)?,
+        mem.load_u16(ring, off + 12)?,
+    ))
 }
 
 /// Offset of the flags of packed descriptor `slot`.

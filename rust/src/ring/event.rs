@@ -25,8 +25,12 @@ pub(crate) const AT_DESC: u16 = 2;
 impl PackedEvent {
     /// From the 32-bit word in memory.
     #[must_use]
+    #[allow(clippy::cast_possible_truncation, reason = "fields are cut out of a wider word")]
     pub const fn from_word(word: u32) -> Self {
-        Self { off_wrap: word as u16, flags: (word >> 16) as u16 }
+        Self {
+            off_wrap: word as u16,
+            flags: (word >> 16) as u16,
+        }
     }
 }
 
@@ -75,7 +79,10 @@ mod tests {
 
     #[test]
     fn packed_event_passes_exactly_the_slots_between() {
-        let at = |off: u16, wrap: bool| PackedEvent { off_wrap: off | u16::from(wrap) << 15, flags: 2 };
+        let at = |off: u16, wrap: bool| PackedEvent {
+            off_wrap: off | u16::from(wrap) << 15,
+            flags: 2,
+        };
         // Size 5, from slot 3 of a lap with wrap 1 to slot 1 of the next lap.
         let hit: Vec<_> = (0..5u16)
             .flat_map(|off| [(off, true), (off, false)])
@@ -86,9 +93,27 @@ mod tests {
 
     #[test]
     fn packed_event_that_makes_no_sense_notifies() {
-        let odd = [PackedEvent { off_wrap: 0, flags: 3 }, PackedEvent { off_wrap: 7, flags: 2 }];
-        assert!(odd.iter().all(|&event| packed_need_event(event, true, 5, (1, true), (0, true))));
-        assert!(packed_need_event(PackedEvent { off_wrap: 0, flags: 2 }, false, 5, (3, true), (2, true)));
-        assert!(!packed_need_event(PackedEvent { off_wrap: 0, flags: 1 }, false, 5, (3, true), (2, true)));
+        let odd = [
+            PackedEvent { off_wrap: 0, flags: 3 },
+            PackedEvent { off_wrap: 7, flags: 2 },
+        ];
+        assert!(
+            odd.iter()
+                .all(|&event| packed_need_event(event, true, 5, (1, true), (0, true)))
+        );
+        assert!(packed_need_event(
+            PackedEvent { off_wrap: 0, flags: 2 },
+            false,
+            5,
+            (3, true),
+            (2, true)
+        ));
+        assert!(!packed_need_event(
+            PackedEvent { off_wrap: 0, flags: 1 },
+            false,
+            5,
+            (3, true),
+            (2, true)
+        ));
     }
 }

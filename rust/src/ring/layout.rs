@@ -52,9 +52,18 @@ impl RingLayout {
     /// The three areas one after another from `base` on; None when they leave the address space.
     #[must_use]
     pub fn contiguous(size: u16, packed: bool, base: u64) -> Option<Self> {
-        let mut layout = Self { size, packed, desc: base, driver: 0, device: 0 };
+        let mut layout = Self {
+            size,
+            packed,
+            desc: base,
+            driver: 0,
+            device: 0,
+        };
         layout.driver = base.checked_add(layout.desc_bytes())?;
-        layout.device = layout.driver.checked_add(layout.driver_bytes())?.checked_next_multiple_of(4)?;
+        layout.device = layout
+            .driver
+            .checked_add(layout.driver_bytes())?
+            .checked_next_multiple_of(4)?;
         layout.device.checked_add(layout.device_bytes())?;
         Some(layout)
     }

@@ -67,7 +67,9 @@ impl PackedDevice {
     /// Whether the next slot is available.
     #[inline]
     pub(crate) fn look<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<bool, Fault> {
-        let flags = self.load_flags(mem, self.next_avail.slot).map_err(|e| self.unmapped(rules, e))?;
+        let flags = self
+            .load_flags(mem, self.next_avail.slot)
+            .map_err(|e| self.unmapped(rules, e))?;
         Ok(self.next_avail.is_avail(flags))
     }
 
@@ -102,10 +104,16 @@ impl PackedDevice {
             // 2.8.17: the whole list fits into the ring beside what is in flight.
             if self.slots_in_flight + u32::from(slots) >= u32::from(size) {
                 let (rule, message) = if slots >= size {
-                    (Rule::ChainTooLong, format!("the list goes on after all {size} descriptors of the ring"))
+                    (
+                        Rule::ChainTooLong,
+                        format!("the list goes on after all {size} descriptors of the ring"),
+                    )
                 } else {
                     let busy = self.slots_in_flight;
-                    (Rule::TooManyInFlight, format!("slot {index} is available while {busy} descriptors are in flight"))
+                    (
+                        Rule::TooManyInFlight,
+                        format!("slot {index} is available while {busy} descriptors are in flight"),
+                    )
                 };
                 return Err(walk.fault(rule, index, None, message));
             }
@@ -147,8 +155,10 @@ impl PackedDevice {
         let element = walk.finish(slots);
         if !rules.policy.duplicate_heads && busy(element.head) {
             segments.truncate(element.first);
-            let mut fault =
-                rules.fault(Rule::IdInFlight, format!("buffer id {} is already in flight", element.head));
+            let mut fault = rules.fault(
+                Rule::IdInFlight,
+                format!("buffer id {} is already in flight", element.head),
+            );
             fault.position = Some(element.position);
             fault.head = Some(element.head);
             return Err(fault);
@@ -166,13 +176,7 @@ impl PackedDevice {
 
     /// Write a used descriptor that is not visible yet: of several the first one's flags come last.
     #[inline]
-    pub(crate) fn stage<A: Access>(
-        &mut self,
-        mem: &A,
-        id: u16,
-        slots: u16,
-        written: u32,
-    ) -> Result<(), MemoryError> {
+    pub(crate) fn stage<A: Access>(&mut self, mem: &A, id: u16, slots: u16, written: u32) -> Result<(), MemoryError> {
         let Place { slot, .. } = self.next_used;
         let off = desc::BYTES * u64::from(slot);
         mem.store_u32(self.areas.desc, off + 8, written)?;

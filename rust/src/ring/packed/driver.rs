@@ -75,7 +75,10 @@ impl PackedDriver {
         // 2.8.17: there is room for the whole list before its first descriptor becomes available.
         if needed > usize::from(self.free) || self.ids.is_empty() {
             let needed = u32::try_from(needed).unwrap_or(u32::MAX);
-            return Err(Misuse::QueueFull { needed, free: u32::from(self.free) });
+            return Err(Misuse::QueueFull {
+                needed,
+                free: u32::from(self.free),
+            });
         }
         Ok(())
     }
@@ -158,15 +161,28 @@ impl PackedDriver {
             if !self.next_used.is_used(flags) {
                 return Ok(None);
             }
-            Ok(Some((flags, mem.load_u32(self.areas.desc, off + 8)?, mem.load_u16(self.areas.desc, off + 12)?)))
+            Ok(Some((
+                flags,
+                mem.load_u32(self.areas.desc, off + 8)?,
+                mem.load_u16(self.areas.desc, off + 12)?,
+            )))
         };
         let Some((flags, len, id)) = read().map_err(|e| self.unmapped(rules, e))? else {
             return Ok(None);
         };
         // 2.8.4: without WRITE the length is reserved; QEMU never sets WRITE and means the length.
-        let len = if flags & desc::WRITE != 0 || rules.policy.used_without_write { len } else { 0 };
+        let len = if flags & desc::WRITE != 0 || rules.policy.used_without_write {
+            len
+        } else {
+            0
+        };
         let address = self.layout.desc.wrapping_add(off);
-        Ok(Some(Used { id: u32::from(id), len, position: slot, address }))
+        Ok(Some(Used {
+            id: u32::from(id),
+            len,
+            position: slot,
+            address,
+        }))
     }
 
     /// Consume the used buffer `id`, which occupied `descriptors` slots.

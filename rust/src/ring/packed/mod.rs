@@ -21,10 +21,17 @@ pub(crate) struct Place {
     pub(crate) wrap: bool,
 }
 
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "slots stay below the size, which has 16 bits"
+)]
 impl Place {
     /// From 15 bits of slot and the wrap counter in bit 15, as states and event structures have it.
     pub(crate) const fn from_bits(bits: u16) -> Self {
-        Self { slot: bits & 0x7fff, wrap: bits & 0x8000 != 0 }
+        Self {
+            slot: bits & 0x7fff,
+            wrap: bits & 0x8000 != 0,
+        }
     }
 
     pub(crate) const fn bits(self) -> u16 {
@@ -42,9 +49,15 @@ impl Place {
         let slot = self.slot as u32 + count as u32;
         let size = size as u32;
         if slot >= size {
-            Self { slot: (slot - size) as u16, wrap: !self.wrap }
+            Self {
+                slot: (slot - size) as u16,
+                wrap: !self.wrap,
+            }
         } else {
-            Self { slot: slot as u16, wrap: self.wrap }
+            Self {
+                slot: slot as u16,
+                wrap: self.wrap,
+            }
         }
     }
 
@@ -52,9 +65,15 @@ impl Place {
     #[must_use]
     pub(crate) const fn back(self, count: u16, size: u16) -> Self {
         if self.slot >= count {
-            Self { slot: self.slot - count, wrap: self.wrap }
+            Self {
+                slot: self.slot - count,
+                wrap: self.wrap,
+            }
         } else {
-            Self { slot: (self.slot as u32 + size as u32 - count as u32) as u16, wrap: !self.wrap }
+            Self {
+                slot: (self.slot as u32 + size as u32 - count as u32) as u16,
+                wrap: !self.wrap,
+            }
         }
     }
 

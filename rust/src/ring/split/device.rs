@@ -67,7 +67,9 @@ impl SplitDevice {
     /// Load `avail.idx` and check it against what was consumed.
     #[inline]
     fn load_avail<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<bool, Fault> {
-        let idx = mem.load_u16_acquire(self.areas.driver, AVAIL_IDX).map_err(|e| self.unmapped(rules, e))?;
+        let idx = mem
+            .load_u16_acquire(self.areas.driver, AVAIL_IDX)
+            .map_err(|e| self.unmapped(rules, e))?;
         let ahead = idx.wrapping_sub(self.next_avail);
         // 2.7.6.1: idx is never decremented; a free-running index at most `size` ahead is all that can be.
         if ahead > self.layout.size {
@@ -133,11 +135,16 @@ impl SplitDevice {
         }
         let position = self.next_avail;
         let slot = AVAIL_RING + 2 * u64::from(position & self.mask);
-        let head = mem.load_u16(self.areas.driver, slot).map_err(|e| self.unmapped(rules, e))?;
+        let head = mem
+            .load_u16(self.areas.driver, slot)
+            .map_err(|e| self.unmapped(rules, e))?;
         let mut walk = Walk::new(mem, rules, segments, position, head);
         // 2.7.6: an avail ring entry is the index of a descriptor.
         if head >= self.layout.size {
-            let message = format!("avail ring entry {head} is no index of {} descriptors", self.layout.size);
+            let message = format!(
+                "avail ring entry {head} is no index of {} descriptors",
+                self.layout.size
+            );
             let address = self.layout.driver.wrapping_add(slot);
             let mut fault = walk.fault(Rule::HeadOutOfRange, u32::from(head), Some(address), message);
             fault.descriptor = None;
@@ -183,7 +190,11 @@ impl SplitDevice {
     /// 2.7.5.3.2: zero or more direct descriptors may precede the table.
     fn walk_table<A: Access>(&self, walk: &mut Walk<'_, A>, index: u32, desc: &Desc) -> Result<(), Fault> {
         let table = walk.table(index, desc.addr, desc.len, desc.flags)?;
-        let limit = if walk.beyond_queue() { u32::MAX } else { u32::from(self.layout.size) };
+        let limit = if walk.beyond_queue() {
+            u32::MAX
+        } else {
+            u32::from(self.layout.size)
+        };
         let mut index = 0;
         for _ in 0..table.entries {
             let entry = walk.load_entry(table, index)?;
@@ -201,7 +212,10 @@ impl SplitDevice {
                 return Ok(());
             }
             if u32::from(entry.next) >= table.entries {
-                let message = format!("next is {}, the indirect table has {} entries", entry.next, table.entries);
+                let message = format!(
+                    "next is {}, the indirect table has {} entries",
+                    entry.next, table.entries
+                );
                 return Err(walk.fault(Rule::NextOutOfRange, index, None, message));
             }
             index = u32::from(entry.next);
@@ -262,6 +276,10 @@ impl SplitDevice {
 
     /// Ask for no kicks. With EVENT_IDX an old `avail_event` says so already, and flags stays 0 (2.7.10.2).
     pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        if self.event_idx { Ok(()) } else { mem.store_u16(self.areas.device, USED_FLAGS, 1) }
+        if self.event_idx {
+            Ok(())
+        } else {
+            mem.store_u16(self.areas.device, USED_FLAGS, 1)
+        }
     }
 }

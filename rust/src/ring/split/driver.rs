@@ -12,7 +12,6 @@ use crate::ring::layout::{AVAIL_FLAGS, AVAIL_IDX, AVAIL_RING, USED_FLAGS, USED_I
 use crate::ring::{Areas, End, RingLayout, need_event};
 use crate::rule::Rule;
 
-
 /// Private state of the driver end.
 #[derive(Debug)]
 pub(crate) struct SplitDriver {
@@ -135,7 +134,9 @@ impl SplitDriver {
         if self.seen_used != self.last_used {
             return Ok(true);
         }
-        let idx = mem.load_u16_acquire(self.areas.device, USED_IDX).map_err(|e| self.unmapped(rules, e))?;
+        let idx = mem
+            .load_u16_acquire(self.areas.device, USED_IDX)
+            .map_err(|e| self.unmapped(rules, e))?;
         let ahead = idx.wrapping_sub(self.last_used);
         // 2.7.8: idx counts used buffers, and only what is in flight (and was published) can be used.
         if u32::from(ahead) > in_flight {
@@ -155,9 +156,19 @@ impl SplitDriver {
     /// The next used entry. Does not consume it: `advance` does, when it was found good.
     pub(crate) fn peek<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<Used, Fault> {
         let entry = USED_RING + 8 * u64::from(self.last_used & self.mask);
-        let read = || Ok((mem.load_u32(self.areas.device, entry)?, mem.load_u32(self.areas.device, entry + 4)?));
+        let read = || {
+            Ok((
+                mem.load_u32(self.areas.device, entry)?,
+                mem.load_u32(self.areas.device, entry + 4)?,
+            ))
+        };
         let (id, len) = read().map_err(|e| self.unmapped(rules, e))?;
-        Ok(Used { id, len, position: self.last_used, address: self.layout.device.wrapping_add(entry) })
+        Ok(Used {
+            id,
+            len,
+            position: self.last_used,
+            address: self.layout.device.wrapping_add(entry),
+        })
     }
 
     /// Consume one used entry whose chain was `head` with `descriptors` ring descriptors.
@@ -200,7 +211,11 @@ impl SplitDriver {
 
     /// Ask for no calls. With EVENT_IDX flags stays 0 (2.7.7.1) and an old `used_event` says so.
     pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        if self.event_idx { Ok(()) } else { mem.store_u16(self.areas.driver, AVAIL_FLAGS, 1) }
+        if self.event_idx {
+            Ok(())
+        } else {
+            mem.store_u16(self.areas.driver, AVAIL_FLAGS, 1)
+        }
     }
 
     #[cold]
@@ -215,7 +230,10 @@ impl SplitDriver {
     pub(crate) fn check_room(&self, needed: usize) -> Result<(), Misuse> {
         if needed > usize::from(self.free) {
             let needed = u32::try_from(needed).unwrap_or(u32::MAX);
-            return Err(Misuse::QueueFull { needed, free: u32::from(self.free) });
+            return Err(Misuse::QueueFull {
+                needed,
+                free: u32::from(self.free),
+            });
         }
         Ok(())
     }
