@@ -96,6 +96,10 @@ class Device(Protocol):
         """The device now lives on `bus`. Timers that run from the making of the device start here, once."""
         ...
 
+    def detach(self) -> None:
+        """The device leaves its bus for good, after a reset: its timers stop."""
+        ...
+
     def activate(self, features: FeatureSet) -> None:
         """The driver is live with these negotiated features."""
         ...

@@ -117,7 +117,7 @@ class Loopback:
     def config_changed(self) -> None:
         """See `Bus.config_changed`."""
         if self.status.live:
-            self._loop.pend((self, "config"), lambda: self._changed())
+            self._loop.pend((self, "config"), self._deliver_config)
 
     def broken(self, error: Exception) -> None:
         """See `Bus.broken`."""
@@ -126,7 +126,10 @@ class Loopback:
         for slot in self._slots.values():
             slot.queue.stop()
         if notify:
-            self._loop.pend((self, "config"), lambda: self._changed())
+            self._loop.pend((self, "config"), self._deliver_config)
+
+    def _deliver_config(self) -> None:
+        self._changed()
 
     # --- the registers, for the driver ----------------------------------------------------------------------
 
@@ -340,9 +343,12 @@ class Loopback:
             slot.queue.reset()
             slot.queue.stop()
         self.device.reset()
-        if target is not self.device:
+        if target is self.device:
+            # Its reset may have taken something back; the same state was accepted a moment ago.
+            target.restore(cast("Mapping[str, object]", state["device"]))
+        else:
+            self.device.detach()
             target.attach(self)
-            target.reset()
         self.device = target
         self._slots = slots
         self.status.restore(status)

@@ -148,6 +148,12 @@ class BaseDevice:
         self._bus = bus
         self.config.on_change = self.notify_config_changed
 
+    def detach(self) -> None:
+        """See `Device.detach`."""
+        self.reset()
+        self.config.on_change = None
+        self._bus = None
+
     def activate(self, features: FeatureSet) -> None:
         """See `Device.activate`."""
         self._negotiated = features

@@ -180,8 +180,9 @@ class TestDevice(BaseDevice):
             self._remaining = self._left()
             self._arm(bus.clock)
 
-    def detach_timer(self) -> None:
-        """Stop the ticks for good, when the device is thrown away before its clock."""
+    def detach(self) -> None:
+        """See `Device.detach`; the time left is kept for a saved state, or for the next bus."""
+        super().detach()
         self._remaining = self._left()
         if self._timer is not None:
             self._timer.stop()

@@ -149,6 +149,8 @@ class Driver:
             raise
         for queue in self.queues.values():
             queue.enable_calls()
+            # What `set_up` put in is kicked only now: never before DRIVER_OK (3.1.1).
+            queue.signal()
         self.started()
         if self._config_waiting:
             self._config_waiting = False
@@ -220,7 +222,7 @@ class Driver:
         Raises:
             NoFeature: RING_RESET was not negotiated.
         """
-        self._check_live()
+        self._check_up(Status.DRIVER_OK)
         if "RING_RESET" not in self.features:
             raise NoFeature("one queue cannot be reset alone: RING_RESET was not negotiated")
         self._queue(index)
@@ -264,11 +266,11 @@ class Driver:
             on_done: called with the request, once, when it is back or lost.
 
         Raises:
-            StateError: the driver is not live, or its memory is used up.
+            StateError: the driver is not up (from `set_up` on it is), or its memory is used up.
             QueueFull: no descriptors are free.
             InvalidArgument: an empty buffer, or no buffer at all.
         """
-        self._check_live()
+        self._check_up(Status.FEATURES_OK)
         queue = self._queue(queue_index)
         if indirect is None:
             indirect = self.indirect and "INDIRECT_DESC" in self.features
@@ -285,13 +287,13 @@ class Driver:
             self._free(request)
             raise
         self._flying[queue_index, request.token] = request
-        if publish:
+        if publish and self._status & Status.DRIVER_OK:
             queue.signal()
         return request
 
     def flush(self, queue_index: int) -> bool:
         """Make everything submitted visible and kick, if the device wants to be; whether it was kicked."""
-        self._check_live()
+        self._check_up(Status.DRIVER_OK)
         return self._queue(queue_index).signal()
 
     def run_until(self, condition: Callable[[], bool], what: str, *, timeout: float | None = None) -> None:
@@ -351,10 +353,10 @@ class Driver:
         for request in lost:
             request.finish(error=error)
 
-    def _check_live(self) -> None:
+    def _check_up(self, bit: Status) -> None:
         if self._broken is not None:
             raise self._broken.with_traceback(None)
-        if not self.live:
+        if not self._status & bit or self._status & Status.FAILED:
             raise StateError("the driver is not live: initialize() it")
 
     def _queue(self, index: int) -> DriverQueue:
@@ -402,10 +404,10 @@ class Driver:
     # --- what a subclass may extend -------------------------------------------------------------------------
 
     def set_up(self) -> None:
-        """Called before DRIVER_OK, when features and queues stand: read the configuration here."""
+        """Called before DRIVER_OK, when features and queues stand: read the configuration, fill receive queues."""
 
     def started(self) -> None:
-        """Called after DRIVER_OK: fill receive queues here."""
+        """Called after DRIVER_OK."""
 
     def config_changed(self) -> None:
         """Called for each configuration change notification while the driver is live."""

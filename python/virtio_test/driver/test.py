@@ -15,6 +15,7 @@ from virtio_test.console import Console, print_line, signed
 from virtio_test.device import RING_FEATURES
 from virtio_test.errors import InvalidArgument, NoFeature, PeerError, QueueFull
 from virtio_test.features import FeatureSet
+from virtio_test.spec.status import Status
 from virtio_test.spec.testdevice import CONFIG_FIELDS, COUNTER, FEATURE_NAMES, REQUEST, RESPONSE, TEXT
 
 from .alloc import Arena
@@ -107,7 +108,7 @@ class TestDriver(Driver):
             QueueFull: no descriptors are free.
         """
         request = build_request(number)
-        self._check_live()
+        self._check_up(Status.DRIVER_OK)
         if self.timer:
             raise NoFeature("no request API: this is the timer variant of the driver")
         if "CAN_PRINT" not in self.features:
