@@ -13,6 +13,29 @@ from typing_extensions import Buffer
 
 from .errors import QueueViolation
 
+__all__ = [
+    "Access",
+    "Batch",
+    "Chain",
+    "Counters",
+    "DeviceQueue",
+    "DriverQueue",
+    "GuestMemory",
+    "Notifier",
+    "Policy",
+    "Poller",
+    "QueueConfig",
+    "QueueState",
+    "Region",
+    "RingLayout",
+    "Rule",
+    "Trace",
+    "__version__",
+    "build_info",
+    "need_event",
+    "rules",
+]
+
 __version__: Final[str]
 
 def build_info() -> dict[str, str]:
@@ -249,9 +272,7 @@ class QueueConfig:
         policy: Policy = ...,
     ) -> QueueConfig: ...
     @staticmethod
-    def from_layout(
-        layout: RingLayout, *, index: int = 0, features: int = 0, policy: Policy = ...
-    ) -> QueueConfig:
+    def from_layout(layout: RingLayout, *, index: int = 0, features: int = 0, policy: Policy = ...) -> QueueConfig:
         """The same from a layout; RING_PACKED in `features` is set as the layout says."""
     @property
     def size(self) -> int: ...
@@ -453,12 +474,15 @@ class DeviceQueue:
         """
     def unpop(self, chain: Chain) -> None:
         """Put the newest popped chain back, as if it had not been popped; `StateError` when it is not the newest."""
-    def process(self, handler: Callable[[bytes], Buffer | None], *, limit: int = 32768) -> int:
+    def process(
+        self, handler: Callable[[bytes], Buffer | None], *, limit: int = 32768, max_request: int = 16777216
+    ) -> int:
         """Pop chains, call `handler(request)` for each, write its response, push, and notify once at the end.
 
         None means a response of 0 bytes. A response longer than the writable part is not written: the chain is
-        completed with 0 and counted as rejected. When the handler raises, earlier responses stay, the chain is
-        kept (`take_failed`), later ones are put back, and the exception propagates.
+        completed with 0 and counted as rejected, and so is a request of more than `max_request` bytes, without
+        the handler being asked. When the handler raises, earlier responses stay, the chain is kept
+        (`take_failed`), later ones are put back, and the exception propagates.
 
         Returns:
             The number of chains completed.
@@ -478,6 +502,9 @@ class DeviceQueue:
 
         Returns:
             The number of chains completed.
+
+        Raises:
+            InvalidArgument: `limit` is not 1 to 32768, or the rows are too large for one buffer.
         """
     def take_failed(self) -> Chain | None:
         """The chain whose handler raised in `process`, once; the caller pushes it or puts it back."""

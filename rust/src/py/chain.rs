@@ -165,6 +165,7 @@ impl PyChain {
     }
 
     #[pyo3(signature = (length = None, *, offset = Int(0)))]
+    #[pyo3(text_signature = "($self, length=None, *, offset=0)")]
     fn read<'py>(&self, py: Python<'py>, length: Option<Int<u64>>, offset: Int<u64>) -> PyResult<Bound<'py, PyBytes>> {
         let (length, offset) = (length.map(|length| length.0), offset.0);
         let rest = self.element.readable.saturating_sub(offset);
@@ -173,12 +174,14 @@ impl PyChain {
     }
 
     #[pyo3(signature = (buffer, *, offset = Int(0)))]
+    #[pyo3(text_signature = "($self, buffer, *, offset=0)")]
     #[allow(clippy::needless_pass_by_value, reason = "held until the copy has ended")]
     fn read_into(&self, py: Python<'_>, buffer: Output, offset: Int<u64>) -> PyResult<usize> {
         self.gather(py, offset.0, buffer.raw())
     }
 
     #[pyo3(signature = (data, *, offset = Int(0)))]
+    #[pyo3(text_signature = "($self, data, *, offset=0)")]
     #[allow(clippy::needless_pass_by_value, reason = "held until the copy has ended")]
     fn write(&self, py: Python<'_>, data: Input<'_>, offset: Int<u64>) -> PyResult<usize> {
         let (source, offset) = (data.raw(), offset.0);
@@ -195,6 +198,7 @@ impl PyChain {
     }
 
     #[pyo3(signature = (value = Int(0), *, offset = Int(0), length = None))]
+    #[pyo3(text_signature = "($self, value=0, *, offset=0, length=None)")]
     fn fill(&self, py: Python<'_>, value: Int<u8>, offset: Int<u64>, length: Option<Int<u64>>) -> PyResult<usize> {
         let (value, offset, length) = (value.0, offset.0, length.map(|length| length.0));
         let rest = self.element.writable.saturating_sub(offset);

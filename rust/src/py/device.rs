@@ -336,6 +336,7 @@ impl PyDeviceQueue {
     }
 
     #[pyo3(signature = (limit = Int(32)))]
+    #[pyo3(text_signature = "($self, limit=32)")]
     fn pop_many(slf: Bound<'_, Self>, py: Python<'_>, limit: Int<usize>) -> PyResult<PyBatch> {
         let popped = Popped::take(py, slf.get().shared(), positive(limit.0, "limit")?)?;
         Ok(PyBatch::new(slf.unbind(), popped))
@@ -379,6 +380,7 @@ impl PyDeviceQueue {
     }
 
     #[pyo3(signature = (handler, *, limit = Int(32768), max_request = Int(16 << 20)))]
+    #[pyo3(text_signature = "($self, handler, *, limit=32768, max_request=16777216)")]
     fn process(
         &self,
         py: Python<'_>,
@@ -406,6 +408,7 @@ impl PyDeviceQueue {
     }
 
     #[pyo3(signature = (handler, *, request_size, response_size, limit = Int(256)))]
+    #[pyo3(text_signature = "($self, handler, *, request_size, response_size, limit=256)")]
     fn process_batch(
         &self,
         py: Python<'_>,

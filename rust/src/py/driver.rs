@@ -48,6 +48,7 @@ fn buffers(pairs: Vec<(Int<u64>, Int<u64>)>) -> PyResult<Vec<(u64, u32)>> {
 impl PyDriverQueue {
     #[new]
     #[pyo3(signature = (memory, config, *, state = None, kick = None, indirect = None, indirect_entries = Int(16)))]
+    #[pyo3(text_signature = "(memory, config, *, state=None, kick=None, indirect=None, indirect_entries=16)")]
     fn new(
         py: Python<'_>,
         memory: Py<PyGuestMemory>,
@@ -142,6 +143,7 @@ impl PyDriverQueue {
     }
 
     #[pyo3(signature = (readable, writable = Vec::new(), *, indirect = false))]
+    #[pyo3(text_signature = "($self, readable, writable=(), *, indirect =False)")]
     fn add(
         &self,
         py: Python<'_>,
@@ -185,6 +187,7 @@ impl PyDriverQueue {
     }
 
     #[pyo3(signature = (limit = Int(32768)))]
+    #[pyo3(text_signature = "($self, limit=32768)")]
     fn get_used_many(&self, py: Python<'_>, limit: Int<usize>) -> PyResult<Vec<(u64, u32)>> {
         let pin = self.guest.pin();
         with_access!(pin, |mem| self.lock().get_used_many(mem, limit.0)).map_err(|fault| raise(py, &fault))

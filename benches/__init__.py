@@ -1,0 +1,1 @@
+"""What things cost, measured: `python -m benches.ways`; the bare core by `cargo bench`."""
