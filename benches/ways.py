@@ -113,7 +113,7 @@ def main() -> str:
     """Measure and print, as text or with `--json` one object per line."""
     rows = measure()
     text = "\n".join(json.dumps(row) for row in rows) if "--json" in sys.argv[1:] else render(rows)
-    print(text)  # noqa: T201 - a program that prints
+    print(text)
     return text
 
 

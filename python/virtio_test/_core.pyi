@@ -516,7 +516,7 @@ class DeviceQueue:
     def latch(self, violation: QueueViolation) -> None:
         """Break the queue by decision of the device (a handler that failed); as if the driver had broken a rule."""
     def stop(self) -> QueueState:
-        """No more pops; completions are still taken. The state to go on from, which counts unfinished chains as popped."""
+        """No more pops; completions are still taken. The state to go on from counts unfinished chains as popped."""
     def resume(self) -> None:
         """Undo `stop`."""
     def reset(self, config: QueueConfig | None = None, *, state: QueueState | None = None) -> None:
