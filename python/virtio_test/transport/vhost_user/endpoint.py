@@ -144,9 +144,9 @@ def _alone_in(folder: Path) -> Generator[None]:
         os.close(fd)
 
 
-def _listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(0.0)
+def _in_use(path: Path) -> bool:
+    """Whether a socket is bound there. A probe of another type is refused either way, but for different reasons."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(os.fsencode(path))
         except ConnectionRefusedError:
@@ -162,7 +162,7 @@ def _is_stale(path: Path) -> bool:
     except OSError:
         return False
     mine = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o600
-    return stat.S_ISSOCK(status.st_mode) and mine and not _listens(path)
+    return stat.S_ISSOCK(status.st_mode) and mine and not _in_use(path)
 
 
 def _remove_stale(path: Path) -> None:
@@ -176,8 +176,8 @@ def _why_taken(path: Path) -> str:
     except OSError:
         return f"socket path {path} is taken by something that has just gone; try again"
     if stat.S_ISSOCK(mode):
-        if _listens(path):
-            return f"socket path {path}: another server listens there; stop it, or give another path"
+        if _in_use(path):
+            return f"socket path {path}: another server is there; stop it, or give another path"
         return f"socket path {path}: a socket of another program is there; remove it, or give another path"
     kind = "a symbolic link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a file"
     return f"socket path {path}: {kind} is there, and it is left alone; remove it, or give another path"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Final, Self
 
 from virtio_test._core import GuestMemory, Notifier, QueueConfig, Region
-from virtio_test.errors import PeerDisconnected, PeerError, PeerTimeout, StateError
+from virtio_test.errors import PeerDisconnected, PeerTimeout, StateError
 from virtio_test.features import FeatureSet
 
 from .codec import Decoder, Message, encode, encode_reply
