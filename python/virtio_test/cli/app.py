@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -61,6 +62,21 @@ class Seconds(click.ParamType[float]):
         return seconds
 
 
+class ReaderGone(Exception):
+    """Whoever read our output has left."""
+
+
+class Group(click.Group):
+    """The commands; click would end the process by itself when the output's reader leaves."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Command.invoke`."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise ReaderGone from None
+
+
 class Command(click.Command):
     """A command that takes ``-1`` for a bad number, not for an unknown option."""
 
@@ -83,7 +99,7 @@ _INDIRECT = click.option("--indirect", is_flag=True, help="Put every chain into 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="virtio-test")
 def cli() -> None:
     """The virtio workbench: write devices, drive devices, break either side."""
@@ -193,11 +209,12 @@ def run(arguments: list[str]) -> int:
         return _fail(_click_line(error), 2)
     except click.Abort:
         return 130
-    except SystemExit as error:
-        # click ends so when whoever read our output has left. Nothing is wrong, and there is nobody to tell.
-        if isinstance(error.__context__, BrokenPipeError):
-            return 0
-        raise
+    except ReaderGone:
+        # Nothing is wrong and there is nobody to tell; what is still buffered must not fail at exit again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return 0
     except PeerError as error:
         return _fail(str(error), 1)
     except (VirtioTestError, OSError) as error:
