@@ -7,11 +7,13 @@ use pyo3::prelude::*;
 use pyo3::types::PyByteArray;
 
 use super::args::{Input, Int, Output, Raw};
-use super::chain::{Rows, Shared};
+use super::chain::{Rows, Shared, with_queue};
 use super::device::PyDeviceQueue;
 use super::errors::{InvalidArgument, StaleChain, either, raise};
 use crate::chain::{Element, Segment};
-use crate::mem::with_access;
+use crate::error::QueueError;
+use crate::mem::{Access, with_access};
+use crate::queue::DeviceQueue;
 
 /// Popped chains and the arena of their segments.
 #[derive(Default)]
@@ -24,14 +26,9 @@ impl Popped {
     /// Pop up to `limit` chains.
     pub(crate) fn take(py: Python<'_>, shared: &Shared, limit: usize) -> PyResult<Self> {
         let mut popped = Self::default();
-        let pin = shared.guest.pin();
-        let taken = with_access!(pin, |mem| {
-            shared
-                .lock()
-                .pop_many(mem, limit, &mut popped.segments, &mut popped.elements)
-        });
-        drop(pin);
-        taken.map_err(|fault| raise(py, &fault))?;
+        let Self { elements, segments } = &mut popped;
+        with_queue!(shared, |mem, queue| queue.pop_many(mem, limit, segments, elements))
+            .map_err(|fault| raise(py, &fault))?;
         Ok(popped)
     }
 
@@ -64,7 +61,14 @@ impl Popped {
             segments: &self.segments,
             itemsize,
         };
-        PyByteArray::new_with(py, total, |bytes| rows.gather(&shared.guest, &kept, Raw::of(bytes)))
+        PyByteArray::new_with(py, total, |bytes| {
+            let target = Raw::of(bytes);
+            let pin = shared.guest.pin();
+            let mut each = kept.iter().enumerate();
+            let gathered = with_access!(pin, |mem| each
+                .try_for_each(|(row, element)| rows.gather(mem, element, target, row)));
+            Ok(gathered?)
+        })
     }
 
     /// Complete all elements: those for which `keep` is true with their row of `source`, the others with 0;
@@ -77,36 +81,44 @@ impl Popped {
         itemsize: usize,
         keep: impl Fn(&Element) -> bool,
     ) -> PyResult<usize> {
+        let answered = with_queue!(shared, |mem, queue| self.answer(mem, queue, source, itemsize, keep));
+        answered.map_err(|error| either(py, error))
+    }
+
+    fn answer<A: Access>(
+        &self,
+        mem: &A,
+        queue: &mut DeviceQueue,
+        source: Raw,
+        itemsize: usize,
+        keep: impl Fn(&Element) -> bool,
+    ) -> Result<usize, QueueError> {
         let rows = Rows {
             segments: &self.segments,
             itemsize,
         };
-        let mut queue = shared.lock();
         let (mut row, mut good) = (0, 0);
         let mut trouble = None;
         for element in &self.elements {
+            let ticket = element.ticket();
             let kept = keep(element);
             let fits = kept && element.writable >= itemsize as u64;
             let mut written = 0;
-            if fits && queue.is_current(&element.ticket()) {
-                match rows.scatter(&shared.guest, element, source, row) {
+            if fits && queue.is_current(&ticket) {
+                match rows.scatter(mem, element, source, row) {
                     Ok(()) => written = itemsize as u64,
-                    Err(error) => trouble = trouble.or(Some(error)),
+                    Err(misuse) => trouble = trouble.or(Some(misuse)),
                 }
             }
-            let pin = shared.guest.pin();
-            let done = with_access!(pin, |mem| queue.complete(mem, &element.ticket(), written));
-            drop(pin);
-            let done = done.map_err(|error| either(py, error))?;
+            let done = queue.complete(mem, &ticket, written)?;
             good += usize::from(done && fits);
             row += usize::from(kept);
             if done && !fits {
                 queue.count_rejected(1);
             }
         }
-        let pin = shared.guest.pin();
-        with_access!(pin, |mem| queue.publish(mem)).map_err(|fault| raise(py, &fault))?;
-        trouble.map_or(Ok(good), Err)
+        queue.publish(mem)?;
+        trouble.map_or(Ok(good), |misuse| Err(misuse.into()))
     }
 }
 

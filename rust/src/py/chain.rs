@@ -12,11 +12,11 @@ use pyo3::types::PyBytes;
 use smallvec::SmallVec;
 
 use super::args::{Input, Int, Output, Raw, detached};
-use super::errors::{InvalidArgument, StaleChain, stale};
+use super::errors::StaleChain;
 use crate::chain::{Element, Segment};
 use crate::error::Misuse;
 use crate::iov::Iov;
-use crate::mem::{GuestMemory, MemoryError, with_access};
+use crate::mem::{Access, GuestMemory};
 use crate::queue::{DeviceQueue, Ticket};
 
 /// A device queue and its memory, shared with the chains that were popped from it. Holds nothing of Python's, so
@@ -40,6 +40,22 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// Run `$body` with the memory of `$shared` pinned as `$mem` and its queue locked as `$queue`.
+///
+/// Always in this order: a change of the memory table waits for pins and holds newer ones back, so a thread that
+/// held the lock and asked for a pin could wait for one that has a pin and asks for the lock. No Python code runs
+/// inside.
+macro_rules! with_queue {
+    ($shared:expr, |$mem:ident, $queue:ident| $body:expr) => {{
+        let shared: &$crate::py::chain::Shared = $shared;
+        let pin = shared.guest.pin();
+        let mut guard = shared.lock();
+        let $queue = &mut *guard;
+        $crate::mem::with_access!(pin, |$mem| $body)
+    }};
+}
+pub(crate) use with_queue;
 
 /// One validated descriptor chain.
 #[pyclass(frozen, module = "virtio_test._core", name = "Chain")]
@@ -95,21 +111,23 @@ impl PyChain {
         self.done.store(false, Ordering::Release);
     }
 
-    /// Run a copy while the chain is current, and the queue cannot be reset meanwhile.
-    fn copy(&self, f: impl FnOnce(Iov<'_>) -> Result<usize, MemoryError>) -> Result<usize, Misuse> {
-        let queue = self.shared.lock();
+    /// The chain's segments, when it may still be touched; asked under the queue's lock, before each copy.
+    fn current(&self, queue: &DeviceQueue) -> Result<Iov<'_>, Misuse> {
         if self.done.load(Ordering::Acquire) || !queue.is_current(&self.element.ticket()) {
             return Err(Misuse::StaleChain);
         }
-        f(Iov::new(&self.segments, self.element.epoch)).map_err(Misuse::StaleMemory)
+        Ok(Iov::new(&self.segments, self.element.epoch))
     }
 
     fn gather(&self, py: Python<'_>, offset: u64, target: Raw) -> PyResult<usize> {
         let copied = detached(py, target.len, move || {
             let Raw { ptr, len } = { target };
-            let pin = self.shared.guest.pin();
-            // SAFETY: `target` comes from a buffer of Python's that its owner keeps alive over this call, or from memory that we allocated (M6).
-            self.copy(|iov| with_access!(pin, |mem| unsafe { iov.gather(mem, offset, ptr, len) }))
+            with_queue!(&self.shared, |mem, queue| {
+                let iov = self.current(queue)?;
+                // SAFETY: `target` comes from a buffer of Python's that its owner keeps alive over this call, or
+                // from memory that we allocated (M6).
+                unsafe { iov.gather(mem, offset, ptr, len) }.map_err(Misuse::StaleMemory)
+            })
         });
         Ok(copied?)
     }
@@ -187,9 +205,11 @@ impl PyChain {
         let (source, offset) = (data.raw(), offset.0);
         let copied = detached(py, source.len, || {
             let Raw { ptr, len } = { source };
-            let pin = self.shared.guest.pin();
-            // SAFETY: `source` comes from a buffer that `data` keeps alive (M6).
-            self.copy(|iov| with_access!(pin, |mem| unsafe { iov.scatter(mem, offset, ptr, len) }))
+            with_queue!(&self.shared, |mem, queue| {
+                let iov = self.current(queue)?;
+                // SAFETY: `source` comes from a buffer that `data` keeps alive (M6).
+                unsafe { iov.scatter(mem, offset, ptr, len) }.map_err(Misuse::StaleMemory)
+            })
         })?;
         if copied > 0 {
             self.wrote(offset + copied as u64);
@@ -204,8 +224,11 @@ impl PyChain {
         let rest = self.element.writable.saturating_sub(offset);
         let length = usize::try_from(length.unwrap_or(rest).min(rest)).unwrap_or(usize::MAX);
         let set = detached(py, length, || {
-            let pin = self.shared.guest.pin();
-            self.copy(|iov| with_access!(pin, |mem| iov.fill(mem, offset, length, value)))
+            with_queue!(&self.shared, |mem, queue| {
+                self.current(queue)?
+                    .fill(mem, offset, length, value)
+                    .map_err(Misuse::StaleMemory)
+            })
         })?;
         if set > 0 {
             self.wrote(offset + set as u64);
@@ -241,32 +264,23 @@ impl Rows<'_> {
         Iov::new(segments.get(..element.count).unwrap_or_default(), element.epoch)
     }
 
-    /// Gather the first `itemsize` readable bytes of each element into the rows of `target`.
-    pub(crate) fn gather(&self, guest: &GuestMemory, elements: &[&Element], target: Raw) -> PyResult<()> {
-        let pin = guest.pin();
-        for (row, element) in elements.iter().enumerate() {
-            let target = target.row(row, self.itemsize).ok_or_else(|| too_few_rows(row))?;
-            // SAFETY: `row` proved that the row lies inside the caller's buffer (M6).
-            let copied = with_access!(pin, |mem| unsafe {
-                self.iov(element).gather(mem, 0, target.ptr, target.len)
-            });
-            copied.map_err(stale)?;
-        }
-        Ok(())
+    /// Gather the first `itemsize` readable bytes of `element` into row `row` of `target`.
+    pub(crate) fn gather<A: Access>(&self, mem: &A, element: &Element, target: Raw, row: usize) -> Result<(), Misuse> {
+        let target = target.row(row, self.itemsize).ok_or_else(|| too_few_rows(row))?;
+        // SAFETY: `row` proved that the row lies inside the caller's buffer, which is held (M6).
+        let copied = unsafe { self.iov(element).gather(mem, 0, target.ptr, target.len) };
+        copied.map(drop).map_err(Misuse::StaleMemory)
     }
 
     /// Scatter row `row` of `source` into the writable part of `element`.
-    pub(crate) fn scatter(&self, guest: &GuestMemory, element: &Element, source: Raw, row: usize) -> PyResult<()> {
+    pub(crate) fn scatter<A: Access>(&self, mem: &A, element: &Element, source: Raw, row: usize) -> Result<(), Misuse> {
         let source = source.row(row, self.itemsize).ok_or_else(|| too_few_rows(row))?;
-        let pin = guest.pin();
         // SAFETY: as in `gather`.
-        let copied = with_access!(pin, |mem| unsafe {
-            self.iov(element).scatter(mem, 0, source.ptr, source.len)
-        });
-        copied.map(drop).map_err(stale)
+        let copied = unsafe { self.iov(element).scatter(mem, 0, source.ptr, source.len) };
+        copied.map(drop).map_err(Misuse::StaleMemory)
     }
 }
 
-fn too_few_rows(row: usize) -> PyErr {
-    InvalidArgument::new_err(format!("the buffer has no row {row}"))
+fn too_few_rows(row: usize) -> Misuse {
+    Misuse::Invalid(format!("the buffer has no row {row}"))
 }

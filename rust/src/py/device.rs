@@ -11,12 +11,12 @@ use pyo3::types::{PyByteArray, PyBytes, PyMemoryView, PyType};
 
 use super::args::{Input, Int, Raw};
 use super::batch::{Popped, PyBatch, zeroed};
-use super::chain::{PyChain, Rows, Shared};
+use super::chain::{PyChain, Rows, Shared, with_queue};
 use super::errors::{self, HandlerError, InvalidArgument, either, raise};
 use super::layout::{PyQueueConfig, PyQueueState, PyRingLayout};
 use super::mem::PyGuestMemory;
 use super::notify::PyNotifier;
-use crate::error::Misuse;
+use crate::error::{Misuse, QueueError};
 use crate::mem::with_access;
 use crate::queue::{Counters, DeviceQueue};
 
@@ -106,29 +106,29 @@ impl PyDeviceQueue {
             return Ok(());
         };
         let ticket = element.ticket();
-        let mut queue = self.shared.lock();
         let length = response.map_or(0, |raw| raw.len);
         let fits = length as u64 <= element.writable;
-        let mut written = 0;
-        if let Some(raw) = response.filter(|_| fits && queue.is_current(&ticket)) {
-            Rows {
-                segments: &popped.segments,
-                itemsize: length,
-            }
-            .scatter(&self.shared.guest, element, raw, 0)?;
-            written = length as u64;
-        }
-        let pin = self.shared.guest.pin();
-        let done = with_access!(pin, |mem| queue.complete(mem, &ticket, written)).map_err(|e| either(py, e))?;
-        if done && !fits {
-            queue.count_rejected(1);
-        }
-        Ok(())
+        let rows = Rows {
+            segments: &popped.segments,
+            itemsize: length,
+        };
+        let done = with_queue!(&self.shared, |mem, queue| {
+            let response = response.filter(|_| fits && queue.is_current(&ticket));
+            let copied = response.map_or(Ok(()), |raw| rows.scatter(mem, element, raw, 0));
+            copied.map_err(QueueError::from).and_then(|()| {
+                let written = if response.is_some() { length as u64 } else { 0 };
+                let done = queue.complete(mem, &ticket, written)?;
+                if done && !fits {
+                    queue.count_rejected(1);
+                }
+                Ok(())
+            })
+        });
+        done.map_err(|error| either(py, error))
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<()> {
-        let pin = self.shared.guest.pin();
-        with_access!(pin, |mem| self.shared.lock().publish(mem)).map_err(|fault| raise(py, &fault))
+        with_queue!(&self.shared, |mem, queue| queue.publish(mem)).map_err(|fault| raise(py, &fault))
     }
 
     /// Requests of as many of the chains as fit `max_request` bytes together; the others are put back. None
@@ -156,7 +156,10 @@ impl PyDeviceQueue {
                 itemsize: length,
             };
             let request = PyBytes::new_with(py, length, |bytes| {
-                rows.gather(&self.shared.guest, &[element], Raw::of(bytes))
+                let target = Raw::of(bytes);
+                let pin = self.shared.guest.pin();
+                let gathered = with_access!(pin, |mem| rows.gather(mem, element, target, 0));
+                Ok(gathered?)
             })?;
             requests.push(Some(request));
         }
@@ -322,15 +325,12 @@ impl PyDeviceQueue {
     }
 
     fn has_work(&self) -> bool {
-        let pin = self.shared.guest.pin();
-        with_access!(pin, |mem| self.shared.lock().has_work(mem))
+        with_queue!(&self.shared, |mem, queue| queue.has_work(mem))
     }
 
     fn pop(&self, py: Python<'_>) -> PyResult<Option<PyChain>> {
         let mut segments = Vec::new();
-        let pin = self.shared.guest.pin();
-        let popped = with_access!(pin, |mem| self.shared.lock().pop(mem, &mut segments));
-        drop(pin);
+        let popped = with_queue!(&self.shared, |mem, queue| queue.pop(mem, &mut segments));
         let element = popped.map_err(|fault| raise(py, &fault))?;
         Ok(element.map(|element| PyChain::new(self.shared.clone(), element, &segments)))
     }
@@ -351,18 +351,14 @@ impl PyDeviceQueue {
         let written = written.map_or_else(|| chain.high_water(), |written| written.0);
         let ticket = chain.ticket();
         chain.close()?;
-        let pin = self.shared.guest.pin();
-        let mut queue = self.shared.lock();
-        let done = with_access!(pin, |mem| {
+        let done = with_queue!(&self.shared, |mem, queue| {
             queue.complete(mem, &ticket, written).and_then(|done| {
                 queue.publish(mem)?;
                 Ok(done)
             })
         });
-        drop(queue);
-        drop(pin);
         done.map_err(|error| {
-            if matches!(error, crate::error::QueueError::Misuse(_)) {
+            if matches!(error, QueueError::Misuse(_)) {
                 chain.reopen();
             }
             either(py, error)
@@ -453,9 +449,7 @@ impl PyDeviceQueue {
 
     /// The lock and the pin are free again when the notifier runs: it may be a function of Python's.
     pub(crate) fn signal(&self, py: Python<'_>) -> PyResult<bool> {
-        let pin = self.shared.guest.pin();
-        let wants = with_access!(pin, |mem| self.shared.lock().wants_call(mem));
-        drop(pin);
+        let wants = with_queue!(&self.shared, |mem, queue| queue.wants_call(mem));
         let wants = wants.map_err(|fault| raise(py, &fault))?;
         let call = locked(&self.call).as_ref().map(|call| call.clone_ref(py));
         if let Some(call) = call.filter(|_| wants) {
@@ -465,13 +459,11 @@ impl PyDeviceQueue {
     }
 
     fn enable_kicks(&self, py: Python<'_>) -> PyResult<bool> {
-        let pin = self.shared.guest.pin();
-        with_access!(pin, |mem| self.shared.lock().enable_kicks(mem)).map_err(|fault| raise(py, &fault))
+        with_queue!(&self.shared, |mem, queue| queue.enable_kicks(mem)).map_err(|fault| raise(py, &fault))
     }
 
     fn disable_kicks(&self, py: Python<'_>) -> PyResult<()> {
-        let pin = self.shared.guest.pin();
-        with_access!(pin, |mem| self.shared.lock().disable_kicks(mem)).map_err(|fault| raise(py, &fault))
+        with_queue!(&self.shared, |mem, queue| queue.disable_kicks(mem)).map_err(|fault| raise(py, &fault))
     }
 
     fn latch(&self, violation: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -502,10 +494,8 @@ impl PyDeviceQueue {
 
     #[pyo3(signature = (config = None, *, state = None))]
     fn reset(&self, py: Python<'_>, config: Option<PyQueueConfig>, state: Option<PyQueueState>) -> PyResult<()> {
-        let pin = self.shared.guest.pin();
         let (config, state) = (config.map(|config| config.0), state.map(|state| state.0));
-        let done = with_access!(pin, |mem| self.shared.lock().reset(mem, config, state));
-        drop(pin);
+        let done = with_queue!(&self.shared, |mem, queue| queue.reset(mem, config, state));
         done.map_err(|fault| raise(py, &fault))?;
         *locked(&self.broken) = None;
         *locked(&self.failed) = None;

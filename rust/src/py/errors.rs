@@ -4,7 +4,6 @@ use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyDict, PyType};
 
 use crate::error::{Fault, Misuse, QueueError, Violation};
-use crate::mem::MemoryError;
 
 mod classes {
     pyo3::import_exception!(virtio_test.errors, InvalidArgument);
@@ -80,9 +79,4 @@ pub(crate) fn either(py: Python<'_>, error: QueueError) -> PyErr {
         QueueError::Violation(fault) => raise(py, &fault),
         QueueError::Misuse(misuse) => misuse.into(),
     }
-}
-
-/// Memory behind a chain has gone since it was validated.
-pub(crate) fn stale(error: MemoryError) -> PyErr {
-    Misuse::StaleMemory(error).into()
 }
