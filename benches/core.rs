@@ -12,7 +12,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use virtio_test::iov::Iov;
-use virtio_test::mem::{Backing, GuestMemory, Mapped, RegionSpec};
+use virtio_test::mem::{Access, Backing, GuestMemory, RegionSpec};
 use virtio_test::policy::Policy;
 use virtio_test::queue::{DeviceQueue, DriverQueue, QueueConfig, feature};
 use virtio_test::ring::RingLayout;
@@ -38,7 +38,7 @@ fn config(packed: bool) -> QueueConfig {
 }
 
 /// One round in bursts of `burst`, with or without copies of requests and responses.
-fn round(mem: &Mapped<'_>, driver: &mut DriverQueue, device: &mut DeviceQueue, burst: u64, copy: bool) -> Cost {
+fn round<A: Access>(mem: &A, driver: &mut DriverQueue, device: &mut DeviceQueue, burst: u64, copy: bool) -> Cost {
     let mut spent = [0u128; 3];
     let (mut elements, mut segments) = (Vec::new(), Vec::new());
     let (mut request, response) = ([0u8; 48], [7u8; 12]);

@@ -191,8 +191,7 @@ class GuestMemory:
     def live_view(self, address: int, length: int, *, writable: bool = False) -> memoryview:
         """A view of the bytes themselves, which the other side can change at any time; keeps the mapping alive.
 
-        Raises:
-            InvalidArgument: the range is not mapped by one region.
+        The range must be mapped by one region, else `InvalidArgument`.
         """
 
 @final
@@ -306,7 +305,7 @@ class Notifier:
         """Write to a duplicate of `fd`; a full pipe or counter is not an error, nothing blocks."""
     @staticmethod
     def callback(function: Callable[[], object]) -> Notifier:
-        """Call `function`, without arguments, in the thread that notifies."""
+        """Call `function()` in the thread that notifies."""
     def notify(self) -> None: ...
     def fileno(self) -> int:
         """The fd to wait on; `InvalidArgument` for a callback."""
@@ -324,10 +323,7 @@ class Poller:
     def add(self, fd: int) -> None: ...
     def remove(self, fd: int) -> None: ...
     def wait(self, timeout: float | None = None) -> list[int]:
-        """fds that are readable, closed by the peer or in error; empty after `timeout` seconds or `wake()`.
-
-        Returns after 100 ms at most when a Python signal is pending, so that its handler can run.
-        """
+        """fds readable, closed by the peer or in error; empty after `timeout` seconds or `wake()`; signals are seen."""
     def wake(self) -> None: ...
 
 @final
@@ -340,7 +336,7 @@ class Counters:
     def pushed(self) -> int: ...
     @property
     def dropped(self) -> int:
-        """Completions that came after a reset or a latch, and were not written."""
+        """Completions that came after a reset or a latch."""
     @property
     def rejected(self) -> int:
         """Chains that were completed with 0 bytes because they did not fit the handler (too short, too small)."""
@@ -451,7 +447,7 @@ class DeviceQueue:
     def counters(self) -> Counters: ...
     def layout(self) -> RingLayout: ...
     def has_work(self) -> bool:
-        """Whether the driver has made a chain available; False when latched or stopped. Never raises."""
+        """Whether a chain is available; False when latched or stopped. Never raises."""
     def pop(self) -> Chain | None:
         """The next chain, wholly validated; None when there is none, or the queue is latched or stopped.
 
@@ -459,10 +455,7 @@ class DeviceQueue:
             QueueViolation: the driver broke a rule; once, then the queue is latched.
         """
     def pop_many(self, limit: int = 32) -> Batch:
-        """Up to `limit` chains (1 to 32768) at once; an empty batch when there is none. Raises as `pop`.
-
-        A broken chain behind good ones is found by the next call: the good ones are handed out first.
-        """
+        """Up to `limit` chains (1 to 32768); raises as `pop`, but hands out good chains before a broken one first."""
     def push(self, chain: Chain, written: int | None = None) -> bool:
         """Mark `chain` used with `written` bytes (default: `chain.written`) and publish it.
 
@@ -502,9 +495,6 @@ class DeviceQueue:
 
         Returns:
             The number of chains completed.
-
-        Raises:
-            InvalidArgument: `limit` is not 1 to 32768, or the rows are too large for one buffer.
         """
     def take_failed(self) -> Chain | None:
         """The chain whose handler raised in `process`, once; the caller pushes it or puts it back."""
