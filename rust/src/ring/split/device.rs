@@ -24,6 +24,8 @@ pub(crate) struct SplitDevice {
     published: u16,
     /// `used.idx` when the driver was last considered for a notification; None before the first time.
     signalled: Option<u16>,
+    /// Entries used since then: more than 16 bits of them pass every event there is.
+    moved: u32,
 }
 
 impl SplitDevice {
@@ -44,6 +46,7 @@ impl SplitDevice {
             next_used: used,
             published: used,
             signalled: None,
+            moved: 0,
         })
     }
 
@@ -236,6 +239,7 @@ impl SplitDevice {
         mem.store_u32(self.areas.device, entry, u32::from(head))?;
         mem.store_u32(self.areas.device, entry + 4, written)?;
         self.next_used = self.next_used.wrapping_add(1);
+        self.moved = self.moved.saturating_add(1);
         Ok(())
     }
 
@@ -253,9 +257,10 @@ impl SplitDevice {
     pub(crate) fn wants_call<A: Access>(&mut self, mem: &A) -> Result<bool, MemoryError> {
         let new = self.published;
         mem.fence();
+        let lap = std::mem::take(&mut self.moved) > u32::from(u16::MAX);
         let wants = if self.event_idx {
             let event = mem.load_u16(self.areas.driver, self.layout.used_event())?;
-            self.signalled.is_none_or(|old| need_event(event, new, old))
+            lap || self.signalled.is_none_or(|old| need_event(event, new, old))
         } else {
             mem.load_u16(self.areas.driver, AVAIL_FLAGS)? & 1 == 0
         };

@@ -27,6 +27,8 @@ pub(crate) struct SplitDriver {
     next_avail: u16,
     published: u16,
     kicked: u16,
+    /// Entries published since the last kick decision: more than 16 bits of them pass every event there is.
+    moved: u32,
     last_used: u16,
     /// `used.idx` as last loaded.
     seen_used: u16,
@@ -54,6 +56,7 @@ impl SplitDriver {
             next_avail: avail,
             published: avail,
             kicked: avail,
+            moved: 0,
             last_used: used,
             seen_used: used,
         })
@@ -109,21 +112,23 @@ impl SplitDriver {
         if count != 0 {
             mem.store_u16_release(self.areas.driver, AVAIL_IDX, self.next_avail)?;
             self.published = self.next_avail;
+            self.moved = self.moved.saturating_add(u32::from(count));
         }
         Ok(count)
     }
 
     /// Whether the device wants to hear of what was published since the last kick (2.7.10.1, 2.7.13.4.1).
     pub(crate) fn wants_kick<A: Access>(&mut self, mem: &A) -> Result<bool, MemoryError> {
-        let (new, old) = (self.published, self.kicked);
-        if new == old {
+        if self.moved == 0 {
             return Ok(false);
         }
+        let (new, old) = (self.published, self.kicked);
         mem.fence();
         self.kicked = new;
+        let lap = std::mem::take(&mut self.moved) > u32::from(u16::MAX);
         if self.event_idx {
             let event = mem.load_u16(self.areas.device, self.layout.avail_event())?;
-            Ok(need_event(event, new, old))
+            Ok(lap || need_event(event, new, old))
         } else {
             Ok(mem.load_u16(self.areas.device, USED_FLAGS)? & 1 == 0)
         }
