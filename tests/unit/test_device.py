@@ -317,6 +317,29 @@ def test_a_completion_that_does_not_fit_is_never_half_written() -> None:
     assert device.complete(device.kept[0], b"12345")
     assert request.wait() == b""
     assert driver.memory.read(place, 4) == b"...."
+    request = driver.submit(0, [b"x"], [4])
+    loopback.loop.run_pending()
+    device.kept[0].write(b"par")
+    assert device.complete(device.kept[0], b"12345")
+    assert request.wait() == b"", "what was written before does not count"
+
+
+def test_a_completion_into_memory_that_has_gone() -> None:
+    device = Keeper()
+    loopback, driver = bring_up(device)
+    driver.memory.add_region(1 << 30, 4096)
+    request = driver.submit(0, [b"x"], [4])
+    loopback.loop.run_pending()
+    # The same in memory of its own, which the driver's side takes away.
+    address = driver.queues[0].add([request.readable[0]], [(1 << 30, 4)])
+    driver.queues[0].signal()
+    loopback.loop.run_pending()
+    driver.memory.remove_region(1 << 30, 4096)
+    assert address >= 0
+    assert device.complete(device.kept[1], b"gone")
+    assert device.complete(device.kept[0], b"here")
+    assert loopback.queue(0).counters.pushed == 2
+    assert loopback.errors == []
 
 
 @RINGS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from virtio_test._core import QueueConfig, RingLayout
+from virtio_test._core import Notifier, QueueConfig, RingLayout
 from virtio_test.carrier.loopback import Loopback
 from virtio_test.clock import VirtualClock
 from virtio_test.config import ConfigLayout, ConfigSpace
@@ -178,6 +178,32 @@ def test_before_and_after_its_life_it_says_so() -> None:
     driver.detach()
     with pytest.raises(StateError, match="initialize"):
         driver.flush(0)
+
+
+def test_what_was_put_in_early_is_kicked_after_driver_ok_and_not_before() -> None:
+    kicks: list[tuple[int, int]] = []
+
+    class Counting(Loopback):
+        def kick_notifier(self, index: int) -> Notifier:
+            return Notifier.callback(lambda: kicks.append((index, self.read_status() & Status.DRIVER_OK)))
+
+    class Early(Driver):
+        def set_up(self) -> None:
+            self.submit(0, [b"x"], [1])
+
+    driver = Early(Counting(BaseDevice(7, handlers={0: echo})))
+    driver.initialize()
+    assert kicks == [(0, Status.DRIVER_OK)]
+
+
+def test_a_request_ends_once() -> None:
+    ends: list[Request] = []
+    driver = Driver(Loopback(BaseDevice(7, handlers={0: echo})))
+    request = Request(driver, 0, [], [], ends.append)
+    request.finish(data=b"first")
+    request.finish(error=RuntimeError("second"))
+    assert request.wait() == b"first"
+    assert ends == [request]
 
 
 # --- requests ----------------------------------------------------------------------------------------------

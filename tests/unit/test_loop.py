@@ -298,6 +298,7 @@ def test_stop_from_another_thread_and_before_the_run() -> None:
     assert not loop.run(), "a stop that came first is not lost"
     loop.call_soon(loop.stop)
     assert not loop.run(), "and it counts once"
+    assert loop.run(until=lambda: True)
 
 
 def test_stop_from_a_signal_handler_while_it_waits() -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from virtio_test._core import GuestMemory, Policy, QueueConfig, RingLayout
+from virtio_test._core import Chain, GuestMemory, Policy, QueueConfig, RingLayout
 from virtio_test.carrier.loopback import Loopback
 from virtio_test.clock import VirtualClock
 from virtio_test.device import RING_FEATURES, Bus
@@ -248,6 +248,57 @@ def test_queue_reset_rules() -> None:
         loopback.reset_queue(0)
 
 
+class Generous(BaseDevice):
+    """Lets go of every chain, touched or not."""
+
+    def __init__(self) -> None:
+        super().__init__(7, handlers={0: kept(lambda _: None), 1: kept(lambda _: None)})
+
+    def cancel(self, chain: Chain) -> bool:
+        return chain.writable >= 0
+
+
+@RINGS
+@pytest.mark.parametrize("written", [b"", b"par"])
+def test_a_queue_that_is_reset_writes_nothing_any_more(ring: Ring, written: bytes) -> None:
+    loopback = Loopback(device := Generous())
+    driver = Driver(loopback, wanted=features(ring))
+    driver.initialize()
+    driver.submit(0, [b"x"], [4])
+    loopback.loop.run_pending()
+    (chain,) = device.kept
+    chain.write(written)
+    layout = loopback.queue(0).layout()
+    areas = (
+        (layout.desc, layout.desc_bytes),
+        (layout.driver, layout.driver_bytes),
+        (layout.device, layout.device_bytes),
+    )
+    before = [driver.memory.read(*area) for area in areas]
+    loopback.reset_queue(0)
+    assert [driver.memory.read(*area) for area in areas] == before
+    assert device.complete(chain, b"late") is False
+
+
+@RINGS
+def test_in_a_broken_device_no_queue_writes_any_more(ring: Ring) -> None:
+    calls: list[int] = []
+    loopback = Loopback(device := Generous())
+    driver = Driver(loopback, wanted=features(ring))
+    driver.initialize()
+    request = driver.submit(1, [b"x"], [4])
+    loopback.loop.run_pending()
+    loopback.listen(call=calls.append, config_changed=lambda: None)
+    (chain,) = device.kept
+    place = request.writable[0][0]
+    driver.memory.write(place, b"....")
+    loopback.broken(RuntimeError("queue 0 was to blame"))
+    assert device.complete(chain, b"late") is False
+    loopback.loop.run_pending()
+    assert driver.memory.read(place, 4) == b"...."
+    assert calls == []
+
+
 # --- saved state -------------------------------------------------------------------------------------------
 
 
@@ -341,6 +392,11 @@ def queue_twice(state: dict[str, Any]) -> None:
     state["queues"].append(state["queues"][0])
 
 
+def fewer_features_and_a_bad_device(state: dict[str, Any]) -> None:
+    state["features"] &= ~FeatureSet("EVENT_IDX").bits
+    state["device"]["ticks"] = -1
+
+
 def without_device(state: dict[str, Any]) -> None:
     del state["device"]
 
@@ -385,6 +441,7 @@ def change(path: tuple[str | int, ...], *, to: object) -> Callable[[dict[str, An
         change(("device", "config"), to={}),
         queue_twice,
         without_device,
+        fewer_features_and_a_bad_device,
     ],
 )
 def test_a_bad_state_changes_nothing(spoil: Callable[[dict[str, Any]], None]) -> None:
@@ -421,8 +478,11 @@ def test_whatever_happens_every_request_ends_once(ring: Ring, steps: list[str]) 
         elif step == "complete" and device.kept:
             chain = device.kept[number % len(device.kept)]
             answer = bytes([number]) * (1 + number % 4)
-            answers[chain.read()[0]] = answer
-            assert device.complete(chain, answer)
+            if loopback.queue(0).latched is not None:
+                assert not device.complete(chain, answer)
+            else:
+                answers[chain.read()[0]] = answer
+                assert device.complete(chain, answer)
         elif step == "move":
             loopback.restore(through_json(loopback.save()), device=keeper())
         elif step == "queue" and driver.live:

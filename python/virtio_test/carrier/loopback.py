@@ -25,7 +25,7 @@ from typing import Any, Final, cast
 from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig, QueueState
 from virtio_test.clock import Clock, VirtualClock
 from virtio_test.device import Device
-from virtio_test.errors import InvalidArgument, NoFeature, PeerError, SavedStateError, StateError
+from virtio_test.errors import InvalidArgument, NoFeature, PeerError, QueueViolation, SavedStateError, StateError
 from virtio_test.features import FeatureSet, check_own_offer, judge_accepted
 from virtio_test.loop import OwnerLoop
 from virtio_test.status import Action, DeviceStatus
@@ -123,8 +123,10 @@ class Loopback:
         """See `Bus.broken`."""
         self.errors.append(error)
         notify = self.status.needs_reset()
-        for slot in self._slots.values():
-            slot.queue.stop()
+        for index, slot in self._slots.items():
+            # No queue pops, completes or interrupts any more, not even the ones that nothing was wrong with.
+            if slot.queue.latched is None:
+                slot.queue.latch(QueueViolation("DeviceBroken", "2.1.2", f"the device is broken: {error}", queue=index))
         if notify:
             self._loop.pend((self, "config"), self._deliver_config)
 

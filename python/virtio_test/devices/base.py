@@ -31,7 +31,15 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 from virtio_test._core import Chain, DeviceQueue
 from virtio_test.config import ConfigLayout, ConfigSpace
 from virtio_test.device import RING_FEATURES, Bus
-from virtio_test.errors import HandlerError, InvalidArgument, QueueViolation, SavedStateError, StaleChain, StateError
+from virtio_test.errors import (
+    HandlerError,
+    InvalidArgument,
+    QueueViolation,
+    SavedStateError,
+    StaleChain,
+    StaleMemory,
+    StateError,
+)
 from virtio_test.features import FeatureSet
 
 if TYPE_CHECKING:
@@ -284,10 +292,11 @@ class BaseDevice:
     def complete(self, chain: Chain, data: Buffer = b"") -> bool:
         """Answer a kept chain with `data` and notify the driver if it wants to be. From any thread.
 
-        Data longer than the writable part is not written: the chain is completed with 0 bytes.
+        Data longer than the writable part, or for a buffer that is not mapped any more, is not written: the chain is
+        completed with 0 bytes.
 
         Returns:
-            False when the chain is no longer ours: completed before, given back, or lost in a reset.
+            False when the chain is no longer ours: completed before, given back, or lost with its queue.
         """
         with self._settled:
             entry = self._kept.get(id(chain))
@@ -300,6 +309,11 @@ class BaseDevice:
             if fits:
                 chain.write(data)
             done = queue.push(chain, None if fits else 0)
+        except StaleChain:
+            return False
+        except StaleMemory:
+            # The driver's side has taken the buffer away under us: there is nothing to write to.
+            done = queue.push(chain, 0)
         finally:
             with self._settled:
                 self._kept.pop(id(chain), None)
