@@ -244,17 +244,18 @@ class Backend:
             self._disconnect()
             return False
         for message in messages:
-            try:
-                self._answer(connection, message)
-            finally:
-                message.close()
+            self._answer(connection, message)
         return self._socket is not None
 
     def _answer(self, connection: socket.socket, message: Message) -> None:
         session = self._session
         if session is None:
             return
-        reply = session.handle(message)
+        try:
+            reply = session.handle(message)
+        finally:
+            # Before the answer: who has read it finds nothing of the message left.
+            message.close()
         if reply is None:
             return
         try:

@@ -134,7 +134,8 @@ class FrontEnd:
         """Send bytes, and fds beside the first of them."""
         try:
             sent = socket.send_fds(self.socket, [data], list(fds), socket.MSG_NOSIGNAL)
-            self.socket.sendall(data[sent:], socket.MSG_NOSIGNAL)
+            if sent < len(data):
+                self.socket.sendall(data[sent:], socket.MSG_NOSIGNAL)
         except TimeoutError:
             raise PeerTimeout(f"the back-end took nothing for {self.timeout} s") from None
         except OSError as error:
