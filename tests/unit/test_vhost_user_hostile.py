@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from virtio_test._core import GuestMemory
 from virtio_test.errors import MessageError, PeerDisconnected
 from virtio_test.features import FeatureSet
 from virtio_test.transport.vhost_user.codec import encode
