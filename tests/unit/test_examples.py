@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -50,6 +53,28 @@ def test_as_a_script(name: str) -> None:
     )
     assert run.stdout.count("\n") == 1
     assert run.stderr == ""
+
+
+def test_the_device_is_served(tmp_path: Path) -> None:
+    path = tmp_path / "echo"
+    program = [sys.executable, "-W", "ignore::UserWarning", EXAMPLES / "echo_device.py", path]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            deadline = time.monotonic() + 30
+            while not path.is_socket() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            with socket.socket(socket.AF_UNIX) as front_end:
+                front_end.settimeout(30)
+                front_end.connect(str(path))
+                # GET_FEATURES: once it is answered, the server is past its start and hears signals.
+                front_end.sendall(struct.pack("<3I", 1, 1, 0))
+                assert len(front_end.recv(20)) == 20
+            process.terminate()
+            assert process.communicate(timeout=30) == (b"", b"")
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("name", ["echo_device", "sum_driver"])

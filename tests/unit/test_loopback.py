@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from virtio_test._core import Chain, GuestMemory, Policy, QueueConfig, RingLayout
 from virtio_test.carrier.loopback import Loopback
 from virtio_test.clock import VirtualClock
+from virtio_test.config import ConfigLayout, ConfigSpace
 from virtio_test.device import RING_FEATURES, Bus
 from virtio_test.devices.base import BaseDevice, kept
 from virtio_test.devices.test import TestDevice
@@ -362,6 +363,23 @@ def test_the_timer_moves_with_the_state() -> None:
         "moved ==============set config:1",
         "moved =========get virtio num:2",
     ], "the old device ticks no more"
+
+
+def test_a_device_whose_reset_forgets_is_restored_all_the_same() -> None:
+    class Forgetful(BaseDevice):
+        def reset(self) -> None:
+            super().reset()
+            self.config.update(level=0)
+
+    device = Forgetful(7, handlers={0: echo}, config=ConfigSpace(ConfigLayout(("level", "le32"))))
+    loopback = Loopback(device)
+    driver = Driver(loopback, layout=device.config.layout)
+    driver.initialize()
+    device.config.update(level=5)
+    state = through_json(loopback.save())
+    device.config.update(level=6)
+    loopback.restore(state)
+    assert driver.read_field("level") == 5
 
 
 def test_saving_changes_nothing() -> None:
