@@ -1,7 +1,7 @@
 """A device in a page: it sends back what it gets, in capitals, and counts how often.
 
 In this process, with a driver of our own:        python examples/echo_device.py
-For a real guest, as a vhost-user back-end:       python examples/echo_device.py /tmp/echo.sock
+For a real guest, as a vhost-user back-end:       python examples/echo_device.py echo.sock
 """
 
 import sys

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -233,6 +236,29 @@ def test_ten_thousand_requests_leave_nothing_behind(ring: Ring) -> None:
     assert driver.arena.used == before
     assert loopback.queue(0).in_flight == driver.queues[0].in_flight == 0
     assert loopback.queue(0).counters.pushed == 10_000
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_what_is_thrown_away_is_gone(detach: bool) -> None:
+    # Loopback, queues and notifiers refer to each other through the core; the collector must see through it.
+    def fds() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def one() -> weakref.ref[Loopback]:
+        loopback = Loopback(TestDevice(timer=True, console=lambda _: None))
+        driver = TestDriver(loopback, timer=True, console=lambda _: None)
+        driver.initialize()
+        loopback.loop.run(until=lambda: driver.acknowledged == 2)
+        if detach:
+            driver.detach()
+        return weakref.ref(loopback)
+
+    gc.collect()
+    before = fds()
+    made = [one() for _ in range(20)]
+    gc.collect()
+    assert [each() for each in made] == [None] * 20
+    assert fds() == before
 
 
 # --- reset of one queue ------------------------------------------------------------------------------------
