@@ -68,8 +68,8 @@ pub enum Misuse {
     /// INDIRECT_DESC was not negotiated or no room for tables was given.
     #[error("indirect descriptors need INDIRECT_DESC negotiated and room for the tables")]
     NoIndirect,
-    /// The queue is latched; it must be reset first.
-    #[error("the queue is broken and must be reset first")]
+    /// The queue is latched, or everything was detached from it; it must be reset first.
+    #[error("the queue is broken or was detached, and must be reset first")]
     Latched,
 }
 

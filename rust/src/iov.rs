@@ -4,7 +4,7 @@
 //! reference would promise that it is not. Segments resolved in an older epoch are translated again.
 
 use crate::chain::Segment;
-use crate::mem::{Access, At, MemoryError};
+use crate::mem::{Access, At, MemoryError, Want};
 
 /// The segments of one chain, with the epoch that they were resolved for.
 #[derive(Clone, Copy, Debug)]
@@ -71,10 +71,25 @@ impl<'a> Iov<'a> {
         Ok(done)
     }
 
+    /// In a newer epoch: whether all that a copy into the writable part would touch can still be written, so
+    /// that what vanished is found before the first byte is written. In the chain's own epoch it all can.
+    #[inline]
+    fn check_writable<A: Access>(&self, mem: &A, offset: u64, len: usize) -> Result<(), MemoryError> {
+        if mem.epoch() == self.epoch {
+            return Ok(());
+        }
+        self.pieces(mem, true, offset, len, |piece, _| {
+            // A segment never wraps: that was checked when its chain was popped.
+            let gpa = piece.at.gpa.saturating_add(piece.off);
+            mem.resolve(gpa, piece.len as u64, Want::Write).map(drop)
+        })
+        .map(drop)
+    }
+
     /// Gather up to `len` bytes of the readable part from `offset` on; the number copied.
     ///
     /// # Safety
-    /// `dst` is valid for writes of `len` bytes and does not overlap guest memory.
+    /// `dst` is valid for writes of `len` bytes. It may overlap guest memory (a live view does).
     ///
     /// # Errors
     /// When memory of the chain is no longer mapped; `dst` may then be partly written.
@@ -89,7 +104,7 @@ impl<'a> Iov<'a> {
         self.pieces(mem, false, offset, len, |piece, before| {
             // SAFETY: `before + piece.len <= len`, so the target stays inside what the caller vouches for.
             let target = unsafe { dst.add(before) };
-            // SAFETY: as above, `target` is valid for `piece.len` bytes and outside of guest memory.
+            // SAFETY: as above, `target` is valid for `piece.len` bytes.
             unsafe { mem.read_raw(piece.at, piece.off, target, piece.len) }
         })
     }
@@ -97,10 +112,10 @@ impl<'a> Iov<'a> {
     /// Scatter up to `len` bytes into the writable part from `offset` on; the number copied.
     ///
     /// # Safety
-    /// `src` is valid for reads of `len` bytes and does not overlap guest memory.
+    /// `src` is valid for reads of `len` bytes. It may overlap guest memory (a live view does).
     ///
     /// # Errors
-    /// When memory of the chain is no longer mapped; earlier segments may then be written.
+    /// When memory of the chain is no longer mapped; then nothing was written.
     #[inline]
     pub unsafe fn scatter<A: Access>(
         &self,
@@ -109,10 +124,11 @@ impl<'a> Iov<'a> {
         src: *const u8,
         len: usize,
     ) -> Result<usize, MemoryError> {
+        self.check_writable(mem, offset, len)?;
         self.pieces(mem, true, offset, len, |piece, before| {
             // SAFETY: `before + piece.len <= len`, so the source stays inside what the caller vouches for.
             let source = unsafe { src.add(before) };
-            // SAFETY: as above, `source` is valid for `piece.len` bytes and outside of guest memory.
+            // SAFETY: as above, `source` is valid for `piece.len` bytes.
             unsafe { mem.write_raw(piece.at, piece.off, source, piece.len) }
         })
     }
@@ -138,8 +154,9 @@ impl<'a> Iov<'a> {
     /// Set up to `len` bytes of the writable part from `offset` on to `value`; the number set.
     ///
     /// # Errors
-    /// When memory of the chain is no longer mapped.
+    /// As [`Iov::scatter`].
     pub fn fill<A: Access>(&self, mem: &A, offset: u64, len: usize, value: u8) -> Result<usize, MemoryError> {
+        self.check_writable(mem, offset, len)?;
         self.pieces(mem, true, offset, len, |piece, _| {
             mem.fill(piece.at, piece.off, piece.len as u64, value)
         })

@@ -52,7 +52,7 @@ macro_rules! whole {
         })*
     };
 }
-whole!(u8, u16, u32, u64, usize, i32);
+whole!(u8, u16, u32, u64, u128, usize, i32);
 
 /// A number argument: out of range is `InvalidArgument`.
 #[derive(Clone, Copy)]

@@ -12,7 +12,7 @@ use super::device::PyDeviceQueue;
 use super::errors::{InvalidArgument, StaleChain, either, raise};
 use crate::chain::{Element, Segment};
 use crate::error::QueueError;
-use crate::mem::{Access, with_access};
+use crate::mem::Access;
 use crate::queue::DeviceQueue;
 
 /// Popped chains and the arena of their segments.
@@ -37,8 +37,8 @@ impl Popped {
         let mut queue = shared.lock();
         while self.elements.len() > first {
             let Some(element) = self.elements.pop() else { break };
-            // Where a later chain was popped by somebody else, the older one stays in flight: `NotNewest`.
-            let _ = queue.unpop(&element.ticket());
+            let segments = self.segments.get(element.first..).unwrap_or_default();
+            queue.put_back(&element, segments.get(..element.count).unwrap_or_default());
         }
     }
 
@@ -63,16 +63,15 @@ impl Popped {
         };
         PyByteArray::new_with(py, total, |bytes| {
             let target = Raw::of(bytes);
-            let pin = shared.guest.pin();
             let mut each = kept.iter().enumerate();
-            let gathered = with_access!(pin, |mem| each
-                .try_for_each(|(row, element)| rows.gather(mem, element, target, row)));
+            let gathered = with_queue!(shared, |mem, queue| each
+                .try_for_each(|(row, element)| rows.gather(mem, queue, element, target, row)));
             Ok(gathered?)
         })
     }
 
     /// Complete all elements: those for which `keep` is true with their row of `source`, the others with 0;
-    /// publish once. Returns how many were completed with a row.
+    /// publish once. A chain whose memory has gone is completed with 0, and the error reported after the others.
     pub(crate) fn respond(
         &self,
         py: Python<'_>,
@@ -80,7 +79,7 @@ impl Popped {
         source: Raw,
         itemsize: usize,
         keep: impl Fn(&Element) -> bool,
-    ) -> PyResult<usize> {
+    ) -> PyResult<Responded> {
         let answered = with_queue!(shared, |mem, queue| self.answer(mem, queue, source, itemsize, keep));
         answered.map_err(|error| either(py, error))
     }
@@ -92,12 +91,12 @@ impl Popped {
         source: Raw,
         itemsize: usize,
         keep: impl Fn(&Element) -> bool,
-    ) -> Result<usize, QueueError> {
+    ) -> Result<Responded, QueueError> {
         let rows = Rows {
             segments: &self.segments,
             itemsize,
         };
-        let (mut row, mut good) = (0, 0);
+        let (mut row, mut responded) = (0, Responded::default());
         let mut trouble = None;
         for element in &self.elements {
             let ticket = element.ticket();
@@ -111,21 +110,38 @@ impl Popped {
                 }
             }
             let done = queue.complete(mem, &ticket, written)?;
-            good += usize::from(done && fits);
+            responded.completed += usize::from(done);
+            responded.good += usize::from(done && fits);
             row += usize::from(kept);
             if done && !fits {
                 queue.count_rejected(1);
             }
         }
         queue.publish(mem)?;
-        trouble.map_or(Ok(good), |misuse| Err(misuse.into()))
+        trouble.map_or(Ok(responded), |misuse| Err(misuse.into()))
     }
+}
+
+/// What `Popped::respond` did.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Responded {
+    /// Chains completed, with a response or with 0.
+    pub(crate) completed: usize,
+    /// Chains completed with a response.
+    pub(crate) good: usize,
 }
 
 struct State {
     popped: Popped,
     /// Readable bytes that a chain must have to be a row; set by `requests`.
     least: u64,
+}
+
+impl State {
+    fn rows(&self) -> usize {
+        let elements = self.popped.elements.iter();
+        elements.filter(|element| element.readable >= self.least).count()
+    }
 }
 
 /// Several chains taken at once.
@@ -155,16 +171,7 @@ fn spent() -> PyErr {
 #[pymethods]
 impl PyBatch {
     fn __len__(&self) -> usize {
-        let state = self.state();
-        let count = |state: &State| {
-            state
-                .popped
-                .elements
-                .iter()
-                .filter(|element| element.readable >= state.least)
-                .count()
-        };
-        state.as_ref().map_or(0, count)
+        self.state().as_ref().map_or(0, State::rows)
     }
 
     fn requests<'py>(&self, py: Python<'py>, itemsize: Int<usize>) -> PyResult<Bound<'py, PyAny>> {
@@ -188,21 +195,25 @@ impl PyBatch {
     #[allow(clippy::needless_pass_by_value, reason = "held until the copies have ended")]
     fn respond(&self, py: Python<'_>, responses: Input<'_>, itemsize: Option<Int<usize>>) -> PyResult<usize> {
         let source = responses.raw();
-        let rows = self.__len__();
-        let itemsize = match itemsize {
-            Some(itemsize) => itemsize.0,
-            None => source.len.checked_div(rows).unwrap_or(0),
+        let (taken, itemsize) = {
+            let mut state = self.state();
+            let rows = state.as_ref().ok_or_else(spent)?.rows();
+            let itemsize = match itemsize {
+                Some(itemsize) => itemsize.0,
+                None => source.len.checked_div(rows).unwrap_or(0),
+            };
+            if rows.checked_mul(itemsize) != Some(source.len) {
+                let text = format!("{} response bytes are not {rows} rows of {itemsize}", source.len);
+                return Err(InvalidArgument::new_err(text));
+            }
+            (state.take().ok_or_else(spent)?, itemsize)
         };
-        if rows.checked_mul(itemsize) != Some(source.len) {
-            let text = format!("{} response bytes are not {rows} rows of {itemsize}", source.len);
-            return Err(InvalidArgument::new_err(text));
-        }
-        let State { popped, least } = self.state().take().ok_or_else(spent)?;
-        let good = popped.respond(py, self.queue.get().shared(), source, itemsize, |element| {
+        let State { popped, least } = taken;
+        let responded = popped.respond(py, self.queue.get().shared(), source, itemsize, |element| {
             element.readable >= least
         });
         self.queue.get().signal(py)?;
-        good
+        Ok(responded?.good)
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

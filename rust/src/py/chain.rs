@@ -45,7 +45,7 @@ impl Shared {
 ///
 /// Always in this order: a change of the memory table waits for pins and holds newer ones back, so a thread that
 /// held the lock and asked for a pin could wait for one that has a pin and asks for the lock. No Python code runs
-/// inside.
+/// inside; making the exception for a broken rule is Python code, so errors are raised outside.
 macro_rules! with_queue {
     ($shared:expr, |$mem:ident, $queue:ident| $body:expr) => {{
         let shared: &$crate::py::chain::Shared = $shared;
@@ -90,15 +90,7 @@ impl PyChain {
         self.written.load(Ordering::Relaxed)
     }
 
-    /// Whether it can still be pushed or put back.
-    pub(crate) fn check_open(&self) -> PyResult<()> {
-        if self.done.load(Ordering::Acquire) {
-            return Err(StaleChain::new_err("the chain was completed or put back already"));
-        }
-        Ok(())
-    }
-
-    /// Take the right to complete it; only one caller gets it.
+    /// Take the right to complete it or to put it back; only one caller gets it.
     pub(crate) fn close(&self) -> PyResult<()> {
         if self.done.swap(true, Ordering::AcqRel) {
             return Err(StaleChain::new_err("the chain was completed or put back already"));
@@ -106,7 +98,7 @@ impl PyChain {
         Ok(())
     }
 
-    /// Give the right back: the completion was refused.
+    /// Give the right back: what it was taken for was refused.
     pub(crate) fn reopen(&self) {
         self.done.store(false, Ordering::Release);
     }
@@ -132,8 +124,12 @@ impl PyChain {
         Ok(copied?)
     }
 
-    fn wrote(&self, end: u64) {
-        self.written.fetch_max(end, Ordering::Relaxed);
+    /// Note how far a copy to `offset` went: under the lock of the copy, so that a completion after it knows.
+    fn note(&self, offset: u64, copied: usize) -> usize {
+        if copied > 0 {
+            self.written.fetch_max(offset + copied as u64, Ordering::Relaxed);
+        }
+        copied
     }
 }
 
@@ -208,13 +204,13 @@ impl PyChain {
             with_queue!(&self.shared, |mem, queue| {
                 let iov = self.current(queue)?;
                 // SAFETY: `source` comes from a buffer that `data` keeps alive (M6).
-                unsafe { iov.scatter(mem, offset, ptr, len) }.map_err(Misuse::StaleMemory)
+                let copied = unsafe { iov.scatter(mem, offset, ptr, len) };
+                copied
+                    .map(|copied| self.note(offset, copied))
+                    .map_err(Misuse::StaleMemory)
             })
-        })?;
-        if copied > 0 {
-            self.wrote(offset + copied as u64);
-        }
-        Ok(copied)
+        });
+        Ok(copied?)
     }
 
     #[pyo3(signature = (value = Int(0), *, offset = Int(0), length = None))]
@@ -225,15 +221,11 @@ impl PyChain {
         let length = usize::try_from(length.unwrap_or(rest).min(rest)).unwrap_or(usize::MAX);
         let set = detached(py, length, || {
             with_queue!(&self.shared, |mem, queue| {
-                self.current(queue)?
-                    .fill(mem, offset, length, value)
-                    .map_err(Misuse::StaleMemory)
+                let set = self.current(queue)?.fill(mem, offset, length, value);
+                set.map(|set| self.note(offset, set)).map_err(Misuse::StaleMemory)
             })
-        })?;
-        if set > 0 {
-            self.wrote(offset + set as u64);
-        }
-        Ok(set)
+        });
+        Ok(set?)
     }
 
     fn __repr__(&self) -> String {
@@ -265,7 +257,17 @@ impl Rows<'_> {
     }
 
     /// Gather the first `itemsize` readable bytes of `element` into row `row` of `target`.
-    pub(crate) fn gather<A: Access>(&self, mem: &A, element: &Element, target: Raw, row: usize) -> Result<(), Misuse> {
+    pub(crate) fn gather<A: Access>(
+        &self,
+        mem: &A,
+        queue: &DeviceQueue,
+        element: &Element,
+        target: Raw,
+        row: usize,
+    ) -> Result<(), Misuse> {
+        if !queue.is_current(&element.ticket()) {
+            return Err(Misuse::StaleChain);
+        }
         let target = target.row(row, self.itemsize).ok_or_else(|| too_few_rows(row))?;
         // SAFETY: `row` proved that the row lies inside the caller's buffer, which is held (M6).
         let copied = unsafe { self.iov(element).gather(mem, 0, target.ptr, target.len) };

@@ -81,7 +81,8 @@ pub struct PyDeviceQueue {
     memory: Py<PyGuestMemory>,
     shared: Arc<Shared>,
     call: Mutex<Option<Py<PyNotifier>>>,
-    failed: Mutex<Option<Py<PyChain>>>,
+    /// Chains whose handler raised, until they are taken.
+    failed: Mutex<Vec<Py<PyChain>>>,
     /// What our own device latched the queue with; a rule the driver broke is kept by the queue itself.
     broken: Mutex<Option<Py<PyAny>>>,
 }
@@ -91,7 +92,7 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl PyDeviceQueue {
-    /// Run `f` on the queue with its memory pinned.
+    /// Run `f` on the queue, which needs no memory for it.
     fn with<T>(&self, f: impl FnOnce(&mut DeviceQueue, &Shared) -> T) -> T {
         f(&mut self.shared.lock(), &self.shared)
     }
@@ -100,20 +101,24 @@ impl PyDeviceQueue {
         &self.shared
     }
 
-    /// Complete chain `index` of `popped` with what its handler returned.
-    fn complete(&self, py: Python<'_>, popped: &Popped, index: usize, response: Option<Raw>) -> PyResult<()> {
+    /// Complete chain `index` of `popped` with what became of it; whether it was not dropped.
+    fn complete(&self, py: Python<'_>, popped: &Popped, index: usize, answer: Answer) -> PyResult<bool> {
         let Some(element) = popped.elements.get(index) else {
-            return Ok(());
+            return Ok(false);
         };
         let ticket = element.ticket();
+        let (fits, response) = match answer {
+            Answer::Nothing => (true, None),
+            Answer::Bytes(raw) if raw.len as u64 <= element.writable => (true, Some(raw)),
+            Answer::Bytes(_) | Answer::Refused => (false, None),
+        };
         let length = response.map_or(0, |raw| raw.len);
-        let fits = length as u64 <= element.writable;
         let rows = Rows {
             segments: &popped.segments,
             itemsize: length,
         };
         let done = with_queue!(&self.shared, |mem, queue| {
-            let response = response.filter(|_| fits && queue.is_current(&ticket));
+            let response = response.filter(|_| queue.is_current(&ticket));
             let copied = response.map_or(Ok(()), |raw| rows.scatter(mem, element, raw, 0));
             copied.map_err(QueueError::from).and_then(|()| {
                 let written = if response.is_some() { length as u64 } else { 0 };
@@ -121,7 +126,7 @@ impl PyDeviceQueue {
                 if done && !fits {
                     queue.count_rejected(1);
                 }
-                Ok(())
+                Ok(done)
             })
         });
         done.map_err(|error| either(py, error))
@@ -129,6 +134,20 @@ impl PyDeviceQueue {
 
     fn publish(&self, py: Python<'_>) -> PyResult<()> {
         with_queue!(&self.shared, |mem, queue| queue.publish(mem)).map_err(|fault| raise(py, &fault))
+    }
+
+    /// Forget what belongs to a generation that ends. Dropped after the locks: what the traceback of an exception
+    /// keeps alive may run any code of Python's.
+    fn forget(&self) {
+        let broken = locked(&self.broken).take();
+        let failed = std::mem::take(&mut *locked(&self.failed));
+        drop((broken, failed));
+    }
+
+    /// Whether chain `index` of `popped` may still be handled: its queue was not reset or latched meanwhile.
+    fn is_current(&self, popped: &Popped, index: usize) -> bool {
+        let element = popped.elements.get(index);
+        element.is_some_and(|element| self.with(|queue, _| queue.is_current(&element.ticket())))
     }
 
     /// Requests of as many of the chains as fit `max_request` bytes together; the others are put back. None
@@ -157,8 +176,7 @@ impl PyDeviceQueue {
             };
             let request = PyBytes::new_with(py, length, |bytes| {
                 let target = Raw::of(bytes);
-                let pin = self.shared.guest.pin();
-                let gathered = with_access!(pin, |mem| rows.gather(mem, element, target, 0));
+                let gathered = with_queue!(&self.shared, |mem, queue| rows.gather(mem, queue, element, target, 0));
                 Ok(gathered?)
             })?;
             requests.push(Some(request));
@@ -167,8 +185,16 @@ impl PyDeviceQueue {
         Ok(requests)
     }
 
-    /// One burst of `process`: the number of chains completed, 0 when there is nothing to do.
-    fn burst(&self, py: Python<'_>, handler: &Bound<'_, PyAny>, limit: usize, max_request: usize) -> PyResult<usize> {
+    /// One burst of `process`: the number of chains taken, 0 when there is nothing to do; `completed` counts those
+    /// that were not dropped. Chains of a generation that a handler has ended are not handled any more.
+    fn burst(
+        &self,
+        py: Python<'_>,
+        handler: &Bound<'_, PyAny>,
+        limit: usize,
+        max_request: usize,
+        completed: &mut usize,
+    ) -> PyResult<usize> {
         let mut popped = Popped::take(py, &self.shared, limit)?;
         let requests = match self.gather(py, &mut popped, max_request) {
             Ok(requests) => requests,
@@ -180,15 +206,17 @@ impl PyDeviceQueue {
         let count = requests.len();
         for (index, request) in requests.into_iter().enumerate() {
             let answered = match request {
-                None => self
-                    .complete(py, &popped, index, None)
-                    .map(|()| self.with(|queue, _| queue.count_rejected(1))),
-                Some(request) => self.answer(py, handler, &popped, index, request),
+                Some(request) if self.is_current(&popped, index) => self.answer(py, handler, &popped, index, request),
+                // Too long by itself, or only to be counted as dropped.
+                _ => self.complete(py, &popped, index, Answer::Refused),
             };
-            if let Err(error) = answered {
-                self.publish(py)?;
-                self.keep_failed(py, &mut popped, index)?;
-                return Err(error);
+            match answered {
+                Ok(done) => *completed += usize::from(done),
+                Err(error) => {
+                    let published = self.publish(py);
+                    self.keep_failed(py, &mut popped, index)?;
+                    return published.and(Err(error));
+                }
             }
         }
         self.publish(py)?;
@@ -202,17 +230,17 @@ impl PyDeviceQueue {
         popped: &Popped,
         index: usize,
         request: Bound<'py, PyBytes>,
-    ) -> PyResult<()> {
+    ) -> PyResult<bool> {
         let response = handler.call1((request,))?;
         if response.is_none() {
-            return self.complete(py, popped, index, None);
+            return self.complete(py, popped, index, Answer::Nothing);
         }
         let Ok(bytes) = response.extract::<Input<'_>>() else {
             let name = response.get_type().name()?;
             let text = format!("the handler returned {name}: it returns bytes (or a buffer), or None for no bytes");
             return Err(HandlerError::new_err(text));
         };
-        self.complete(py, popped, index, Some(bytes.raw()))
+        self.complete(py, popped, index, Answer::Bytes(bytes.raw()))
     }
 
     /// A handler raised at chain `index`: later chains go back, the chain is kept for `take_failed`.
@@ -224,10 +252,22 @@ impl PyDeviceQueue {
                 .get(element.first..element.first + element.count)
                 .unwrap_or_default();
             let chain = PyChain::new(self.shared.clone(), element.clone(), segments);
-            *locked(&self.failed) = Some(Py::new(py, chain)?);
+            let chain = Py::new(py, chain)?;
+            locked(&self.failed).push(chain);
         }
         Ok(())
     }
+}
+
+/// What becomes of a chain.
+#[derive(Clone, Copy)]
+enum Answer {
+    /// 0 bytes, as the handler wanted.
+    Nothing,
+    /// The handler's bytes; 0 bytes and counted as rejected, when they do not fit.
+    Bytes(Raw),
+    /// 0 bytes and counted as rejected: no handler saw it.
+    Refused,
 }
 
 fn positive(limit: usize, name: &str) -> PyResult<usize> {
@@ -261,7 +301,7 @@ impl PyDeviceQueue {
             memory,
             shared,
             call: Mutex::new(call),
-            failed: Mutex::new(None),
+            failed: Mutex::new(Vec::new()),
             broken: Mutex::new(None),
         })
     }
@@ -348,10 +388,10 @@ impl PyDeviceQueue {
         if !chain.belongs_to(&self.shared) {
             return Err(Misuse::ForeignChain.into());
         }
-        let written = written.map_or_else(|| chain.high_water(), |written| written.0);
         let ticket = chain.ticket();
         chain.close()?;
         let done = with_queue!(&self.shared, |mem, queue| {
+            let written = written.map_or_else(|| chain.high_water(), |written| written.0);
             queue.complete(mem, &ticket, written).and_then(|done| {
                 queue.publish(mem)?;
                 Ok(done)
@@ -370,9 +410,12 @@ impl PyDeviceQueue {
         if !chain.belongs_to(&self.shared) {
             return Err(Misuse::ForeignChain.into());
         }
-        chain.check_open()?;
-        self.with(|queue, _| queue.unpop(&chain.ticket()))?;
-        chain.close()
+        // Closed first: nobody completes what is being put back.
+        chain.close()?;
+        self.with(|queue, _| queue.unpop(&chain.ticket())).map_err(|misuse| {
+            chain.reopen();
+            misuse.into()
+        })
     }
 
     #[pyo3(signature = (handler, *, limit = Int(32768), max_request = Int(16 << 20)))]
@@ -385,14 +428,14 @@ impl PyDeviceQueue {
         max_request: Int<usize>,
     ) -> PyResult<usize> {
         let limit = positive(limit.0, "limit")?;
-        let mut done = 0;
+        let (mut taken, mut done) = (0, 0);
         let outcome = loop {
-            if done == limit {
+            if taken == limit {
                 break Ok(());
             }
-            match self.burst(py, handler, BURST.min(limit - done), max_request.0) {
+            match self.burst(py, handler, BURST.min(limit - taken), max_request.0, &mut done) {
                 Ok(0) => break Ok(()),
-                Ok(count) => done += count,
+                Ok(count) => taken += count,
                 Err(error) => break Err(error),
             }
         };
@@ -437,14 +480,14 @@ impl PyDeviceQueue {
                 return Err(error);
             }
         };
-        let completed = popped.elements.len();
-        popped.respond(py, &self.shared, view.raw(), response_size, keep)?;
+        let responded = popped.respond(py, &self.shared, view.raw(), response_size, keep);
         self.signal(py)?;
-        Ok(completed)
+        Ok(responded?.completed)
     }
 
+    /// The newest first, which is the one that can be put back.
     fn take_failed(&self) -> Option<Py<PyChain>> {
-        locked(&self.failed).take()
+        locked(&self.failed).pop()
     }
 
     /// The lock and the pin are free again when the notifier runs: it may be a function of Python's.
@@ -497,8 +540,7 @@ impl PyDeviceQueue {
         let (config, state) = (config.map(|config| config.0), state.map(|state| state.0));
         let done = with_queue!(&self.shared, |mem, queue| queue.reset(mem, config, state));
         done.map_err(|fault| raise(py, &fault))?;
-        *locked(&self.broken) = None;
-        *locked(&self.failed) = None;
+        self.forget();
         Ok(())
     }
 
@@ -508,7 +550,9 @@ impl PyDeviceQueue {
             visit.call(&*call)?;
         }
         if let Ok(failed) = self.failed.try_lock() {
-            visit.call(&*failed)?;
+            for chain in &*failed {
+                visit.call(chain)?;
+            }
         }
         if let Ok(broken) = self.broken.try_lock() {
             visit.call(&*broken)?;
@@ -517,9 +561,9 @@ impl PyDeviceQueue {
     }
 
     fn __clear__(&self) {
-        *locked(&self.call) = None;
-        *locked(&self.failed) = None;
-        *locked(&self.broken) = None;
+        let call = locked(&self.call).take();
+        drop(call);
+        self.forget();
     }
 
     fn __repr__(&self) -> String {

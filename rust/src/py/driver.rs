@@ -24,6 +24,8 @@ pub struct PyDriverQueue {
 }
 
 impl PyDriverQueue {
+    /// Taken after the pin of the memory, and let go with it before any code of Python's runs, as `with_queue!` of
+    /// the device end does; making the exception for a broken rule is such code.
     fn lock(&self) -> MutexGuard<'_, DriverQueue> {
         // As for the device end: every operation validates before it changes anything.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
@@ -152,13 +154,19 @@ impl PyDriverQueue {
         indirect: bool,
     ) -> PyResult<u64> {
         let (readable, writable) = (buffers(readable)?, buffers(writable)?);
-        let pin = self.guest.pin();
-        with_access!(pin, |mem| self.lock().add(mem, &readable, &writable, indirect)).map_err(|e| either(py, e))
+        let token = {
+            let pin = self.guest.pin();
+            with_access!(pin, |mem| self.lock().add(mem, &readable, &writable, indirect))
+        };
+        token.map_err(|error| either(py, error))
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<u16> {
-        let pin = self.guest.pin();
-        with_access!(pin, |mem| self.lock().publish(mem)).map_err(|fault| raise(py, &fault))
+        let done = {
+            let pin = self.guest.pin();
+            with_access!(pin, |mem| self.lock().publish(mem))
+        };
+        done.map_err(|fault| raise(py, &fault))
     }
 
     fn signal(&self, py: Python<'_>) -> PyResult<bool> {
@@ -182,15 +190,21 @@ impl PyDriverQueue {
     }
 
     fn get_used(&self, py: Python<'_>) -> PyResult<Option<(u64, u32)>> {
-        let pin = self.guest.pin();
-        with_access!(pin, |mem| self.lock().get_used(mem)).map_err(|fault| raise(py, &fault))
+        let done = {
+            let pin = self.guest.pin();
+            with_access!(pin, |mem| self.lock().get_used(mem))
+        };
+        done.map_err(|fault| raise(py, &fault))
     }
 
     #[pyo3(signature = (limit = Int(32768)))]
     #[pyo3(text_signature = "($self, limit=32768)")]
     fn get_used_many(&self, py: Python<'_>, limit: Int<usize>) -> PyResult<Vec<(u64, u32)>> {
-        let pin = self.guest.pin();
-        with_access!(pin, |mem| self.lock().get_used_many(mem, limit.0)).map_err(|fault| raise(py, &fault))
+        let done = {
+            let pin = self.guest.pin();
+            with_access!(pin, |mem| self.lock().get_used_many(mem, limit.0))
+        };
+        done.map_err(|fault| raise(py, &fault))
     }
 
     fn detach(&self) -> Vec<u64> {
@@ -198,20 +212,29 @@ impl PyDriverQueue {
     }
 
     fn enable_calls(&self, py: Python<'_>) -> PyResult<bool> {
-        let pin = self.guest.pin();
-        with_access!(pin, |mem| self.lock().enable_calls(mem)).map_err(|fault| raise(py, &fault))
+        let done = {
+            let pin = self.guest.pin();
+            with_access!(pin, |mem| self.lock().enable_calls(mem))
+        };
+        done.map_err(|fault| raise(py, &fault))
     }
 
     fn disable_calls(&self, py: Python<'_>) -> PyResult<()> {
-        let pin = self.guest.pin();
-        with_access!(pin, |mem| self.lock().disable_calls(mem)).map_err(|fault| raise(py, &fault))
+        let done = {
+            let pin = self.guest.pin();
+            with_access!(pin, |mem| self.lock().disable_calls(mem))
+        };
+        done.map_err(|fault| raise(py, &fault))
     }
 
     #[pyo3(signature = (config = None, *, state = None))]
     fn reset(&self, py: Python<'_>, config: Option<PyQueueConfig>, state: Option<PyQueueState>) -> PyResult<()> {
-        let pin = self.guest.pin();
         let (config, state) = (config.map(|config| config.0), state.map(|state| state.0));
-        with_access!(pin, |mem| self.lock().reset(mem, config, state)).map_err(|fault| raise(py, &fault))
+        let done = {
+            let pin = self.guest.pin();
+            with_access!(pin, |mem| self.lock().reset(mem, config, state))
+        };
+        done.map_err(|fault| raise(py, &fault))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -220,7 +243,8 @@ impl PyDriverQueue {
     }
 
     fn __clear__(&self) {
-        *self.notifier() = None;
+        let kick = self.notifier().take();
+        drop(kick);
     }
 
     fn __repr__(&self) -> String {

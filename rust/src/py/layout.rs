@@ -8,6 +8,7 @@
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use super::args::Int;
 use super::errors::InvalidArgument;
 use crate::policy::Policy;
 use crate::queue::{QueueConfig, QueueState, feature};
@@ -84,7 +85,7 @@ impl PyPolicy {
         avail_decrease: Option<bool>,
         used_len_beyond: Option<bool>,
         used_without_write: Option<bool>,
-        max_indirect: Option<u32>,
+        max_indirect: Option<Int<u32>>,
     ) -> PyResult<Self> {
         let base = match base {
             "interop" => Policy::INTEROP,
@@ -94,7 +95,7 @@ impl PyPolicy {
                 return Err(InvalidArgument::new_err(text));
             }
         };
-        let max_indirect = max_indirect.unwrap_or(base.max_indirect);
+        let max_indirect = max_indirect.map_or(base.max_indirect, |most| most.0);
         if !(1..=65536).contains(&max_indirect) {
             let text = format!("max_indirect is {max_indirect}: it is 1 to 65536 entries");
             return Err(InvalidArgument::new_err(text));
@@ -182,21 +183,21 @@ fn possible_size(size: u64, packed: bool) -> PyResult<u16> {
 #[pymethods]
 impl PyRingLayout {
     #[new]
-    #[pyo3(signature = (size, *, packed = false, desc = 0, driver = 0, device = 0))]
-    fn new(size: u64, packed: bool, desc: u64, driver: u64, device: u64) -> PyResult<Self> {
+    #[pyo3(signature = (size, *, packed = false, desc = Int(0), driver = Int(0), device = Int(0)))]
+    fn new(size: Int<u64>, packed: bool, desc: Int<u64>, driver: Int<u64>, device: Int<u64>) -> PyResult<Self> {
         Ok(Self(RingLayout {
-            size: possible_size(size, packed)?,
+            size: possible_size(size.0, packed)?,
             packed,
-            desc,
-            driver,
-            device,
+            desc: desc.0,
+            driver: driver.0,
+            device: device.0,
         }))
     }
 
     #[staticmethod]
     #[pyo3(signature = (size, base, *, packed = false))]
-    fn contiguous(size: u64, base: u64, packed: bool) -> PyResult<Self> {
-        let size = possible_size(size, packed)?;
+    fn contiguous(size: Int<u64>, base: Int<u64>, packed: bool) -> PyResult<Self> {
+        let (size, base) = (possible_size(size.0, packed)?, base.0);
         if base % 16 != 0 {
             let text = format!("the base {base:#x} is no multiple of 16: choose one that is");
             return Err(InvalidArgument::new_err(text));
@@ -268,8 +269,9 @@ impl PyRingLayout {
         Ok(dict)
     }
 
-    #[pyo3(signature = (field, index = 0))]
-    fn at(&self, field: &str, index: u64) -> PyResult<u64> {
+    #[pyo3(signature = (field, index = Int(0)))]
+    fn at(&self, field: &str, index: Int<u64>) -> PyResult<u64> {
+        let index = index.0;
         let fields = self.0.fields();
         let Some(found) = fields.iter().find(|known| known.name == field) else {
             let names: Vec<_> = fields.iter().map(|known| known.name).collect();
@@ -308,8 +310,8 @@ pub struct PyQueueState(pub(crate) QueueState);
 impl PyQueueState {
     #[new]
     #[pyo3(signature = (avail, used = None))]
-    fn new(avail: u64, used: Option<u64>) -> PyResult<Self> {
-        let bits = |value: u64| {
+    fn new(avail: Int<u64>, used: Option<Int<u64>>) -> PyResult<Self> {
+        let bits = |Int(value): Int<u64>| {
             u16::try_from(value)
                 .map_err(|_| InvalidArgument::new_err(format!("a queue index has 16 bits, {value} has more")))
         };
@@ -343,24 +345,33 @@ pub struct PyQueueConfig(pub(crate) QueueConfig);
 #[pymethods]
 impl PyQueueConfig {
     #[new]
-    #[pyo3(signature = (size, *, desc, driver, device, index = 0, features = 0, policy = PyPolicy(Policy::INTEROP)))]
-    fn new(size: u32, desc: u64, driver: u64, device: u64, index: u16, features: u128, policy: PyPolicy) -> Self {
+    #[pyo3(signature = (size, *, desc, driver, device, index = Int(0), features = Int(0),
+        policy = PyPolicy(Policy::INTEROP)))]
+    fn new(
+        size: Int<u32>,
+        desc: Int<u64>,
+        driver: Int<u64>,
+        device: Int<u64>,
+        index: Int<u16>,
+        features: Int<u128>,
+        policy: PyPolicy,
+    ) -> Self {
         // Bits from 64 on name no property of a queue.
-        let features = u64::try_from(features & u128::from(u64::MAX)).unwrap_or(0);
+        let features = u64::try_from(features.0 & u128::from(u64::MAX)).unwrap_or(0);
         Self(QueueConfig {
-            size,
-            desc,
-            driver,
-            device,
-            index,
+            size: size.0,
+            desc: desc.0,
+            driver: driver.0,
+            device: device.0,
+            index: index.0,
             features,
             policy: policy.0,
         })
     }
 
     #[staticmethod]
-    #[pyo3(signature = (layout, *, index = 0, features = 0, policy = PyPolicy(Policy::INTEROP)))]
-    fn from_layout(layout: PyRingLayout, index: u16, features: u128, policy: PyPolicy) -> Self {
+    #[pyo3(signature = (layout, *, index = Int(0), features = Int(0), policy = PyPolicy(Policy::INTEROP)))]
+    fn from_layout(layout: PyRingLayout, index: Int<u16>, features: Int<u128>, policy: PyPolicy) -> Self {
         let RingLayout {
             size,
             packed,
@@ -368,7 +379,8 @@ impl PyQueueConfig {
             driver,
             device,
         } = layout.0;
-        let mut config = Self::new(u32::from(size), desc, driver, device, index, features, policy);
+        let (desc, driver, device) = (Int(desc), Int(driver), Int(device));
+        let mut config = Self::new(Int(u32::from(size)), desc, driver, device, index, features, policy);
         config.0.features &= !feature::RING_PACKED;
         if packed {
             config.0.features |= feature::RING_PACKED;

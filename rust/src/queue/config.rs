@@ -119,9 +119,18 @@ impl QueueConfig {
                 return Err(rules.fault(Rule::StateOutOfRange, message));
             }
         }
-        if !self.packed() && state.avail.wrapping_sub(state.used) > layout.size {
+        let ahead = if self.packed() {
+            // Places lie on a circle of two laps; the second one has the wrap counter 0.
+            let place =
+                |bits: u16| u32::from(bits & 0x7fff) + if bits & 0x8000 == 0 { u32::from(layout.size) } else { 0 };
+            let circle = 2 * u32::from(layout.size);
+            (place(state.avail) + circle - place(state.used)) % circle
+        } else {
+            u32::from(state.avail.wrapping_sub(state.used))
+        };
+        if ahead > u32::from(layout.size) {
             let message = format!(
-                "avail {} and used {} are further apart than the {} entries of the ring",
+                "avail {:#x} and used {:#x} are further apart than the {} entries of the ring",
                 state.avail, state.used, layout.size
             );
             return Err(rules.fault(Rule::StateOutOfRange, message));

@@ -51,6 +51,17 @@ struct Waiting {
     written: Option<u32>,
 }
 
+/// A chain that was put back while a later one was popped: in flight for the driver, and nobody's here.
+#[derive(Debug)]
+struct Returned {
+    element: Element,
+    segments: Vec<Segment>,
+}
+
+/// Segments that `pop_many` gathers before it stops: hostile chains share descriptors, so their sum has no
+/// bound of its own.
+const MAX_SEGMENTS: usize = 1 << 17;
+
 /// The device end of one queue, in either format.
 #[derive(Debug)]
 pub struct DeviceQueue {
@@ -64,6 +75,8 @@ pub struct DeviceQueue {
     in_flight: u32,
     busy: HeadSet,
     waiting: Option<VecDeque<Waiting>>,
+    /// Chains put back that could not go back into the ring, oldest first: the next pops hand them out again.
+    returned: VecDeque<Returned>,
     kicks: bool,
     /// Whether the driver was asked for a kick since the ring moved last.
     armed: bool,
@@ -97,6 +110,7 @@ impl DeviceQueue {
             in_flight: 0,
             busy: HeadSet::new(!config.policy.duplicate_heads),
             waiting: config.has(feature::IN_ORDER).then(VecDeque::new),
+            returned: VecDeque::new(),
             kicks: true,
             armed: false,
             unsignalled: false,
@@ -217,12 +231,37 @@ impl DeviceQueue {
     }
 
     /// Whether something is available. What is broken counts as work: the next pop says what it is.
+    ///
+    /// Who hears that there is nothing goes to sleep, so it asks the driver for a kick as [`DeviceQueue::pop`] does.
     pub fn has_work<A: Access>(&mut self, mem: &A) -> bool {
         if !matches!(self.life, Life::Running) {
             return false;
         }
+        !self.returned.is_empty() || self.look_or_arm(mem).unwrap_or(true)
+    }
+
+    fn look_or_arm<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
+        Ok(self.look(mem)? || (self.arm(mem)? && self.look(mem)?))
+    }
+
+    fn look<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
         let rules = &self.rules;
-        each!(&mut self.ring, ring => ring.refresh(mem).is_err() || ring.look(mem, rules).unwrap_or(true))
+        each!(&mut self.ring, ring => {
+            ring.refresh(mem).map_err(|error| ring.unmapped(rules, error))?;
+            ring.look(mem, rules)
+        })
+    }
+
+    /// Ask the driver for a kick, if kicks are wanted and it does not know yet; whether it was asked. Asking and
+    /// then looking once more, in this order, is what keeps a kick from being lost.
+    fn arm<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
+        if !self.kicks || self.armed {
+            return Ok(false);
+        }
+        let armed = each!(&mut self.ring, ring => ring.arm(mem));
+        armed.map_err(|error| each!(&self.ring, ring => ring.unmapped(&self.rules, error)))?;
+        self.armed = true;
+        Ok(true)
     }
 
     /// Pop the next chain; its segments are appended to `segments`.
@@ -242,7 +281,8 @@ impl DeviceQueue {
         }
     }
 
-    /// Pop up to `limit` chains; their number. A broken chain behind good ones is left for the next call.
+    /// Pop up to `limit` chains, fewer when they have very many segments together; their number. A broken chain
+    /// behind good ones is left for the next call.
     ///
     /// # Errors
     /// As [`DeviceQueue::pop`], when the first chain is broken.
@@ -253,8 +293,8 @@ impl DeviceQueue {
         segments: &mut Vec<Segment>,
         elements: &mut Vec<Element>,
     ) -> Result<usize, Fault> {
-        let mut count = 0;
-        while count < limit && matches!(self.life, Life::Running) {
+        let (mut count, full) = (0, segments.len().saturating_add(MAX_SEGMENTS));
+        while count < limit && segments.len() < full && matches!(self.life, Life::Running) {
             match self.pop_or_arm(mem, segments) {
                 Ok(Some(element)) => elements.push(element),
                 Ok(None) => break,
@@ -268,23 +308,37 @@ impl DeviceQueue {
 
     #[inline]
     fn pop_or_arm<A: Access>(&mut self, mem: &A, segments: &mut Vec<Segment>) -> Result<Option<Element>, Fault> {
+        if !self.returned.is_empty() {
+            return Ok(self.pop_returned(segments));
+        }
         if let Some(element) = self.pop_ring(mem, segments)? {
             return Ok(Some(element));
         }
-        if !self.kicks || self.armed {
-            return Ok(None);
+        if self.arm(mem)? {
+            return self.pop_ring(mem, segments);
         }
-        // Asking for a kick and looking once more, in this order, is what keeps a kick from being lost.
-        let armed = each!(&mut self.ring, ring => ring.arm(mem));
-        armed.map_err(|error| each!(&self.ring, ring => ring.unmapped(&self.rules, error)))?;
-        self.armed = true;
-        self.pop_ring(mem, segments)
+        Ok(None)
+    }
+
+    #[cold]
+    fn pop_returned(&mut self, segments: &mut Vec<Segment>) -> Option<Element> {
+        let returned = self.returned.pop_front()?;
+        let first = segments.len();
+        segments.extend(returned.segments);
+        Some(Element {
+            first,
+            ..returned.element
+        })
     }
 
     #[inline]
     fn pop_ring<A: Access>(&mut self, mem: &A, segments: &mut Vec<Segment>) -> Result<Option<Element>, Fault> {
         let (rules, busy) = (&self.rules, &self.busy);
-        let room = self.in_flight < u32::from(self.layout.size);
+        // With IN_ORDER a completed chain that waits for earlier ones is still in flight for the driver.
+        let busy_slots = self.waiting.as_ref().map_or(self.in_flight, |waiting| {
+            u32::try_from(waiting.len()).unwrap_or(u32::MAX)
+        });
+        let room = busy_slots < u32::from(self.layout.size);
         let is_busy = |head| busy.contains(head);
         each!(&mut self.ring, ring => ring.refresh(mem).map_err(|error| ring.unmapped(rules, error)))?;
         let popped = match &mut self.ring {
@@ -324,19 +378,46 @@ impl DeviceQueue {
         if ticket.seq + 1 != self.next_seq {
             return Err(Misuse::NotNewest);
         }
+        self.undo_pop(ticket);
+        // What was put back before it may be the newest now.
+        while self
+            .returned
+            .back()
+            .is_some_and(|last| last.element.seq + 1 == self.next_seq)
+        {
+            if let Some(last) = self.returned.pop_back() {
+                self.undo_pop(&last.element.ticket());
+            }
+        }
+        Ok(())
+    }
+
+    fn undo_pop(&mut self, ticket: &Ticket) {
         match &mut self.ring {
             Ring::Split(ring) => ring.unpop(),
             Ring::Packed(ring) => ring.unpop(ticket.slots),
         }
-        self.next_seq -= 1;
-        self.in_flight -= 1;
-        self.counters.popped -= 1;
+        self.next_seq = self.next_seq.saturating_sub(1);
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.counters.popped = self.counters.popped.saturating_sub(1);
         self.armed = false;
         self.busy.remove(ticket.head);
         if let Some(waiting) = &mut self.waiting {
             waiting.pop_back();
         }
-        Ok(())
+    }
+
+    /// Put any chain back that was popped and not completed: into the ring when it is the newest, else it is kept
+    /// and handed out again by the next pop, so that none is ever lost. `segments` are the chain's own.
+    pub fn put_back(&mut self, element: &Element, segments: &[Segment]) {
+        if self.unpop(&element.ticket()).is_err() {
+            let place = self.returned.partition_point(|other| other.element.seq < element.seq);
+            let returned = Returned {
+                element: element.clone(),
+                segments: segments.to_vec(),
+            };
+            self.returned.insert(place, returned);
+        }
     }
 
     /// Whether a chain may still be touched: same generation, not latched.
@@ -363,6 +444,9 @@ impl DeviceQueue {
             self.counters.dropped += 1;
             return Ok(false);
         }
+        let Some(in_flight) = self.in_flight.checked_sub(1) else {
+            return Err(Misuse::StaleChain.into());
+        };
         // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         if self.waiting.is_some() {
@@ -370,11 +454,10 @@ impl DeviceQueue {
         } else {
             let (head, slots) = (ticket.head, ticket.slots);
             self.with_ring(mem, |ring| stage(ring, mem, head, slots, written))?;
+            self.busy.remove(head);
         }
-        self.busy.remove(ticket.head);
-        self.in_flight -= 1;
+        self.in_flight = in_flight;
         self.counters.pushed += 1;
-        self.unsignalled = true;
         Ok(true)
     }
 
@@ -384,19 +467,21 @@ impl DeviceQueue {
         if let Some(entry) = waiting.iter_mut().find(|entry| entry.seq == ticket.seq) {
             entry.written = Some(written);
         }
-        let staged = self.with_ring(mem, |ring| {
-            while let Some(&Waiting {
-                head,
-                slots,
-                written: Some(written),
-                ..
-            }) = waiting.front()
-            {
-                stage(ring, mem, head, slots, written)?;
-                waiting.pop_front();
+        let mut staged = Ok(());
+        while let Some(&Waiting {
+            head,
+            slots,
+            written: Some(written),
+            ..
+        }) = waiting.front()
+        {
+            staged = self.with_ring(mem, |ring| stage(ring, mem, head, slots, written));
+            if staged.is_err() {
+                break;
             }
-            Ok(())
-        });
+            waiting.pop_front();
+            self.busy.remove(head);
+        }
         self.waiting = Some(waiting);
         staged
     }
@@ -410,7 +495,9 @@ impl DeviceQueue {
         if self.broken() {
             return Ok(());
         }
-        self.with_ring(mem, |ring| each!(ring, ring => ring.publish(mem)))
+        // Only what is visible can be announced: not what was completed since, or waits for earlier chains.
+        self.unsignalled |= self.with_ring(mem, |ring| each!(ring, ring => ring.publish(mem)))?;
+        Ok(())
     }
 
     /// Whether the driver must be notified of what was published since the last call; counts the answer.

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use super::areas::{IndirectArea, write_table, zero};
 use super::device::unmapped;
 use super::{Buffer, Counters, Life, QueueConfig, QueueState, Used, feature};
 use crate::chain::ChainRules;
@@ -26,15 +27,6 @@ macro_rules! each {
             Ring::Packed($r) => $body,
         }
     };
-}
-
-/// Memory for indirect tables: one of `entries` descriptors for each head or id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IndirectArea {
-    /// Guest address of the first table.
-    pub address: u64,
-    /// Descriptors of each table.
-    pub entries: u16,
 }
 
 /// A buffer in flight.
@@ -84,6 +76,14 @@ impl DriverQueue {
         let layout = config.layout()?;
         let start = config.start(&layout, state)?;
         let rules = config.rules(layout.size);
+        // The device will complete what is in flight, and nothing here would know what that is.
+        if start.avail != start.used {
+            let message = format!(
+                "a driver goes on where nothing is in flight: avail {:#x} is not used {:#x}",
+                start.avail, start.used
+            );
+            return Err(rules.fault(Rule::StateOutOfRange, message));
+        }
         let (event_idx, in_order) = (config.has(feature::EVENT_IDX), config.has(feature::IN_ORDER));
         let ring = if config.packed() {
             PackedDriver::new(mem, layout, event_idx, start.avail, start.used).map(Ring::Packed)
@@ -99,7 +99,7 @@ impl DriverQueue {
             layout,
             rules,
             ring,
-            indirect: indirect.filter(|_| config.has(feature::INDIRECT_DESC)),
+            indirect,
             life: Life::Running,
             generation: 0,
             next_token: 0,
@@ -177,6 +177,10 @@ impl DriverQueue {
         }
     }
 
+    const fn running(&self) -> bool {
+        matches!(self.life, Life::Running)
+    }
+
     /// What has happened so far.
     #[must_use]
     pub const fn counters(&self) -> &Counters {
@@ -220,12 +224,12 @@ impl DriverQueue {
         writable: &[(u64, u32)],
         indirect: bool,
     ) -> Result<u64, QueueError> {
-        if self.latched().is_some() {
+        if !self.running() {
             return Err(Misuse::Latched.into());
         }
         let total = self.check_buffers(readable, writable)?;
         let count = readable.len() + writable.len();
-        let table = if indirect { Some(self.table(count)?) } else { None };
+        let table = if indirect { Some(self.table(mem, count)?) } else { None };
         let needed = if indirect { 1 } else { count };
         each!(&self.ring, ring => ring.check_room(needed))?;
         let mut buffers = std::mem::take(&mut self.scratch);
@@ -296,8 +300,9 @@ impl DriverQueue {
     }
 
     /// Address of the indirect table that belongs to the next head or id.
-    fn table(&self, count: usize) -> Result<u64, Misuse> {
-        let area = self.indirect.ok_or(Misuse::NoIndirect)?;
+    fn table<A: Access>(&self, mem: &A, count: usize) -> Result<At, Misuse> {
+        let negotiated = self.config.has(feature::INDIRECT_DESC);
+        let area = self.indirect.filter(|_| negotiated).ok_or(Misuse::NoIndirect)?;
         if count > usize::from(area.entries) {
             let entries = area.entries;
             return Err(Misuse::Invalid(format!(
@@ -305,9 +310,12 @@ impl DriverQueue {
             )));
         }
         let head = each!(&self.ring, ring => ring.next_head());
-        Ok(area
-            .address
-            .wrapping_add(u64::from(head) * u64::from(area.entries) * desc::BYTES))
+        let table = desc::BYTES * u64::from(area.entries);
+        let bytes = desc::BYTES * count as u64;
+        // The area is our caller's: where it does not lie in memory that is no fault of the device.
+        let address = area.address.saturating_add(u64::from(head) * table);
+        mem.resolve(address, bytes, Want::Write)
+            .map_err(|error| Misuse::Invalid(format!("the indirect table of {bytes} bytes at {address:#x}: {error}")))
     }
 
     /// Make everything added visible; the number of buffers.
@@ -315,7 +323,7 @@ impl DriverQueue {
     /// # Errors
     /// A violation when the ring is no longer mapped; the queue is then latched.
     pub fn publish<A: Access>(&mut self, mem: &A) -> Result<u16, Fault> {
-        if self.latched().is_some() {
+        if !self.running() {
             return Ok(0);
         }
         let count = self.with_ring(mem, |ring| each!(ring, ring => ring.publish(mem)))?;
@@ -329,7 +337,7 @@ impl DriverQueue {
     /// # Errors
     /// A violation when the ring is no longer mapped; the queue is then latched.
     pub fn wants_kick<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
-        if self.latched().is_some() {
+        if !self.running() {
             return Ok(false);
         }
         let wants = self.with_ring(mem, |ring| each!(ring, ring => ring.wants_kick(mem)))?;
@@ -343,14 +351,26 @@ impl DriverQueue {
     }
 
     /// Whether a used buffer can be taken. What is broken counts: `get_used` says what it is.
+    ///
+    /// Who hears that there is nothing goes to sleep, so it asks the device for a call as `get_used` does.
     pub fn has_used<A: Access>(&mut self, mem: &A) -> bool {
-        if !self.ready.is_empty() {
-            return true;
+        self.running() && (!self.ready.is_empty() || self.look_or_arm(mem).unwrap_or(true))
+    }
+
+    /// Whether something was used; if not, the device is asked for a call, unless calls are disabled. Asking and
+    /// then looking once more, in this order, is what keeps a call from being lost.
+    fn look_or_arm<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
+        each!(&mut self.ring, ring => ring.refresh(mem).map_err(|error| ring.unmapped(&self.rules, error)))?;
+        if self.look(mem)? {
+            return Ok(true);
         }
-        if self.latched().is_some() {
-            return false;
+        if !self.calls || self.armed {
+            return Ok(false);
         }
-        each!(&mut self.ring, ring => ring.refresh(mem).is_err()) || self.look(mem).unwrap_or(true)
+        let armed = each!(&mut self.ring, ring => ring.arm(mem));
+        armed.map_err(|error| each!(&self.ring, ring => ring.unmapped(&self.rules, error)))?;
+        self.armed = true;
+        self.look(mem)
     }
 
     fn look<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
@@ -369,7 +389,7 @@ impl DriverQueue {
     /// # Errors
     /// The rule that the device broke; the queue is then latched.
     pub fn get_used<A: Access>(&mut self, mem: &A) -> Result<Option<(u64, u32)>, Fault> {
-        if self.latched().is_some() {
+        if !self.running() {
             return Ok(None);
         }
         if self.ready.is_empty() {
@@ -388,7 +408,7 @@ impl DriverQueue {
     /// As [`DriverQueue::get_used`], when the first one is broken.
     pub fn get_used_many<A: Access>(&mut self, mem: &A, limit: usize) -> Result<Vec<(u64, u32)>, Fault> {
         let mut taken = Vec::new();
-        while taken.len() < limit && self.latched().is_none() {
+        while taken.len() < limit && self.running() {
             if self.ready.is_empty() {
                 match self.take_used(mem) {
                     Ok(()) => {}
@@ -404,18 +424,8 @@ impl DriverQueue {
     }
 
     fn take_used<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
-        each!(&mut self.ring, ring => ring.refresh(mem).map_err(|error| ring.unmapped(&self.rules, error)))?;
-        if !self.look(mem)? {
-            if !self.calls || self.armed {
-                return Ok(());
-            }
-            // Asking for a call and looking once more, in this order, is what keeps a call from being lost.
-            let armed = each!(&mut self.ring, ring => ring.arm(mem));
-            armed.map_err(|error| each!(&self.ring, ring => ring.unmapped(&self.rules, error)))?;
-            self.armed = true;
-            if !self.look(mem)? {
-                return Ok(());
-            }
+        if !self.look_or_arm(mem)? {
+            return Ok(());
         }
         let used = match &mut self.ring {
             Ring::Split(ring) => Some(ring.peek(mem, &self.rules)?),
@@ -536,7 +546,7 @@ impl DriverQueue {
     /// A violation when the ring is no longer mapped; the queue is then latched.
     pub fn enable_calls<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
         self.calls = true;
-        if self.latched().is_some() {
+        if !self.running() {
             return Ok(false);
         }
         self.with_ring(mem, |ring| each!(ring, ring => ring.arm(mem)))?;
@@ -551,41 +561,9 @@ impl DriverQueue {
     pub fn disable_calls<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
         self.calls = false;
         self.armed = false;
-        if self.latched().is_some() {
+        if !self.running() {
             return Ok(());
         }
         self.with_ring(mem, |ring| each!(ring, ring => ring.disarm(mem)))
     }
-}
-
-/// Zero the three areas.
-fn zero<A: Access>(mem: &A, layout: &RingLayout) -> Result<(), MemoryError> {
-    let areas = [
-        (layout.desc, layout.desc_bytes()),
-        (layout.driver, layout.driver_bytes()),
-        (layout.device, layout.device_bytes()),
-    ];
-    for (address, len) in areas {
-        mem.fill(At::unresolved(address), 0, len, 0)?;
-    }
-    Ok(())
-}
-
-/// Write an indirect table at `address` (2.7.5.3: linked by `next`; 2.8.7: one after another).
-fn write_table<A: Access>(mem: &A, address: u64, packed: bool, buffers: &[Buffer]) -> Result<u64, MemoryError> {
-    let at = mem.resolve(address, desc::BYTES * buffers.len() as u64, Want::Write)?;
-    for (i, buffer) in (0u16..).zip(buffers) {
-        let off = desc::BYTES * u64::from(i);
-        let more = usize::from(i) + 1 < buffers.len();
-        let rest = if packed {
-            desc::Desc::rest(buffer.len, 0, buffer.flags)
-        } else if more {
-            desc::Desc::rest(buffer.len, buffer.flags | desc::NEXT, i + 1)
-        } else {
-            desc::Desc::rest(buffer.len, buffer.flags, 0)
-        };
-        mem.store_u64(at, off, buffer.addr)?;
-        mem.store_u64(at, off + 8, rest)?;
-    }
-    Ok(address)
 }

@@ -10,14 +10,16 @@
 //! A queue does not own guest memory. Every call takes a pinned [`crate::mem::Access`], and the ring's
 //! addresses are resolved anew when its epoch has changed.
 
+mod areas;
 mod config;
 mod device;
 mod driver;
 mod heads;
 
+pub use areas::IndirectArea;
 pub use config::{QueueConfig, QueueState, feature};
 pub use device::{DeviceQueue, Ticket};
-pub use driver::{DriverQueue, IndirectArea};
+pub use driver::DriverQueue;
 
 use crate::error::Fault;
 

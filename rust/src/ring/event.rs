@@ -1,5 +1,8 @@
 //! When to notify: event index arithmetic of both formats (VIRTIO 1.4, 2.7.7, 2.7.10, 2.8.10, 2.8.14).
 
+use super::layout::{EVENT_FLAGS, EVENT_OFF_WRAP};
+use crate::mem::{Access, At, MemoryError};
+
 /// Whether moving an index from `old` to `new` passed `event`: the specification's `vring_need_event`.
 ///
 /// All three are 16-bit counters, so every difference is taken modulo 2^16.
@@ -9,7 +12,7 @@ pub const fn need_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
-/// An event suppression structure of a packed queue, read as one 32-bit word.
+/// An event suppression structure of a packed queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackedEvent {
     /// Offset of the descriptor that is waited for, with its wrap counter in bit 15.
@@ -23,14 +26,12 @@ pub(crate) const DISABLE: u16 = 1;
 pub(crate) const AT_DESC: u16 = 2;
 
 impl PackedEvent {
-    /// From the 32-bit word in memory.
-    #[must_use]
-    #[allow(clippy::cast_possible_truncation, reason = "fields are cut out of a wider word")]
-    pub const fn from_word(word: u32) -> Self {
-        Self {
-            off_wrap: word as u16,
-            flags: (word >> 16) as u16,
-        }
+    /// From memory, in the natural size of the fields (mixed sizes would race where both ends are threads). The other
+    /// side stores the place before the flags that tell of it, so the flags are loaded first.
+    pub(crate) fn load<A: Access>(mem: &A, area: At) -> Result<Self, MemoryError> {
+        let flags = mem.load_u16_acquire(area, EVENT_FLAGS)?;
+        let off_wrap = mem.load_u16(area, EVENT_OFF_WRAP)?;
+        Ok(Self { off_wrap, flags })
     }
 }
 

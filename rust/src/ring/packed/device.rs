@@ -21,9 +21,11 @@ pub(crate) struct PackedDevice {
     published: Place,
     /// Place and flags of the first staged descriptor, whose flags are stored last.
     staged: Option<(u16, u16)>,
+    /// Slots that the staged descriptors stand for.
+    staged_slots: u32,
     /// `published` when the driver was last considered for a notification; None before the first time.
     signalled: Option<Place>,
-    /// Slots used since then.
+    /// Slots published as used since then.
     moved: u32,
     /// Slots of popped chains that were not yet written back.
     slots_in_flight: u32,
@@ -45,6 +47,7 @@ impl PackedDevice {
             next_used: Place::from_bits(used),
             published: Place::from_bits(used),
             staged: None,
+            staged_slots: 0,
             signalled: None,
             moved: 0,
             slots_in_flight: 0,
@@ -189,27 +192,29 @@ impl PackedDevice {
             mem.store_u16_release(self.areas.desc, desc::flags_off(slot), flags)?;
         }
         self.next_used = self.next_used.forward(slots, self.layout.size);
-        self.moved = self.moved.saturating_add(u32::from(slots));
+        self.staged_slots = self.staged_slots.saturating_add(u32::from(slots));
         self.slots_in_flight = self.slots_in_flight.saturating_sub(u32::from(slots));
         Ok(())
     }
 
-    /// Make all staged descriptors visible.
+    /// Make all staged descriptors visible; whether there were any.
     #[inline]
-    pub(crate) fn publish<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        if let Some((slot, flags)) = self.staged {
-            mem.store_u16_release(self.areas.desc, desc::flags_off(slot), flags)?;
-            self.staged = None;
-            self.published = self.next_used;
-        }
-        Ok(())
+    pub(crate) fn publish<A: Access>(&mut self, mem: &A) -> Result<bool, MemoryError> {
+        let Some((slot, flags)) = self.staged else {
+            return Ok(false);
+        };
+        mem.store_u16_release(self.areas.desc, desc::flags_off(slot), flags)?;
+        self.staged = None;
+        self.published = self.next_used;
+        self.moved = self.moved.saturating_add(std::mem::take(&mut self.staged_slots));
+        Ok(true)
     }
 
     /// Whether the driver wants to hear of what was published since the last call (2.8.10, 2.8.14).
     pub(crate) fn wants_call<A: Access>(&mut self, mem: &A) -> Result<bool, MemoryError> {
         let new = self.published;
         mem.fence();
-        let event = PackedEvent::from_word(mem.load_u32(self.areas.driver, 0)?);
+        let event = PackedEvent::load(mem, self.areas.driver)?;
         // A whole lap or more since the last decision passes every place there is.
         let lap = std::mem::take(&mut self.moved) > u32::from(self.layout.size);
         let passed = |old: Place| packed_need_event(event, self.event_idx, self.layout.size, new.pair(), old.pair());

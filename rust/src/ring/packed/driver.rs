@@ -24,6 +24,8 @@ pub(crate) struct PackedDriver {
     /// Place and flags of the first descriptor added since the last publication, stored last.
     staged: Option<(u16, u16)>,
     added: u16,
+    /// Slots added since the last publication.
+    added_slots: u32,
     /// Slots published since the last kick decision, and where the ring stood then.
     moved: u32,
     kicked: Place,
@@ -48,6 +50,7 @@ impl PackedDriver {
             published: Place::from_bits(avail),
             staged: None,
             added: 0,
+            added_slots: 0,
             moved: 0,
             kicked: Place::from_bits(avail),
             next_used: Place::from_bits(used),
@@ -111,7 +114,8 @@ impl PackedDriver {
         self.ids.pop_front();
         self.free -= u16::try_from(buffers.len()).unwrap_or(self.free);
         self.next_avail = place;
-        self.moved += u32::try_from(buffers.len()).unwrap_or(u32::MAX);
+        let slots = u32::try_from(buffers.len()).unwrap_or(u32::MAX);
+        self.added_slots = self.added_slots.saturating_add(slots);
         self.added += 1;
         Ok(id)
     }
@@ -124,6 +128,7 @@ impl PackedDriver {
             self.staged = None;
             self.added = 0;
             self.published = self.next_avail;
+            self.moved = self.moved.saturating_add(std::mem::take(&mut self.added_slots));
         }
         Ok(count)
     }
@@ -138,7 +143,7 @@ impl PackedDriver {
         self.kicked = new;
         // A whole lap or more since the last decision passes every place there is.
         let lap = std::mem::take(&mut self.moved) > u32::from(self.layout.size);
-        let event = PackedEvent::from_word(mem.load_u32(self.areas.device, 0)?);
+        let event = PackedEvent::load(mem, self.areas.device)?;
         let passed = packed_need_event(event, self.event_idx, self.layout.size, new.pair(), old.pair());
         Ok(passed || (lap && event.flags & 3 != DISABLE))
     }

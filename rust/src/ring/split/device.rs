@@ -24,7 +24,7 @@ pub(crate) struct SplitDevice {
     published: u16,
     /// `used.idx` when the driver was last considered for a notification; None before the first time.
     signalled: Option<u16>,
-    /// Entries used since then: more than 16 bits of them pass every event there is.
+    /// Entries published since then: more than 16 bits of them pass every event there is.
     moved: u32,
 }
 
@@ -93,6 +93,8 @@ impl SplitDevice {
         self.load_avail(mem, rules)?;
         if self.seen_avail.wrapping_sub(self.next_avail) < known {
             let message = format!("avail.idx went back from {before} to {}", self.seen_avail);
+            // Nothing changes on a fault: who swallows it (`pop_many` behind good chains) meets it again.
+            self.seen_avail = before;
             return Err(self.avail_fault(rules, Rule::AvailIdxDecreased, message));
         }
         Ok(())
@@ -239,18 +241,20 @@ impl SplitDevice {
         mem.store_u32(self.areas.device, entry, u32::from(head))?;
         mem.store_u32(self.areas.device, entry + 4, written)?;
         self.next_used = self.next_used.wrapping_add(1);
-        self.moved = self.moved.saturating_add(1);
         Ok(())
     }
 
-    /// Make all staged entries visible (2.7.8.2: len is set before idx is updated).
+    /// Make all staged entries visible (2.7.8.2: len is set before idx is updated); whether there were any.
     #[inline]
-    pub(crate) fn publish<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        if self.published != self.next_used {
-            mem.store_u16_release(self.areas.device, USED_IDX, self.next_used)?;
-            self.published = self.next_used;
+    pub(crate) fn publish<A: Access>(&mut self, mem: &A) -> Result<bool, MemoryError> {
+        let count = self.next_used.wrapping_sub(self.published);
+        if count == 0 {
+            return Ok(false);
         }
-        Ok(())
+        mem.store_u16_release(self.areas.device, USED_IDX, self.next_used)?;
+        self.published = self.next_used;
+        self.moved = self.moved.saturating_add(u32::from(count));
+        Ok(true)
     }
 
     /// Whether the driver wants to hear of what was published since the last call (2.7.7.2).
