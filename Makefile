@@ -28,7 +28,7 @@ export PYO3_PYTHON := $(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test lint lint-rust lint-python test-rust test-asan test-python test-kernel guest-uml stubtest wheel clean \
+.PHONY: help demo test lint lint-rust lint-python test-rust test-asan test-python test-kernel guest-uml stubtest bench fuzz wheel clean \
 	clean-guests toolchain guest-packages
 
 help: ## this list
@@ -78,6 +78,22 @@ test-kernel: $(VENV)/.core $(VENV)/.dev guest-packages ## real Linux as the gues
 
 guest-uml: $(BIN)/python guest-packages ## the user-mode Linux kernel and our driver module, cached
 	$(BIN)/python -m tests.kernel.build uml
+
+bench: $(VENV)/.core $(VENV)/.dev ## what a chain and a handler cost: the bare core, and the ways from Python
+	cargo bench --locked --no-default-features --bench core
+	$(BIN)/python -m benches.ways
+
+# cargo-fuzz is installed in target/, for this tree only. Corpus and findings stay in fuzz/, out of the repository.
+TIME ?= 60
+fuzz: | toolchain target/tools/bin/cargo-fuzz ## libFuzzer against both ends of both rings, TIME=60 seconds each
+	for target in device_end driver_end; do \
+		RUSTC_BOOTSTRAP=1 PATH="$(CURDIR)/target/tools/bin:$$PATH" \
+			cargo fuzz run --fuzz-dir fuzz "$$target" -- -max_total_time=$(TIME) -max_len=1024 -print_final_stats=1; \
+	done
+
+target/tools/bin/cargo-fuzz: | toolchain
+	@command -v c++ >/dev/null || tools/debian-packages g++
+	cargo install --quiet --locked --root target/tools cargo-fuzz
 
 wheel: $(VENV)/.tools ## a wheel for this Python, one for every Python from 3.11 on, and the sdist, in dist/
 	$(BIN)/maturin build --locked --release --out dist
