@@ -57,10 +57,12 @@ static void say(const char *format, ...)
 	int length;
 
 	va_start(arguments, format);
-	length = vsnprintf(line + start, sizeof(line) - start, format, arguments);
+	length = vsnprintf(line + start, sizeof(line) - start - 1, format, arguments);
 	va_end(arguments);
 	if (length < 0)
 		return;
+	/* Without its end of line the kernel keeps a record back, in case it goes on. */
+	strcat(line, "\n");
 	if (write(kmsg, line, strlen(line)) < 0)
 		_exit(1);
 }

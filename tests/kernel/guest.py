@@ -1,0 +1,294 @@
+"""Booted guests: their console, and the commands that our init runs for us (guest/user/init.c lists them).
+
+A guest is a context manager; leaving it kills it hard, with all its processes: QEMU that waits for a back-end ignores
+SIGTERM, and user-mode Linux is several processes. A wait that ends in vain raises with the console's last lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.kernel import build
+from tests.kernel.cpio import archive
+
+PCI_MODULES = ("virtio_pci",)
+MMIO_MODULES = ("virtio_mmio",)
+BOOT_SECONDS = 60.0
+"""How long a boot may take on a busy machine; it takes 1 to 3 s on an idle one."""
+STEP_SECONDS = 30.0
+"""How long any other single step may take."""
+
+# No time stamps, so that lines compare with the original's; no limit to how often init may log.
+_ARGUMENTS = "quiet printk.time=0 printk.devkmsg=on panic=-1 rdinit=/init"
+
+
+class GuestError(Exception):
+    """The guest did not do what was asked for; the message ends with its console's last lines."""
+
+
+class Console:
+    """A child process with its output collected line by line; its standard input takes commands.
+
+    Args:
+        command: program and arguments.
+        env: its environment; ours by default.
+        cwd: where it runs.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> None:
+        self._process = subprocess.Popen(
+            list(command), env=env, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, bufsize=0,
+        )  # fmt: skip
+        self.started = time.monotonic()
+        self._lines: list[str] = []
+        self._ended = False
+        self._change = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def lines(self) -> list[str]:
+        """All lines so far, without line ends."""
+        with self._change:
+            return list(self._lines)
+
+    @property
+    def text(self) -> str:
+        """All output so far."""
+        return "\n".join(self.lines)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as stream:
+            for raw in stream:
+                line = raw.decode(errors="replace").rstrip("\r\n")
+                with self._change:
+                    self._lines.append(line)
+                    self._change.notify_all()
+        with self._change:
+            self._ended = True
+            self._change.notify_all()
+
+    def wait_until(self, reached: Callable[[list[str]], bool], what: str, *, timeout: float = STEP_SECONDS) -> None:
+        """Waits until the lines so far satisfy ``reached``.
+
+        Raises:
+            GuestError: they did not within ``timeout`` seconds, or the process ended before.
+        """
+        deadline = time.monotonic() + timeout
+        with self._change:
+            while not reached(self._lines):
+                left = deadline - time.monotonic()
+                if self._ended or left <= 0:
+                    why = "it ended" if self._ended else f"{timeout:g} s passed"
+                    raise GuestError(f"no {what}: {why}; its last lines:\n" + "\n".join(self._lines[-40:]))
+                self._change.wait(left)
+
+    def wait_for(self, line: str, *, count: int = 1, timeout: float = STEP_SECONDS) -> None:
+        """Waits until ``line`` stands there ``count`` times."""
+        self.wait_until(lambda lines: lines.count(line) >= count, f"{count} x {line!r}", timeout=timeout)
+
+    def send(self, line: str) -> None:
+        """Writes one line to its standard input."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+        except BrokenPipeError as error:
+            raise GuestError(f"no console for {line!r}; its last lines:\n" + "\n".join(self.lines[-40:])) from error
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the process alone."""
+        self._process.send_signal(number)
+
+    def wait(self, timeout: float = STEP_SECONDS) -> int:
+        """The exit status, once it has ended and all its output is here."""
+        try:
+            status = self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise GuestError(f"still running after {timeout:g} s; its last lines:\n{self.text[-4000:]}") from error
+        self._reader.join(timeout)
+        return status
+
+    def kill(self) -> None:
+        """Ends it with all its processes, at once; fine when it has ended already."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join(STEP_SECONDS)
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Guest:
+    """A Linux guest with our init; subclasses say how it is started.
+
+    Attributes:
+        console: the process and its output.
+        boot_seconds: from its start to the moment at which init reads commands.
+    """
+
+    console: Console
+    boot_seconds: float
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="virtio-test-guest-")
+        self.folder = Path(self._folder.name)
+        self._initrd = self.folder / "initrd"
+        self._initrd.write_bytes(archive(files))
+
+    def _boot(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        self.console = Console(command, env=env, cwd=self.folder)
+        try:
+            self.console.wait_for("guest: ready", timeout=BOOT_SECONDS)
+        except GuestError:
+            self.close()
+            raise
+        self.boot_seconds = time.monotonic() - self.console.started
+
+    def command(self, line: str, *, status: int | None = 0, timeout: float = STEP_SECONDS) -> list[str]:
+        """Runs one command of init and returns the console's lines from then to its end.
+
+        Args:
+            line: the command.
+            status: the status that it must end with; None takes any.
+            timeout: in seconds.
+
+        Raises:
+            GuestError: another status, or no end in time.
+        """
+        before = len(self.console.lines)
+        pattern = re.compile(rf"guest: end: (\d+) {re.escape(line)}")
+
+        def ends(lines: list[str]) -> list[int]:
+            return [i for i, text in enumerate(lines[before:], before) if pattern.fullmatch(text)]
+
+        self.console.send(line)
+        self.console.wait_until(lambda lines: bool(ends(lines)), f"end of {line!r}", timeout=timeout)
+        lines = self.console.lines
+        end = ends(lines)[0]
+        found = pattern.fullmatch(lines[end])
+        if status is not None and (found is None or int(found[1]) != status):
+            raise GuestError(f"{lines[end]!r}, expected {status}; its last lines:\n" + "\n".join(lines[-40:]))
+        return lines[before:end]
+
+    def start(self, line: str) -> None:
+        """Sends a command without waiting for its end."""
+        self.console.send(line)
+
+    def load(self, *parameters: str) -> list[str]:
+        """Loads our driver module; returns what the console says meanwhile."""
+        return self.command(" ".join(["insmod virtio_test", *parameters]))
+
+    def power_off(self) -> None:
+        """Powers off and waits for the end.
+
+        Raises:
+            GuestError: it does not end, or not with status 0.
+        """
+        self.console.send("poweroff")
+        status = self.console.wait()
+        if status:
+            raise GuestError(f"power off ended with status {status}; its last lines:\n{self.console.text[-4000:]}")
+
+    def close(self) -> None:
+        """Kills it and removes its files."""
+        if hasattr(self, "console"):
+            self.console.kill()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Uml(Guest):
+    """User-mode Linux as a vhost-user front-end.
+
+    Args:
+        socket: of the back-end, which must be listening.
+        virtio_id: the device behind it.
+        arguments: further words for the kernel.
+    """
+
+    def __init__(self, socket: Path, *, virtio_id: int = 45, arguments: Sequence[str] = ()) -> None:
+        kernel = build.uml_kernel()
+        super().__init__(build.files(kernel))
+        command = [str(kernel.image), "mem=64M", f"initrd={self._initrd}", f"uml_dir={self.folder}"]
+        command += ["con=null", "con0=fd:0,fd:1", "ssl=null", "console=tty0", *_ARGUMENTS.split()]
+        command += [f"virtio_uml.device={socket}:{virtio_id}", *arguments]
+        self._boot(command)
+
+
+class Qemu(Guest):
+    """A stock Debian kernel under QEMU's own translator, with the generic vhost-user device.
+
+    Args:
+        socket: of the back-end, which must be listening.
+        machine: ``q35`` (virtio over PCI) or ``microvm`` (virtio over MMIO).
+        virtio_id: the device behind it.
+        config_size: bytes of its configuration space.
+        queue_size: descriptors of its queue.
+        device: further properties of the device, such as ``packed=off``.
+    """
+
+    def __init__(
+        self,
+        socket: Path,
+        *,
+        machine: str = "q35",
+        virtio_id: int = 45,
+        config_size: int = 12,
+        queue_size: int = 128,
+        device: Sequence[str] = (),
+    ) -> None:
+        qemu, kernel = build.qemu(), build.debian_kernel()
+        modules = MMIO_MODULES if machine == "microvm" else PCI_MODULES
+        super().__init__(build.files(kernel, modules))
+        properties = [f"chardev=c,virtio-id={virtio_id},num_vqs=1,vq_size={queue_size},config_size={config_size}"]
+        name = "vhost-user-test-device" + ("" if machine == "microvm" else "-pci")
+        command = [*qemu.command(), "-accel", "tcg", "-M", f"{machine},memory-backend=m0", "-m", "256"]
+        if machine == "microvm":
+            command += ["-global", "virtio-mmio.force-legacy=false", "-cpu", "max"]
+        command += ["-object", "memory-backend-memfd,id=m0,size=256M,share=on", "-nodefaults", "-no-user-config"]
+        command += ["-display", "none", "-no-reboot"]
+        command += ["-serial", "stdio"]
+        command += ["-kernel", str(kernel.image), "-initrd", str(self._initrd)]
+        command += ["-append", f"console=ttyS0 {_ARGUMENTS}"]
+        command += ["-chardev", f"socket,id=c,path={socket}", "-device", ",".join([name, *properties, *device])]
+        self._boot(command, env=qemu.environment())
+        try:
+            for module in build.module_closure(kernel, modules):
+                self.command(f"insmod {module}")
+        except GuestError:
+            self.close()
+            raise
