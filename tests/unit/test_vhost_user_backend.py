@@ -347,20 +347,19 @@ def change_config(server: Server, value: int) -> None:
     server.loop.call_soon(lambda: server.device.config.update(num_pages=value))
 
 
-def test_a_configuration_change_is_told_once_rings_run_and_the_driver_is_live(server: Server) -> None:
+def test_a_configuration_change_is_told_only_while_rings_run(server: Server) -> None:
     with guest(server.path) as g:
         change_config(server, 1)
         g.setup()
         g.front.number(Request.GET_FEATURES)
         change_config(server, 2)
         g.front.number(Request.GET_FEATURES)
+        # Before the driver has started its rings QEMU 11.1 would crash.
+        assert g.front.backend_requests(timeout=0.05) == []
+        # All that QEMU's generic device ever says of the status.
+        g.front.set_status(0x08)
         g.front.enable(0)
         g.request(1)
-        # STATUS is negotiated, and there is no DRIVER_OK yet: QEMU 11.1 would crash now.
-        change_config(server, 3)
-        g.front.number(Request.GET_FEATURES)
-        assert g.front.backend_requests(timeout=0.05) == []
-        g.front.set_status(0x0F)
         change_config(server, 4)
         (message,) = g.front.backend_requests(timeout=5.0)
         assert message.request == BackendRequest.CONFIG_CHANGE_MSG

@@ -209,7 +209,7 @@ REFUSED: list[tuple[str, str, Request, Payload, list[str]]] = [
     ("M09", "VringIndex", Request.SET_VRING_NUM, VringState(1, 128), []),
     ("M09", "VringSize", Request.SET_VRING_NUM, VringState(0, 0), []),
     ("M09", "VringSize", Request.SET_VRING_NUM, VringState(0, 100), []),
-    ("M09", "VringSize", Request.SET_VRING_NUM, VringState(0, 256), []),
+    ("M09", "VringSize", Request.SET_VRING_NUM, VringState(0, 0x1_0000), []),
     ("M09", "VringSize", Request.SET_VRING_NUM, VringState(0, 0x8000_0000), []),
     ("M09", "VringAddress", Request.SET_VRING_ADDR, VringAddress(0, 0, U + 8, U + PAGE, U + PAGE), []),
     ("M09", "VringAddress", Request.SET_VRING_ADDR, VringAddress(0, 0, U, U + PAGE + 2, U + PAGE), []),

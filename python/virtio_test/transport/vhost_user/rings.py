@@ -35,6 +35,8 @@ from .rules import violation
 __all__ = ["FRESH_PACKED", "Ring", "checked_notifier", "hung_up"]
 
 FRESH_PACKED: Final = 0x8000
+MAX_SIZE: Final = 32768
+"""No message tells a front-end how large the device would have its queues; UML makes all of them 256."""
 _PACKED: Final = 1 << 34
 
 
@@ -57,9 +59,8 @@ class Ring:
         queue: the running queue.
     """
 
-    def __init__(self, index: int, largest: int) -> None:
+    def __init__(self, index: int) -> None:
         self.index = index
-        self.largest = largest
         self.enabled = False
         self.call: Notifier | None = None
         self.error: Notifier | None = None
@@ -97,10 +98,10 @@ class Ring:
         Raises:
             MessageError: VringSize.
         """
-        if not 1 <= size <= self.largest or (not packed and size & (size - 1)):
+        if not 1 <= size <= MAX_SIZE or (not packed and size & (size - 1)):
             kind = "a number" if packed else "a power of two"
             raise violation(
-                "VringSize", f"size {size}, where {kind} from 1 to {self.largest} is legal", queue=self.index
+                "VringSize", f"size {size}, where {kind} from 1 to {MAX_SIZE} is legal", queue=self.index
             )
         self.size = size
 

@@ -69,7 +69,7 @@ _RULES: Final = (
     MessageRule("RegionUnknown", "VHOST_USER_REM_MEM_REG", "a region that is removed is in the table", "M06"),
     MessageRule("RegionSlots", "VHOST_USER_ADD_MEM_REG", "no more regions are added than slots were named", "M06"),
     MessageRule("VringIndex", "Multiple queue support", "the queue is one of the device", "M11"),
-    MessageRule("VringSize", "VHOST_USER_SET_VRING_NUM", "the size is legal and the device's largest at most", "M09"),
+    MessageRule("VringSize", "VHOST_USER_SET_VRING_NUM", "the size of a queue is a legal one", "M09"),
     MessageRule("VringBase", "VHOST_USER_SET_VRING_BASE", "the base lies within the ring", "M08"),
     MessageRule("VringOrder", "VHOST_USER_SET_VRING_ADDR", "a queue has its size before its addresses", "M09"),
     MessageRule("VringAddress", "VHOST_USER_SET_VRING_ADDR", "ring addresses lie in shared memory, aligned", "M09"),

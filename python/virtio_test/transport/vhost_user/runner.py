@@ -55,7 +55,7 @@ class RingSet:
         self.loop = loop
         self.policy = policy
         self.memory = SharedMemory(memory)
-        self.rings = [Ring(index, size) for index, size in enumerate(device.queue_sizes)]
+        self.rings = [Ring(index) for index in range(len(device.queue_sizes))]
         self.accepted: FeatureSet | None = None
         self.channel: BackendChannel | None = None
         self.inband = False

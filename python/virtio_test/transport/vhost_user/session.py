@@ -383,10 +383,11 @@ class Session:
     # --- outside of messages --------------------------------------------------------------------------------
 
     def config_changed(self) -> None:
-        """Tell the front-end, once rings run and the driver is live: before that QEMU 11.1 would crash."""
+        """Tell the front-end, but only while rings run: before its driver has started them QEMU 11.1 would crash.
+
+        DRIVER_OK cannot be asked for: QEMU's generic device negotiates STATUS and never sends more than FEATURES_OK.
+        """
         live = self.rings.running and not self.rings.broken
-        if self.protocol & _F.STATUS:
-            live = live and self.status.driver_ok
         if live and self.rings.channel is not None and self.protocol & _F.CONFIG:
             self.rings.channel.config_changed()
 
