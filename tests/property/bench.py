@@ -13,7 +13,7 @@ import pytest
 from virtio_test._core import Chain, DeviceQueue, GuestMemory, Policy, QueueConfig, RingLayout, Trace, rules
 from virtio_test.errors import QueueViolation
 
-from tests.property.ends import INDIRECT_DESC, RING_PACKED, Setup
+from tests.property.ends import INDIRECT_DESC, Setup, features_of
 from tests.property.model import Plan, Segment
 
 PAGE = 4096
@@ -56,7 +56,7 @@ class Bench:
             size=self.size,
             base=RING,
             start=self.start,
-            features=self.features | RING_PACKED * self.packed,
+            features=features_of(self.features, packed=self.packed),
             policy=self.policy,
         )
         self.setup.ring(self.memory).begin_at(self.start)

@@ -31,6 +31,11 @@ from tests.property.model import (
 INDIRECT_DESC, EVENT_IDX, RING_PACKED, IN_ORDER = 1 << 28, 1 << 29, 1 << 34, 1 << 35
 
 
+def features_of(features: int, *, packed: bool) -> int:
+    """The feature bits of a queue of this format."""
+    return features | RING_PACKED * packed
+
+
 @dataclass(frozen=True)
 class Setup:
     """A queue before anything happens: format, size, place, where it begins, what was negotiated."""

@@ -12,7 +12,7 @@ from random import Random
 from hypothesis import strategies as st
 from virtio_test._core import Policy
 
-from tests.property.ends import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED, Setup
+from tests.property.ends import EVENT_IDX, IN_ORDER, INDIRECT_DESC, Setup, features_of
 from tests.property.model import Plan, Segment
 
 PAGE = 4096
@@ -121,7 +121,7 @@ def setups(
         size=size,
         base=draw(st.sampled_from([0, PAGE, 0xFFFF_F000])),
         start=draw(starts(packed=is_packed, size=size)),
-        features=INDIRECT_DESC | RING_PACKED * is_packed | draw(features),
+        features=features_of(INDIRECT_DESC | draw(features), packed=is_packed),
         policy=draw(st.sampled_from([Policy.interop, Policy.strict])),
         seed=draw(st.integers(0, 3)) if size <= 256 else 0,
     )

@@ -11,12 +11,14 @@ from tests.property.shapes import PAGE, Script, scripts
 
 TABLES = (1 << 41, 16)
 """Where our driver end keeps its indirect tables, and entries of each."""
+ELSEWHERE = (1 << 42, PAGE)
+"""A region that nobody uses."""
 
 
 def with_tables(script: Script) -> GuestMemory:
     memory = guest(script)
     address, entries = TABLES
-    memory.add_region(address, max(script.setup.size * entries * 16, PAGE))
+    memory.add_region(address, -(-script.setup.size * entries * 16 // PAGE) * PAGE)
     return memory
 
 
@@ -57,3 +59,40 @@ def test_our_two_ends_understand_each_other(script: Script) -> None:
     assert device.queue.state == driver.queue.state
     count = sum(len(round_.requests) for round_ in script.rounds)
     assert device.queue.counters.popped == device.queue.counters.pushed == count
+
+
+class ShiftingDeviceEnd(CoreDeviceEnd):
+    """Before each step the table of regions changes somewhere else: a new epoch, in which all is translated again."""
+
+    def __init__(self, script: Script, memory: GuestMemory) -> None:
+        super().__init__(script.setup, memory)
+        self._memory = memory
+        self._there = False
+
+    def _shift(self) -> None:
+        if self._there:
+            self._memory.remove_region(*ELSEWHERE)
+        else:
+            self._memory.add_region(*ELSEWHERE)
+        self._there = not self._there
+
+    def pop(self) -> int | None:
+        self._shift()
+        return super().pop()
+
+    def read(self, number: int) -> bytes:
+        self._shift()
+        return super().read(number)
+
+    def finish(self, number: int, response: bytes) -> None:
+        self._shift()
+        super().finish(number, response)
+
+
+@given(scripts())
+def test_a_new_memory_table_that_holds_the_same_changes_nothing(script: Script) -> None:
+    memory = guest(script)
+    epoch = memory.epoch
+    ends = ModelDriverEnd(script.setup, memory), ShiftingDeviceEnd(script, memory)
+    assert transcript(play(script, memory, *ends)) == model_transcript(script)
+    assert memory.epoch > epoch

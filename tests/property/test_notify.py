@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from virtio_test._core import GuestMemory
+from virtio_test._core import DeviceQueue, DriverQueue, GuestMemory
 
 from tests.property.ends import (
     EVENT_IDX,
+    IN_ORDER,
     CoreDeviceEnd,
     CoreDriverEnd,
     DeviceEnd,
@@ -194,3 +196,29 @@ def test_work_that_came_before_the_arming_is_seen_by_it(setup: Setup) -> None:
     assert not driver.queue.enable_calls()
     device.finish(number, b"x")
     assert driver.queue.enable_calls()
+
+
+@pytest.mark.parametrize("features", [0, EVENT_IDX])
+def test_65536_buffers_between_two_signals_are_not_none(features: int) -> None:
+    """A split ring's indices are back where they were; whoever wants to hear of anything hears of it."""
+    setup = Setup(packed=False, size=32768, base=0, start=0, features=IN_ORDER | features)
+    memory = prepare(setup)
+    driver, device = DriverQueue(memory, setup.config()), DeviceQueue(memory, setup.config())
+
+    def lap() -> None:
+        for _ in range(setup.size):
+            driver.add([], [(BUFFER, 1)])
+        driver.publish()
+        while (chain := device.pop()) is not None:
+            device.push(chain, 0)
+        assert len(driver.get_used_many()) == setup.size
+
+    lap()
+    driver.signal()
+    device.signal()
+    driver.enable_calls()
+    device.enable_kicks()
+    lap()
+    lap()
+    assert driver.signal()
+    assert device.signal()

@@ -1,0 +1,95 @@
+"""A bench for our driver end: an evil device's pen, beside the model's device which does what is right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from virtio_test._core import DriverQueue, GuestMemory, Policy, Trace
+from virtio_test.errors import QueueViolation, StateError
+
+from tests.property.bench import AVAIL, DATA, RING, USED, W
+from tests.property.ends import Setup, features_of
+from tests.property.model import Element
+
+
+@dataclass
+class DriverBench:
+    """Our driver end of a queue of 8, and the pen of its device."""
+
+    packed: bool
+    policy: Policy = Policy.interop
+    features: int = 0
+    start: int = -1
+    size: int = 8
+    trace: Trace = field(default_factory=Trace)
+
+    def __post_init__(self) -> None:
+        start = self.start if self.start >= 0 else 0x8000 if self.packed else 0
+        features = features_of(self.features, packed=self.packed)
+        self.setup = Setup(self.packed, self.size, RING, start, features, self.policy)
+        self.memory = GuestMemory([(RING, 1 << 16), (DATA, 1 << 16)], trace=self.trace)
+        self.setup.ring(self.memory).begin_at(start)
+        self.queue = DriverQueue(self.memory, self.setup.config(), state=self.setup.state())
+        self.device = self.setup.model_device(self.memory)
+
+    def publish(self, count: int = 1, length: int = 32) -> list[int]:
+        """Buffers of one writable descriptor."""
+        tokens = [self.queue.add([], [(DATA + 64 * number, length)]) for number in range(count)]
+        assert self.queue.publish() == count
+        return tokens
+
+    def pop(self) -> Element:
+        element = self.device.pop()
+        assert element is not None
+        return element
+
+    def put(self, name: str, value: int, index: int = 0) -> None:
+        width = self.queue.layout().fields()[name][1]
+        self.memory.write(self.queue.layout().at(name, index), value.to_bytes(width, "little"))
+
+    def get(self, name: str, index: int = 0) -> int:
+        width = self.queue.layout().fields()[name][1]
+        return int.from_bytes(self.memory.read(self.queue.layout().at(name, index), width), "little")
+
+    def use(self, identity: int, length: int = 0, *, slot: int = 0, idx: int | None = None) -> None:
+        """A used entry with any content; of a packed ring with wrap counter 1."""
+        if self.packed:
+            self.put("desc.id", identity & 0xFFFF, slot)
+            self.put("desc.len", length, slot)
+            self.put("desc.flags", AVAIL | USED | W, slot)
+            return
+        self.put("used.ring.id", identity, slot)
+        self.put("used.ring.len", length, slot)
+        self.put("used.idx", slot + 1 if idx is None else idx)
+
+    def assert_breaks(self, rule: str, tokens: list[int]) -> None:
+        """Said once; then silence, every token comes back once by `detach`, and a reset heals."""
+        assert self.queue.has_used()
+        with pytest.raises(QueueViolation) as caught:
+            self.queue.get_used_many()
+        assert caught.value.rule == rule
+        assert caught.value.queue == 3
+        assert self.queue.latched == caught.value
+        before = self.memory.read(RING, 1 << 16)
+        self.trace.clear()
+        assert self.queue.get_used() is None
+        assert self.queue.get_used_many() == []
+        assert not self.queue.has_used()
+        assert not self.queue.signal()
+        with pytest.raises(StateError):
+            self.publish()
+        assert self.trace.log() == []
+        assert self.memory.read(RING, 1 << 16) == before
+        assert self.queue.detach() == tokens
+        assert self.queue.detach() == []
+        assert self.queue.in_flight == 0
+        self.heal()
+
+    def heal(self) -> None:
+        self.queue.reset()
+        self.setup = Setup(self.packed, self.size, RING, 0x8000 if self.packed else 0, self.setup.features, self.policy)
+        self.device = self.setup.model_device(self.memory)
+        (token,) = self.publish()
+        self.device.push((self.pop(), 5))
+        assert self.queue.get_used() == (token, 5)
