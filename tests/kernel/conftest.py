@@ -1,0 +1,103 @@
+"""Fixtures of the real-kernel tests: a server on a short path, and guests that are killed whatever happens.
+
+A missing piece (no network, no package) fails the test with one line; nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from tests.kernel import build
+from tests.kernel.cache import BuildError
+from tests.kernel.guest import Qemu, Uml
+from tests.kernel.server import Server
+
+BUILD_SECONDS = 900
+"""A test that comes first may have to build a kernel."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and "kernel" in item.keywords:
+            item.add_marker(pytest.mark.timeout(BUILD_SECONDS))
+
+
+T = TypeVar("T")
+
+
+def _built(make: Callable[[], T]) -> T:
+    try:
+        return make()
+    except BuildError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def uml_kernel() -> build.Kernel:
+    def make() -> build.Kernel:
+        kernel = build.uml_kernel()
+        build.files(kernel)
+        return kernel
+
+    return _built(make)
+
+
+@pytest.fixture(scope="session")
+def qemu_root() -> build.QemuRoot:
+    def make() -> build.QemuRoot:
+        build.files(build.debian_kernel())
+        return build.qemu()
+
+    return _built(make)
+
+
+@pytest.fixture
+def serve() -> Generator[Callable[..., Server]]:
+    """Starts servers: the arguments are those of ``virtio-test serve``."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str) -> Server:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-test-")))
+            return stack.enter_context(Server(folder, *arguments))
+
+        yield start
+
+
+@pytest.fixture
+def uml(uml_kernel: build.Kernel) -> Generator[Callable[..., Uml]]:
+    """Boots user-mode Linux in front of a server."""
+    assert uml_kernel.image.is_file()
+    with contextlib.ExitStack() as stack:
+
+        def boot(server: Server, **options: object) -> Uml:
+            return stack.enter_context(Uml(server.path, **options))  # pyright: ignore[reportArgumentType]
+
+        yield boot
+
+
+@pytest.fixture
+def qemu(qemu_root: build.QemuRoot) -> Generator[Callable[..., Qemu]]:
+    """Boots Debian's kernel under QEMU in front of a server; options as of `Qemu`."""
+    assert qemu_root.path.is_dir()
+    with contextlib.ExitStack() as stack:
+
+        def boot(server: Server, **options: object) -> Qemu:
+            return stack.enter_context(Qemu(server.path, **options))  # pyright: ignore[reportArgumentType]
+
+        yield boot
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which kernels and which QEMU the tests ran on."""
+    for what, made in (("user-mode Linux", build.uml_kernel), ("Debian's kernel", build.debian_kernel)):
+        if made.cache_info().currsize:
+            terminalreporter.write_line(f"{what}: {made().version}")
+    if build.qemu.cache_info().currsize:
+        terminalreporter.write_line(f"QEMU: {build.qemu().version}")

@@ -1,0 +1,76 @@
+"""The same guest code on stock Debian under QEMU, in front of the same server: virtio over PCI and over MMIO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.kernel.guest import Qemu
+from tests.kernel.server import Server
+from tests.kernel.transcript import WRITE_FAILED, device_request, driver_request
+
+pytestmark = pytest.mark.kernel
+
+Serve = Callable[..., Server]
+Boot = Callable[..., Qemu]
+SPLIT = ("--features", "-RING_PACKED")
+PACKED = ()
+
+
+@pytest.mark.parametrize(
+    ("machine", "ring"), [("q35", SPLIT), ("q35", PACKED), ("microvm", SPLIT), ("microvm", PACKED)]
+)
+def test_a_request_reads_as_the_original_on_both_consoles(
+    serve: Serve, qemu: Boot, machine: str, ring: tuple[str, ...]
+) -> None:
+    server = serve(*ring)
+    guest = qemu(server, machine=machine)
+    guest.load()
+    bits = guest.command("read /sys/bus/virtio/devices/virtio0/features")[0].removeprefix("guest: out: ")
+    assert bits[34] == ("0" if ring == SPLIT else "1"), "the ring that the guest negotiated"
+    assert guest.command("run virtio 10") == driver_request(10)
+    assert server.lines == device_request(10)
+    guest.command("rmmod virtio_test")
+    guest.load("quiet=1")
+    guest.command("run virtio 11 1000", timeout=60)
+    guest.power_off()
+    assert len(server.lines) == 5 * 1001
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("ring", [("--features", "-RING_PACKED,-INDIRECT_DESC"), ("--features", "-INDIRECT_DESC")])
+def test_a_full_queue_is_waited_for(serve: Serve, qemu: Boot, ring: tuple[str, ...]) -> None:
+    """Four descriptors hold two requests; eight processes want to send."""
+    server = serve(*ring)
+    guest = qemu(server, queue_size=4)
+    guest.load("quiet=1")
+    for number in range(8):
+        guest.command(f"start virtio {number} 100")
+    guest.command("wait", timeout=60)
+    lines = server.lines
+    requests = [lines[i : i + 5] for i in range(0, len(lines), 5)]
+    assert [requests.count(device_request(number)) for number in range(8)] == [100] * 8
+
+
+def test_surprise_removal_and_return(serve: Serve, qemu: Boot) -> None:
+    server = serve()
+    guest = qemu(server)
+    guest.load()
+    assert guest.command("run virtio 1") == driver_request(1)
+    server.pause()
+    for number in (2, 3):
+        guest.command(f"start virtio {number}")
+    guest.command("sleep 0.2")
+    # The bus removes the device; QEMU asks the back-end to stop and holds the guest until it answers.
+    remove = "write /sys/bus/virtio/devices/virtio0/../remove 1"
+    guest.start(remove)
+    guest.start("wait")
+    server.resume()
+    guest.console.wait_for(f"guest: end: 0 {remove}")
+    guest.console.wait_for("guest: end: 1 wait")
+    assert guest.console.lines.count(WRITE_FAILED) == 2
+    guest.command("write /sys/bus/pci/rescan 1")
+    assert guest.command("run virtio 4") == driver_request(4)
+    guest.command("rmmod virtio_test")
+    guest.power_off()

@@ -1,0 +1,168 @@
+"""The whole system with user-mode Linux as the guest: its kernel, our driver, our back-end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.kernel.guest import Uml
+from tests.kernel.server import Server
+from tests.kernel.transcript import (
+    OPEN_FAILED,
+    USAGE,
+    WRITE_FAILED,
+    device_request,
+    driver_request,
+)
+
+pytestmark = pytest.mark.kernel
+
+Serve = Callable[..., Server]
+Boot = Callable[..., Uml]
+RINGS = pytest.mark.parametrize("ring", [("--features", "-RING_PACKED"), ("--features", "-INDIRECT_DESC"), ()])
+
+
+@RINGS
+def test_a_request_reads_as_the_original_on_both_consoles(serve: Serve, uml: Boot, ring: tuple[str, ...]) -> None:
+    server = serve(*ring)
+    guest = uml(server)
+    guest.load()
+    assert guest.command("run virtio 10") == driver_request(10)
+    assert server.lines == device_request(10)
+    for number in (0, 253, 254, 255):
+        assert guest.command(f"run virtio {number}") == driver_request(number)
+        assert server.lines[-5:] == device_request(number)
+    guest.power_off()
+    assert len(server.lines) == 5 * 5
+    assert server.stop() == 0
+    assert not server.path.exists()
+
+
+def test_the_program_explains_itself(serve: Serve, uml: Boot) -> None:
+    server = serve()
+    guest = uml(server)
+    assert guest.command("run virtio 10", status=1) == OPEN_FAILED
+    guest.load()
+    for arguments in ("", " 256", " -1", " 1x", " 1 0", " 1 2 3", " 99999999999999999999"):
+        assert guest.command(f"run virtio{arguments}", status=1) == USAGE
+    assert server.lines == []
+
+
+def test_two_processes_at_once(serve: Serve, uml: Boot) -> None:
+    server = serve()
+    guest = uml(server)
+    guest.load("quiet=1")
+    guest.command("start virtio 20 500")
+    guest.command("start virtio 30 500")
+    guest.command("wait")
+    lines = server.lines
+    requests = [lines[i : i + 5] for i in range(0, len(lines), 5)]
+    assert len(requests) == 1000
+    assert requests.count(device_request(20)) == 500
+    assert requests.count(device_request(30)) == 500
+
+
+def test_the_module_goes_and_comes_back(serve: Serve, uml: Boot) -> None:
+    server = serve()
+    guest = uml(server)
+    for number in (1, 2, 3):
+        guest.load()
+        assert guest.command(f"run virtio {number}") == driver_request(number)
+        guest.command("rmmod virtio_test")
+        assert guest.command("run virtio 9", status=1) == OPEN_FAILED
+    assert server.lines == device_request(1) + device_request(2) + device_request(3)
+
+
+def test_the_next_front_end_is_served_after_one_was_killed(serve: Serve, uml: Boot) -> None:
+    server = serve()
+    fds = server.fds()
+    for number in range(3):
+        guest = uml(server)
+        guest.load("quiet=1")
+        guest.command(f"run virtio {number}")
+        # It dies with requests on their way.
+        guest.command(f"start virtio {number} 100000")
+        guest.close()
+        server.wait_for_disconnects(number + 1)
+        assert server.fds() == fds
+    guest = uml(server)
+    guest.load()
+    assert guest.command("run virtio 10") == driver_request(10)
+    assert server.lines[-5:] == device_request(10)
+
+
+def test_ten_thousand_requests_leave_nothing_behind(serve: Serve, uml: Boot) -> None:
+    server = serve()
+    idle_fds = server.fds()
+    guest = uml(server)
+    guest.load("quiet=1")
+    guest.command("run virtio 1 1000")
+    fds, mappings, memory = server.fds(), server.mappings(), server.memory()
+    guest.command("run virtio 1 10000", timeout=120)
+    assert server.fds() == fds
+    assert abs(server.mappings() - mappings) <= 4
+    assert server.memory() - memory < 1 << 20
+    assert server.lines.count(device_request(1)[0]) == 11000, "each answered once: none is in flight"
+    guest.command("rmmod virtio_test")
+    guest.power_off()
+    server.wait_for_disconnects(1)
+    assert server.fds() == idle_fds
+
+
+def test_a_killed_writer_takes_nobody_with_it(serve: Serve, uml: Boot) -> None:
+    server = serve()
+    guest = uml(server)
+    guest.load()
+    server.pause()
+    guest.command("start virtio 5")
+    guest.command("sleep 0.2")
+    guest.command("kill")
+    guest.command("wait", status=137)
+    server.resume()
+    guest.console.wait_for(driver_request(5)[-1])
+    assert guest.command("run virtio 6") == driver_request(6)
+    guest.command("rmmod virtio_test")
+    assert server.lines == device_request(5) + device_request(6)
+
+
+def test_unbinding_fails_what_is_in_flight(serve: Serve, uml: Boot) -> None:
+    server = serve()
+    guest = uml(server)
+    guest.load()
+    server.pause()
+    for number in range(4):
+        guest.command(f"start virtio {number}")
+    guest.command("sleep 0.2")
+    # The driver's remove waits for the back-end, long after the writers were told.
+    unbind = "write /sys/bus/virtio/drivers/virtio_test/unbind virtio0"
+    guest.start(unbind)
+    guest.start("wait")
+    server.resume()
+    guest.console.wait_for(f"guest: end: 0 {unbind}")
+    guest.console.wait_for("guest: end: 1 wait")
+    assert guest.console.lines.count(WRITE_FAILED) == 4
+    guest.command("write /sys/bus/virtio/drivers/virtio_test/bind virtio0")
+    assert guest.command("run virtio 7") == driver_request(7)
+    guest.command("rmmod virtio_test")
+
+
+def test_a_back_end_that_dies_leaves_no_writer_waiting(serve: Serve, uml: Boot) -> None:
+    server = serve()
+    guest = uml(server)
+    guest.load()
+    server.pause()
+    guest.command("start virtio 5")
+    guest.command("sleep 0.2")
+    server.close()
+    assert WRITE_FAILED in guest.command("wait", status=1)
+    assert guest.command("run virtio 6", status=1) == OPEN_FAILED
+    guest.command("rmmod virtio_test")
+
+
+def test_without_can_print_there_is_no_request_api(serve: Serve, uml: Boot) -> None:
+    server = serve("--features", "-CAN_PRINT")
+    guest = uml(server)
+    assert any("the device does not offer CAN_PRINT: no request API" in line for line in guest.load())
+    assert guest.command("run virtio 10", status=1) == OPEN_FAILED
+    guest.command("rmmod virtio_test")
