@@ -1,0 +1,349 @@
+//! The driver end against a hostile device: the rows G of the robustness catalogue, and what its user may not do.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    missing_docs,
+    reason = "a test stops at what it did not expect"
+)]
+
+mod common;
+
+use common::{AVAIL, DATA, EVENT_IDX, IN_ORDER, INDIRECT_DESC, PACKED, USED, WRITE, World, config, memory};
+use virtio_test::error::{Misuse, QueueError};
+use virtio_test::policy::Policy;
+use virtio_test::queue::{DriverQueue, IndirectArea, QueueConfig, QueueState};
+use virtio_test::rule::Rule;
+
+/// What an evil device writes: a used entry at the next place, and (split) the index.
+fn answer(world: &World, place: u64, id: u64, len: u64) {
+    if world.layout.packed {
+        world.put("desc.id", place, id);
+        world.put("desc.len", place, len);
+        world.put("desc.flags", place, u64::from(AVAIL | USED | WRITE));
+    } else {
+        world.put("used.ring.id", place, id);
+        world.put("used.ring.len", place, len);
+        world.put("used.idx", 0, place + 1);
+    }
+}
+
+fn both(features: u64) -> [World; 2] {
+    [World::interop(8, features), World::interop(8, features | PACKED)]
+}
+
+#[test]
+fn g01_ids_beyond_the_queue() {
+    for id in [8, 9, 0xFFFF] {
+        for mut world in both(0) {
+            world.give(false);
+            answer(&world, 0, id, 0);
+            world.cheats(Rule::UsedIdOutOfRange);
+        }
+    }
+    // Not cut down to the 16 bits that would be in range.
+    let mut world = World::interop(8, 0);
+    world.give(false);
+    answer(&world, 0, 0x1_0000, 0);
+    world.cheats(Rule::UsedIdOutOfRange);
+}
+
+#[test]
+fn g02_ids_that_are_not_in_flight() {
+    for mut world in both(0) {
+        world.give(false);
+        // The middle of the chain (split), or an id that was not given (packed).
+        answer(&world, 0, 1, 0);
+        world.cheats(Rule::UsedIdNotInFlight);
+    }
+}
+
+#[test]
+fn g02_what_is_not_published_cannot_be_used() {
+    let [mut split, mut packed] = both(0);
+    for world in [&mut split, &mut packed] {
+        world.give(true);
+        world.add(&[(DATA, 16)], &[]);
+        answer(world, 0, 1, 0);
+    }
+    split.cheats(Rule::UsedIdNotInFlight);
+    packed.cheats(Rule::UsedIdNotInFlight);
+    let mut world = World::interop(8, 0);
+    world.add(&[(DATA, 16)], &[]);
+    answer(&world, 0, 0, 0);
+    world.cheats(Rule::UsedIdxTooFar);
+}
+
+#[test]
+fn g04_lengths_beyond_the_writable_part() {
+    for mut world in both(0) {
+        world.give(false);
+        answer(&world, 0, 0, 17);
+        world.cheats(Rule::UsedLenTooBig);
+    }
+    let policy = Policy {
+        used_len_beyond: true,
+        ..Policy::INTEROP
+    };
+    for features in [0, PACKED] {
+        let mut world = World::new(8, features, policy);
+        let token = world.give(false);
+        answer(&world, 0, 0, 0xFFFF_FFFF);
+        assert_eq!(world.used().unwrap(), Some((token, 16)));
+    }
+}
+
+#[test]
+fn g04_a_packed_length_without_write() {
+    for (policy, expected) in [(Policy::INTEROP, 9), (Policy::STRICT, 0)] {
+        let mut world = World::new(8, PACKED, policy);
+        let token = world.give(false);
+        answer(&world, 0, 0, 9);
+        world.put("desc.flags", 0, u64::from(AVAIL | USED));
+        assert_eq!(world.used().unwrap(), Some((token, expected)));
+    }
+}
+
+#[test]
+fn g05_g06_used_idx_jumps_and_goes_back() {
+    for idx in [2, 9, 0x8000, 0xFFFF] {
+        let mut world = World::interop(8, 0);
+        world.give(true);
+        world.put("used.idx", 0, idx);
+        let fault = world.cheats(Rule::UsedIdxTooFar);
+        assert_eq!(fault.address, Some(world.at("used.idx", 0)));
+    }
+    let mut world = World::interop(8, 0);
+    world.traffic(3, true);
+    world.give(true);
+    world.put("used.idx", 0, 2);
+    world.cheats(Rule::UsedIdxTooFar);
+}
+
+#[test]
+fn g08_the_same_buffer_twice() {
+    for mut world in both(0) {
+        let token = world.give(true);
+        world.give(true);
+        answer(&world, 0, 0, 0);
+        assert_eq!(world.used().unwrap(), Some((token, 0)));
+        answer(&world, 1, 0, 0);
+        world.cheats(Rule::UsedIdNotInFlight);
+    }
+}
+
+#[test]
+fn g09_nothing_used_is_nothing_and_after_the_latch_too() {
+    for mut world in both(0) {
+        assert!(!world.has_used());
+        world.give(true);
+        assert_eq!(world.used().unwrap(), None);
+        answer(&world, 0, 99, 0);
+        world.cheats(Rule::UsedIdOutOfRange);
+        let pin = world.mem.pin();
+        let refused = world.driver.add(&pin.mapped(), &[(DATA, 1)], &[], false).unwrap_err();
+        assert_eq!(refused, QueueError::Misuse(Misuse::Latched));
+        assert_eq!(world.driver.publish(&pin.mapped()).unwrap(), 0);
+        assert!(!world.driver.wants_kick(&pin.mapped()).unwrap());
+        assert!(!world.driver.enable_calls(&pin.mapped()).unwrap());
+        assert_eq!(world.driver.detach(), [0]);
+        world.driver.reset(&pin.mapped(), None, None).unwrap();
+        drop(pin);
+        assert_eq!((world.driver.generation(), world.driver.free()), (1, 8));
+        assert_eq!(world.give(true), 1, "tokens go on");
+    }
+}
+
+#[test]
+fn g10_garbage_in_what_suppresses_kicks_is_no_more_than_that() {
+    for value in [0, 1, 7, 0x7FFF, 0xFFFF] {
+        for features in [0, EVENT_IDX] {
+            for mut world in both(features) {
+                let fields: &[_] = if world.layout.packed {
+                    &["device_event.off_wrap", "device_event.flags"]
+                } else {
+                    &["used.flags", "avail_event"]
+                };
+                for _ in 0..20 {
+                    for name in fields {
+                        world.put(name, 0, value);
+                    }
+                    let token = world.add(&[(DATA, 1)], &[]);
+                    world.kick();
+                    let element = world.take();
+                    assert!(world.finish(&element, 0));
+                    assert_eq!(world.used().unwrap(), Some((token, 0)));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn g11_packed_flags_that_are_not_used_and_ids_of_nothing() {
+    for flags in [AVAIL, USED, 0] {
+        let mut world = World::interop(8, PACKED);
+        world.give(true);
+        answer(&world, 0, 5, 0);
+        world.put("desc.flags", 0, u64::from(flags));
+        assert_eq!(world.used().unwrap(), None);
+    }
+    let mut world = World::interop(8, PACKED);
+    answer(&world, 0, 0, 0);
+    world.cheats(Rule::UsedIdNotInFlight);
+}
+
+#[test]
+fn u11_in_order_one_entry_for_several_buffers() {
+    for mut world in both(IN_ORDER) {
+        let first = world.add(&[], &[(DATA, 16)]);
+        let second = world.add(&[(DATA, 1)], &[(DATA, 16)]);
+        let third = world.add(&[(DATA, 1)], &[(DATA, 16)]);
+        world.publish();
+        answer(&world, 0, if world.layout.packed { 2 } else { 3 }, 4);
+        if !world.layout.packed {
+            world.put("used.idx", 0, 3);
+        }
+        // Those before the last count as written whole.
+        assert_eq!(world.used().unwrap(), Some((first, 16)));
+        assert!(world.has_used());
+        assert_eq!(world.used().unwrap(), Some((second, 16)));
+        assert_eq!(world.used().unwrap(), Some((third, 4)));
+        assert_eq!(world.used().unwrap(), None);
+        assert_eq!((world.driver.free(), world.driver.in_flight()), (8, 0));
+        let state = if world.layout.packed { 0x8005 } else { 3 };
+        assert_eq!(world.driver.state().used, state);
+    }
+}
+
+#[test]
+fn u11_in_order_an_entry_for_more_than_the_index_says() {
+    let mut world = World::interop(8, IN_ORDER);
+    for _ in 0..3 {
+        world.give(true);
+    }
+    answer(&world, 0, 2, 0);
+    world.cheats(Rule::UsedIdNotInFlight);
+    assert_eq!(world.driver.detach(), [0, 1, 2]);
+}
+
+#[test]
+fn in_order_goes_around_the_ring() {
+    for mut world in both(IN_ORDER) {
+        for _ in 0..9 {
+            world.traffic(5, true);
+            world.full_ring(|_| ());
+        }
+    }
+}
+
+#[test]
+fn misuse_leaves_memory_as_it_was() {
+    for features in [0, PACKED] {
+        let mut world = World::interop(2, features | INDIRECT_DESC);
+        let pin = world.mem.pin();
+        let ram = |world: &World| {
+            let mut bytes = vec![0; 0x2000];
+            world.mem.read(0, &mut bytes).unwrap();
+            bytes
+        };
+        let before = ram(&world);
+        let one = (DATA, 1);
+        let mut refused =
+            |r: &[(u64, u32)], w: &[(u64, u32)], indirect| match world.driver.add(&pin.mapped(), r, w, indirect) {
+                Err(QueueError::Misuse(misuse)) => misuse,
+                other => unreachable!("{other:?}"),
+            };
+        assert!(matches!(refused(&[], &[], false), Misuse::Invalid(_)));
+        assert!(matches!(refused(&[(DATA, 0)], &[], false), Misuse::Invalid(_)));
+        assert!(matches!(refused(&[one, one], &[one], false), Misuse::Invalid(_)));
+        assert!(matches!(
+            refused(&[(DATA, u32::MAX)], &[(DATA, 2)], false),
+            Misuse::Invalid(_)
+        ));
+        drop(pin);
+        assert!(world.driver.latched().is_none());
+        assert_eq!(ram(&world), before);
+        world.add(&[one], &[one]);
+        let pin = world.mem.pin();
+        let full = world.driver.add(&pin.mapped(), &[one], &[], false).unwrap_err();
+        assert_eq!(full, QueueError::Misuse(Misuse::QueueFull { needed: 1, free: 0 }));
+    }
+}
+
+#[test]
+fn indirect_areas_are_the_callers() {
+    let mem = memory();
+    let pin = mem.pin();
+    let plain = config(8, 0, Policy::INTEROP);
+    let able = QueueConfig {
+        features: INDIRECT_DESC,
+        ..plain
+    };
+    let area = |address| Some(IndirectArea { address, entries: 8 });
+    for address in [common::HOLE, common::ROM, u64::MAX - 15] {
+        let mut driver = DriverQueue::new(&pin.mapped(), able, None, area(address)).unwrap();
+        let refused = driver.add(&pin.mapped(), &[(DATA, 1)], &[], true).unwrap_err();
+        assert!(matches!(refused, QueueError::Misuse(Misuse::Invalid(_))), "{refused}");
+        assert!(driver.latched().is_none());
+        assert_eq!((driver.free(), driver.in_flight()), (8, 0));
+    }
+    let mut driver = DriverQueue::new(&pin.mapped(), plain, None, area(common::TABLES)).unwrap();
+    let refused = driver.add(&pin.mapped(), &[(DATA, 1)], &[], true).unwrap_err();
+    assert_eq!(refused, QueueError::Misuse(Misuse::NoIndirect));
+    // The room is remembered when the feature comes with a reset.
+    driver.reset(&pin.mapped(), Some(able), None).unwrap();
+    driver.add(&pin.mapped(), &[(DATA, 1)], &[], true).unwrap();
+}
+
+#[test]
+fn detached_is_empty_until_it_is_reset() {
+    for mut world in both(0) {
+        for _ in 0..3 {
+            world.give(true);
+        }
+        world.add(&[(DATA, 1)], &[]);
+        let element = world.take();
+        assert!(world.finish(&element, 0));
+        assert_eq!(world.driver.detach(), [0, 1, 2, 3]);
+        assert!(world.driver.detach().is_empty());
+        assert!(!world.has_used(), "what the device still uses is nobody's");
+        assert_eq!(world.used().unwrap(), None);
+        assert!(world.driver.latched().is_none());
+        let pin = world.mem.pin();
+        let refused = world.driver.add(&pin.mapped(), &[(DATA, 1)], &[], false).unwrap_err();
+        assert_eq!(refused, QueueError::Misuse(Misuse::Latched));
+        assert_eq!(world.driver.publish(&pin.mapped()).unwrap(), 0);
+        world.driver.reset(&pin.mapped(), None, None).unwrap();
+        world.device.reset(&pin.mapped(), None, None).unwrap();
+        drop(pin);
+        world.full_ring(|elements| elements.reverse());
+    }
+}
+
+#[test]
+fn a_driver_goes_on_only_where_nothing_is_in_flight() {
+    let mem = memory();
+    let pin = mem.pin();
+    for (features, avail, used) in [(0, 5, 3), (PACKED, 0x8002, 0x8000)] {
+        let state = QueueState { avail, used };
+        let refused = DriverQueue::new(&pin.mapped(), config(8, features, Policy::INTEROP), Some(state), None);
+        assert_eq!(refused.unwrap_err().rule, Rule::StateOutOfRange);
+    }
+}
+
+#[test]
+fn a_broken_answer_behind_good_ones_is_found_by_the_next_call() {
+    for mut world in both(0) {
+        let token = world.give(true);
+        world.give(true);
+        answer(&world, 0, 0, 0);
+        answer(&world, 1, 77, 0);
+        let pin = world.mem.pin();
+        let good = world.driver.get_used_many(&pin.mapped(), 8).unwrap();
+        assert_eq!(good, [(token, 0)]);
+        let fault = world.driver.get_used_many(&pin.mapped(), 8).unwrap_err();
+        assert_eq!(fault.rule, Rule::UsedIdOutOfRange);
+        assert!(world.driver.get_used_many(&pin.mapped(), 8).unwrap().is_empty());
+    }
+}
