@@ -15,7 +15,7 @@ from virtio_test.devices.test import TestDevice
 from virtio_test.errors import MessageError, PeerDisconnected
 from virtio_test.features import FeatureSet
 from virtio_test.transport.vhost_user.backend import Backend
-from virtio_test.transport.vhost_user.frontend import FrontEnd
+from virtio_test.transport.vhost_user.frontend import FrontEnd, ring_address
 from virtio_test.transport.vhost_user.messages import BackendRequest, ProtocolFeature, Request
 from virtio_test.transport.vhost_user.payloads import U64, VringState
 from virtio_test.transport.vhost_user.session import SUPPORTED
@@ -322,6 +322,39 @@ def test_a_handler_that_raises_is_one_log_entry_and_the_server_lives(
             g.request(2)
 
 
+class Stubborn(TestDevice):
+    """Fails wherever a transport reaches its own code."""
+
+    def reset(self) -> None:
+        super().reset()
+        raise RuntimeError("no reset")
+
+    def activate(self, features: FeatureSet) -> None:
+        raise RuntimeError(f"not active with {features}")
+
+
+def test_a_device_that_fails_everywhere_does_not_take_the_server_along(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = Stubborn(console=lambda _: None)
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("no write")
+
+    device.config.on_driver_write = refuse
+    with serving(tmp_path / "s", device) as server:
+        for _ in range(3):
+            with guest(server.path) as g:
+                with pytest.raises(MessageError, match="Refused"):
+                    g.front.set_config(4, b"1234")
+                g.setup()
+                g.front.enable(0)
+                assert g.front.get_status() == 0x40
+                g.front.request(Request.RESET_DEVICE)
+                assert g.front.get_status() == 0
+    assert {record.exc_info[0] for record in caplog.records if record.exc_info} == {RuntimeError}
+
+
 # --- configuration space ------------------------------------------------------------------------------------
 
 
@@ -438,6 +471,20 @@ def test_in_band_notifications(tmp_path: Path) -> None:
         g.front.kick_inband(0)
         (message,) = g.front.backend_requests(timeout=5.0)
         assert (message.request, message.payload) == (BackendRequest.VRING_ERR, VringState(0))
+
+
+def test_in_band_an_enabled_ring_runs_without_a_kick(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "s", protocol_features=SUPPORTED) as server,
+        guest(server.path, protocol_features=SUPPORTED) as g,
+    ):
+        # As UML: nothing is said of a kick fd.
+        g.front.request(Request.SET_VRING_NUM, VringState(0, g.config.size))
+        g.front.request(Request.SET_VRING_ADDR, ring_address(g.config))
+        g.front.enable(0)
+        change_config(server, 1)
+        (message,) = g.front.backend_requests(timeout=5.0)
+        assert message.request == BackendRequest.CONFIG_CHANGE_MSG
 
 
 # --- connections --------------------------------------------------------------------------------------------

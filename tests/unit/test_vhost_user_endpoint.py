@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_it_removes_its_own_file_after_a_change_of_folder(tmp_path: Path, monkey
         ("/nowhere/at/all/s", "no such folder; create it"),
         ("/dev/null/s", "a part of the path is no folder"),
         ("/" + "x" * MAX_PATH_BYTES, f"has {MAX_PATH_BYTES + 1} bytes"),
-        ("/proc/s", "give another path"),
+        ("/proc/s", "/proc cannot hold a socket; give another path"),
     ],
 )
 def test_an_impossible_path_is_one_line(path: str, says: str) -> None:
@@ -141,6 +142,28 @@ def test_an_impossible_path_is_one_line(path: str, says: str) -> None:
         Endpoint(path)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o444, 0o000])
+def test_a_folder_that_is_not_writable(mode: int) -> None:
+    # Not in tmp_path: as root the test becomes another user, who must be able to come as far as the folder.
+    with tempfile.TemporaryDirectory() as top:
+        Path(top).chmod(0o755)
+        folder = Path(top) / "closed"
+        folder.mkdir()
+        folder.chmod(mode)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(InvalidArgument) as caught:
+                Endpoint(folder / "s")
+        finally:
+            if root:
+                os.seteuid(0)
+        assert str(caught.value).endswith("the folder is not writable for this user; give another path")
+        folder.chmod(0o755)
+        assert snapshot(folder) == {}
 
 
 def test_the_longest_path_works(tmp_path: Path) -> None:

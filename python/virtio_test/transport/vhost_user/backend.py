@@ -93,7 +93,11 @@ class Backend:
         self._socket: socket.socket | None = None
         self._decoder = Decoder(FRONTEND_REQUESTS)
         self._endpoint = Endpoint(path, fd=fd)
-        device.attach(self)
+        try:
+            device.attach(self)
+        except BaseException:
+            self._endpoint.close()
+            raise
         if self._endpoint.connected is not None:
             self._connected(self._endpoint.connected)
         else:

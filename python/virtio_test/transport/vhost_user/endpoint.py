@@ -104,6 +104,8 @@ class Endpoint:
             if error.errno == errno.EADDRINUSE:
                 raise InvalidArgument(_why_taken(path)) from None
             advice = _ADVICE.get(error.errno or 0, f"{error.strerror}; give another path")
+            if error.errno == errno.ENOENT and path.parent.is_dir():
+                advice = f"{path.parent} cannot hold a socket; give another path"
             raise InvalidArgument(f"socket path {text}: {advice}") from None
         listener.settimeout(0.0)
         # Absolute, so that a change of the working folder does not make us look elsewhere at the end.

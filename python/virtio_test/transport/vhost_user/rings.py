@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig, QueueState, RingLayout
+from virtio_test.errors import InvalidArgument
 
 from .codec import OwnedFd
 from .payloads import VringAddress
@@ -100,9 +101,7 @@ class Ring:
         """
         if not 1 <= size <= MAX_SIZE or (not packed and size & (size - 1)):
             kind = "a number" if packed else "a power of two"
-            raise violation(
-                "VringSize", f"size {size}, where {kind} from 1 to {MAX_SIZE} is legal", queue=self.index
-            )
+            raise violation("VringSize", f"size {size}, where {kind} from 1 to {MAX_SIZE} is legal", queue=self.index)
         self.size = size
 
     def check_base(self, value: int, *, packed: bool) -> None:
@@ -181,7 +180,10 @@ def checked_notifier(fd: OwnedFd, index: int) -> Notifier:
         target = str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
         if target != "anon_inode:[eventfd]":
             raise violation("FdType", f"the fd is {target}", queue=index)
-    return Notifier.from_fd(fd.fileno())
+    try:
+        return Notifier.from_fd(fd.fileno())
+    except InvalidArgument as error:
+        raise violation("FdType", str(error), queue=index) from error
 
 
 def hung_up(fd: int) -> bool:

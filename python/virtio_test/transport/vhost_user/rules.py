@@ -78,6 +78,7 @@ _RULES: Final = (
     MessageRule("FdType", "VHOST_USER_SET_VRING_KICK", "kick, call and err fds are eventfds, pipes or sockets", "M10"),
     MessageRule("ConfigRange", "Virtio device config space", "an access lies within the configuration space", "M01"),
     MessageRule("ConfigFlags", "Virtio device config space", "the kind of a configuration access is 0 or 1", "M01"),
+    MessageRule("DeviceFailed", "Communication", "the device can do what the request makes it do", "M16"),
     MessageRule("StatusValue", "VHOST_USER_SET_STATUS", "a device status has 8 bits", "M01"),
 )
 

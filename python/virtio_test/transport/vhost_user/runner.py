@@ -98,7 +98,10 @@ class RingSet:
         """Only the device, and what it works on."""
         for ring in self.rings:
             self.loop.unpend((self, ring.index))
-        self.device.reset()
+        try:
+            self.device.reset()
+        except Exception as error:  # noqa: BLE001 - logged with its traceback; the next front-end is served
+            _log.error("the reset of the device failed", exc_info=error)
         self._active = False
         for ring in self.rings:
             queue, ring.queue = ring.queue, None

@@ -141,7 +141,7 @@ class Session:
             handler = self._handlers.get(message.request)
             if handler is None:
                 raise violation("NotSupported", f"{row.name} is not served here")
-            reply = handler(message)
+            reply = self._run(handler, message)
         except MessageError as error:
             if error.rule == "InbandAlone" or (row is not None and row.reply is not None and not row.may_be_empty):
                 raise
@@ -158,6 +158,16 @@ class Session:
         if row.reply is not None:
             return encode_reply(message.request, reply)
         return encode_reply(message.request, U64(0)) if message.need_reply else None
+
+    def _run(self, handler: Callable[[Message], Payload | None], message: Message) -> Payload | None:
+        try:
+            return handler(message)
+        except MessageError:
+            raise
+        except Exception as error:
+            # The device's own code, reached through its configuration space or its reset.
+            _log.exception("the device failed at request %d", message.request)
+            raise violation("DeviceFailed", f"{type(error).__name__}: {error}") from error
 
     def _ring(self, index: int) -> Ring:
         rings = self.rings.rings
@@ -369,6 +379,9 @@ class Session:
         if state.num > 1:
             raise violation("VringValue", f"enabled is {state.num}, where 0 and 1 are legal", queue=ring.index)
         ring.enabled = bool(state.num)
+        if ring.enabled and self.rings.inband and ring.kick is None:
+            # No kick fd will come, and a driver that waits for a configuration change first sends no kick either.
+            ring.started = True
         self.rings.update()
 
     def _vring_kick(self, message: Message) -> None:
