@@ -447,7 +447,7 @@ class DeviceQueue:
     def counters(self) -> Counters: ...
     def layout(self) -> RingLayout: ...
     def has_work(self) -> bool:
-        """Whether a chain is available; False when latched or stopped. Never raises."""
+        """Whether a chain is available; if not, a kick is asked for. False when latched or stopped. Never raises."""
     def pop(self) -> Chain | None:
         """The next chain, wholly validated; None when there is none, or the queue is latched or stopped.
 
@@ -497,7 +497,7 @@ class DeviceQueue:
             The number of chains completed.
         """
     def take_failed(self) -> Chain | None:
-        """The chain whose handler raised in `process`, once; the caller pushes it or puts it back."""
+        """A chain whose handler raised in `process`, once, newest first; the caller pushes it or puts it back."""
     def signal(self) -> bool:
         """Notify the driver if something was pushed since the last call and it wants to be told; whether it was."""
     def enable_kicks(self) -> bool:
