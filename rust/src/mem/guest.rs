@@ -287,6 +287,7 @@ impl Pin<'_> {
 /// Run `$body` with `$mem` bound to `&impl Access`: `Traced` if the memory of `$pin` is traced, else `Mapped`.
 ///
 /// The body is compiled once for each, so it may call functions that are generic over `Access`.
+#[cfg(any(feature = "python", test))]
 macro_rules! with_access {
     ($pin:expr, |$mem:ident| $body:expr) => {{
         let pin: &$crate::mem::Pin<'_> = &$pin;
@@ -302,4 +303,5 @@ macro_rules! with_access {
         }
     }};
 }
+#[cfg(any(feature = "python", test))]
 pub(crate) use with_access;

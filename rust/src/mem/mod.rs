@@ -13,6 +13,8 @@ mod tests;
 mod traced;
 
 pub use access::{Access, At, Want};
+// Only the Python face does not know at compile time whether a memory is traced.
+#[cfg(any(feature = "python", test))]
 pub(crate) use guest::with_access;
 pub use guest::{GuestMemory, Live, Pin, RegionSpec};
 pub use mapped::Mapped;

@@ -184,6 +184,7 @@ fn possible_size(size: u64, packed: bool) -> PyResult<u16> {
 impl PyRingLayout {
     #[new]
     #[pyo3(signature = (size, *, packed = false, desc = Int(0), driver = Int(0), device = Int(0)))]
+    #[pyo3(text_signature = "(size, *, packed=False, desc=0, driver=0, device=0)")]
     fn new(size: Int<u64>, packed: bool, desc: Int<u64>, driver: Int<u64>, device: Int<u64>) -> PyResult<Self> {
         Ok(Self(RingLayout {
             size: possible_size(size.0, packed)?,
@@ -270,6 +271,7 @@ impl PyRingLayout {
     }
 
     #[pyo3(signature = (field, index = Int(0)))]
+    #[pyo3(text_signature = "($self, field, index=0)")]
     fn at(&self, field: &str, index: Int<u64>) -> PyResult<u64> {
         let index = index.0;
         let fields = self.0.fields();
@@ -347,6 +349,7 @@ impl PyQueueConfig {
     #[new]
     #[pyo3(signature = (size, *, desc, driver, device, index = Int(0), features = Int(0),
         policy = PyPolicy(Policy::INTEROP)))]
+    #[pyo3(text_signature = "(size, *, desc, driver, device, index=0, features=0, policy=...)")]
     fn new(
         size: Int<u32>,
         desc: Int<u64>,
@@ -371,6 +374,7 @@ impl PyQueueConfig {
 
     #[staticmethod]
     #[pyo3(signature = (layout, *, index = Int(0), features = Int(0), policy = PyPolicy(Policy::INTEROP)))]
+    #[pyo3(text_signature = "(layout, *, index=0, features=0, policy=...)")]
     fn from_layout(layout: PyRingLayout, index: Int<u16>, features: Int<u128>, policy: PyPolicy) -> Self {
         let RingLayout {
             size,

@@ -159,6 +159,7 @@ impl DriverQueue {
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.in_flight
+            .saturating_add(u32::try_from(self.ready.len()).unwrap_or(u32::MAX))
     }
 
     /// Descriptors that are free.
