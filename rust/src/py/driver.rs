@@ -6,7 +6,7 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
 use super::args::Int;
-use super::device::PyCounters;
+use super::counters::PyCounters;
 use super::errors::{self, InvalidArgument, either, raise};
 use super::layout::{PyQueueConfig, PyQueueState, PyRingLayout};
 use super::mem::PyGuestMemory;

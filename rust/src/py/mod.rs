@@ -3,6 +3,7 @@
 mod args;
 mod batch;
 mod chain;
+mod counters;
 mod device;
 mod driver;
 mod errors;
@@ -10,6 +11,7 @@ mod layout;
 mod mem;
 mod notify;
 mod poller;
+mod process;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -46,7 +48,9 @@ mod core_module {
     #[pymodule_export]
     use super::chain::PyChain;
     #[pymodule_export]
-    use super::device::{PyCounters, PyDeviceQueue};
+    use super::counters::PyCounters;
+    #[pymodule_export]
+    use super::device::PyDeviceQueue;
     #[pymodule_export]
     use super::driver::PyDriverQueue;
     #[pymodule_export]

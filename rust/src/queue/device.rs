@@ -17,16 +17,6 @@ enum Ring {
     Packed(PackedDevice),
 }
 
-/// Run the same code for either format.
-macro_rules! each {
-    ($ring:expr, $r:ident => $body:expr) => {
-        match $ring {
-            Ring::Split($r) => $body,
-            Ring::Packed($r) => $body,
-        }
-    };
-}
-
 /// What completing a chain needs to know of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticket {
@@ -85,6 +75,8 @@ pub struct DeviceQueue {
 }
 
 impl DeviceQueue {
+    common_to_both_ends!();
+
     /// Build a queue from a configuration that the other side chose; a fresh ring when `state` is None.
     ///
     /// # Errors
@@ -134,38 +126,10 @@ impl DeviceQueue {
         Ok(())
     }
 
-    /// The configuration as it was given.
-    #[must_use]
-    pub const fn config(&self) -> &QueueConfig {
-        &self.config
-    }
-
-    /// Where the fields lie.
-    #[must_use]
-    pub const fn layout(&self) -> &RingLayout {
-        &self.layout
-    }
-
-    /// Number of resets so far.
-    #[must_use]
-    pub const fn generation(&self) -> u64 {
-        self.generation
-    }
-
     /// Chains popped and not yet completed.
     #[must_use]
     pub const fn in_flight(&self) -> u32 {
         self.in_flight
-    }
-
-    /// The violation that latched the queue.
-    #[must_use]
-    pub const fn latched(&self) -> Option<&Fault> {
-        if let Life::Latched(fault) = &self.life {
-            Some(fault)
-        } else {
-            None
-        }
     }
 
     /// Whether pops are suspended by `stop`.
@@ -174,22 +138,9 @@ impl DeviceQueue {
         matches!(self.life, Life::Stopped)
     }
 
-    /// What has happened so far.
-    #[must_use]
-    pub const fn counters(&self) -> &Counters {
-        &self.counters
-    }
-
     /// Count chains that were completed with 0 bytes because they did not fit the handler.
     pub const fn count_rejected(&mut self, chains: u64) {
         self.counters.rejected += chains;
-    }
-
-    /// Where the queue stands: popped so far, published so far.
-    #[must_use]
-    pub fn state(&self) -> QueueState {
-        let (avail, used) = each!(&self.ring, ring => ring.state());
-        QueueState { avail, used }
     }
 
     /// Break the queue: from now on nothing is popped, written or notified.
@@ -215,19 +166,6 @@ impl DeviceQueue {
     fn latched_by(&mut self, fault: Fault) -> Fault {
         self.latch(fault.clone());
         fault
-    }
-
-    /// Run `f` with the ring resolved for the present memory; a memory error latches the queue.
-    fn with_ring<A: Access, T>(
-        &mut self,
-        mem: &A,
-        f: impl FnOnce(&mut Ring) -> Result<T, MemoryError>,
-    ) -> Result<T, Fault> {
-        let result = each!(&mut self.ring, ring => ring.refresh(mem)).and_then(|()| f(&mut self.ring));
-        result.map_err(|error| {
-            let fault = each!(&self.ring, ring => ring.unmapped(&self.rules, error));
-            self.latched_by(fault)
-        })
     }
 
     /// Whether something is available. What is broken counts as work: the next pop says what it is.

@@ -19,16 +19,6 @@ enum Ring {
     Packed(PackedDriver),
 }
 
-/// Run the same code for either format.
-macro_rules! each {
-    ($ring:expr, $r:ident => $body:expr) => {
-        match $ring {
-            Ring::Split($r) => $body,
-            Ring::Packed($r) => $body,
-        }
-    };
-}
-
 /// A buffer in flight.
 #[derive(Clone, Copy, Debug)]
 struct Shadow {
@@ -63,6 +53,8 @@ pub struct DriverQueue {
 }
 
 impl DriverQueue {
+    common_to_both_ends!();
+
     /// Build a queue; without `state` its areas are zeroed first (2.7.10.1).
     ///
     /// # Errors
@@ -137,24 +129,6 @@ impl DriverQueue {
         Ok(())
     }
 
-    /// The configuration as it was given.
-    #[must_use]
-    pub const fn config(&self) -> &QueueConfig {
-        &self.config
-    }
-
-    /// Where the fields lie.
-    #[must_use]
-    pub const fn layout(&self) -> &RingLayout {
-        &self.layout
-    }
-
-    /// Number of resets so far.
-    #[must_use]
-    pub const fn generation(&self) -> u64 {
-        self.generation
-    }
-
     /// Buffers added and not yet taken back.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
@@ -168,49 +142,13 @@ impl DriverQueue {
         each!(&self.ring, ring => ring.free())
     }
 
-    /// The violation that latched the queue.
-    #[must_use]
-    pub const fn latched(&self) -> Option<&Fault> {
-        if let Life::Latched(fault) = &self.life {
-            Some(fault)
-        } else {
-            None
-        }
-    }
-
     const fn running(&self) -> bool {
         matches!(self.life, Life::Running)
-    }
-
-    /// What has happened so far.
-    #[must_use]
-    pub const fn counters(&self) -> &Counters {
-        &self.counters
-    }
-
-    /// Where the queue stands: published so far, taken so far.
-    #[must_use]
-    pub fn state(&self) -> QueueState {
-        let (avail, used) = each!(&self.ring, ring => ring.state());
-        QueueState { avail, used }
     }
 
     fn latched_by(&mut self, fault: Fault) -> Fault {
         self.life = Life::Latched(fault.clone());
         fault
-    }
-
-    /// Run `f` with the ring resolved for the present memory; a memory error latches the queue.
-    fn with_ring<A: Access, T>(
-        &mut self,
-        mem: &A,
-        f: impl FnOnce(&mut Ring) -> Result<T, MemoryError>,
-    ) -> Result<T, Fault> {
-        let result = each!(&mut self.ring, ring => ring.refresh(mem)).and_then(|()| f(&mut self.ring));
-        result.map_err(|error| {
-            let fault = each!(&self.ring, ring => ring.unmapped(&self.rules, error));
-            self.latched_by(fault)
-        })
     }
 
     /// Write a chain of `(address, length)` buffers; the device does not see it before `publish`. Its token.

@@ -10,6 +10,75 @@
 //! A queue does not own guest memory. Every call takes a pinned [`crate::mem::Access`], and the ring's
 //! addresses are resolved anew when its epoch has changed.
 
+/// Run the same code for either format of a `Ring`.
+macro_rules! each {
+    ($ring:expr, $r:ident => $body:expr) => {
+        match $ring {
+            Ring::Split($r) => $body,
+            Ring::Packed($r) => $body,
+        }
+    };
+}
+
+/// What both ends show of themselves, and how they reach their ring: from fields of the same names.
+macro_rules! common_to_both_ends {
+    () => {
+        /// The configuration as it was given.
+        #[must_use]
+        pub const fn config(&self) -> &QueueConfig {
+            &self.config
+        }
+
+        /// Where the fields lie.
+        #[must_use]
+        pub const fn layout(&self) -> &RingLayout {
+            &self.layout
+        }
+
+        /// Number of resets so far.
+        #[must_use]
+        pub const fn generation(&self) -> u64 {
+            self.generation
+        }
+
+        /// What has happened so far.
+        #[must_use]
+        pub const fn counters(&self) -> &Counters {
+            &self.counters
+        }
+
+        /// The violation that latched the queue.
+        #[must_use]
+        pub const fn latched(&self) -> Option<&Fault> {
+            if let Life::Latched(fault) = &self.life {
+                Some(fault)
+            } else {
+                None
+            }
+        }
+
+        /// Where the queue stands: what was published, and what was taken, so far.
+        #[must_use]
+        pub fn state(&self) -> QueueState {
+            let (avail, used) = each!(&self.ring, ring => ring.state());
+            QueueState { avail, used }
+        }
+
+        /// Run `f` with the ring resolved for the present memory; a memory error latches the queue.
+        fn with_ring<A: Access, T>(
+            &mut self,
+            mem: &A,
+            f: impl FnOnce(&mut Ring) -> Result<T, MemoryError>,
+        ) -> Result<T, Fault> {
+            let result = each!(&mut self.ring, ring => ring.refresh(mem)).and_then(|()| f(&mut self.ring));
+            result.map_err(|error| {
+                let fault = each!(&self.ring, ring => ring.unmapped(&self.rules, error));
+                self.latched_by(fault)
+            })
+        }
+    };
+}
+
 mod areas;
 mod config;
 mod device;
