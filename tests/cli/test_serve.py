@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import socket
+import struct
 import subprocess
+import sys
+import termios
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +101,73 @@ def test_it_goes_on_without_a_reader_of_its_console(tmp_path: Path) -> None:
         assert process.stderr.read() == ""
         assert process.wait(timeout=30) == 0
     assert not path.exists()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_does_not_read_holds_nothing_up(tmp_path: Path, stream: str) -> None:
+    """Neither a front-end nor the signal that stops it."""
+    path = tmp_path / "s"
+    read, write = os.pipe()
+    other = "stderr" if stream == "stdout" else "stdout"
+    streams = {stream: write, other: subprocess.DEVNULL}
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--socket", str(path), "--timer", "--first-after", "0", "--every", "0.00002"],
+        stdout=streams["stdout"],
+        stderr=streams["stderr"],
+    )
+    os.close(write)
+    try:
+        deadline = time.monotonic() + 30
+        while not path.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with socket.socket(socket.AF_UNIX) as front_end:
+            front_end.connect(str(path))
+            front_end.settimeout(30)
+            for _ in range(2000):
+                # An unknown request that wants an answer: one line of the log each.
+                front_end.sendall(struct.pack("=III", 1000, 9, 0))
+                assert len(front_end.recv(20)) == 20
+        if stream == "stdout":
+            # Until the pipe is full: the device's lines fill it.
+            while int.from_bytes(fcntl.ioctl(read, termios.FIONREAD, bytes(4)), sys.byteorder) < 60_000:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        assert not path.exists()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(read)
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_it_serves_without_stdout_or_stderr(tmp_path: Path, closed: str) -> None:
+    path = tmp_path / "s"
+    command = [*COMMAND, "serve", "--socket", str(path), "--timer", "--first-after", "0", "--every", "0.01"]
+    # exec in the shell: the file is closed before the interpreter starts.
+    process = subprocess.Popen(["/bin/sh", "-c", f'exec "$@" {closed}>&-', "sh", *command], stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 30
+        while not path.exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.1)
+        with socket.socket(socket.AF_UNIX) as front_end:
+            front_end.connect(str(path))
+            front_end.settimeout(30)
+            front_end.sendall(struct.pack("=III", 1, 1, 0))
+            assert len(front_end.recv(20)) == 20
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+        assert b"Traceback" not in err
+        assert process.returncode == 0
+        assert not path.exists()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def refused(result: object, *says: str) -> None:

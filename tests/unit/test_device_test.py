@@ -119,7 +119,14 @@ def test_a_short_request_gets_nothing_and_is_counted(ring: Ring, length: int) ->
     machine = Machine(ring)
     assert machine.raw([build_request(10)[:length]], [12]) == b""
     assert machine.lines == ["Qemu Error: iov_to_buf function failed."]
-    assert machine.device.counters.as_dict() == {"requests": 0, "short": 1, "small": 0, "counters": 0, "trailing": 0}
+    assert machine.device.counters.as_dict() == {
+        "requests": 0,
+        "short": 1,
+        "small": 0,
+        "counters": 0,
+        "trailing": 0,
+        "unshown": 0,
+    }
     assert machine.driver.request(10) == (111, 112, 113)
     assert machine.loopback.queue(0).in_flight == 0
 
@@ -141,7 +148,14 @@ def test_a_small_buffer_is_never_half_filled(ring: Ring, writable: list[int]) ->
         machine.driver.memory.write(address, b"." * length)
     assert request.wait() == b""
     assert all(machine.driver.memory.read(address, length) == b"." * length for address, length in places)
-    assert machine.device.counters.as_dict() == {"requests": 1, "short": 0, "small": 1, "counters": 0, "trailing": 0}
+    assert machine.device.counters.as_dict() == {
+        "requests": 1,
+        "short": 0,
+        "small": 1,
+        "counters": 0,
+        "trailing": 0,
+        "unshown": 0,
+    }
     assert machine.lines == NINE_LINES[:5]
 
 
@@ -224,7 +238,14 @@ def test_a_chain_of_counters_makes_a_line_each() -> None:
     assert machine.lines == ["=========get virtio num:1", "=========get virtio num:-1"]
     assert machine.raw([b"abc"]) == b""
     assert machine.lines[2:] == ["Qemu Error: iov_to_buf function failed."]
-    assert machine.device.counters.as_dict() == {"requests": 0, "short": 1, "small": 0, "counters": 2, "trailing": 2}
+    assert machine.device.counters.as_dict() == {
+        "requests": 0,
+        "short": 1,
+        "small": 0,
+        "counters": 2,
+        "trailing": 2,
+        "unshown": 0,
+    }
 
 
 def test_what_the_timer_reports_as_written_is_what_it_wrote() -> None:

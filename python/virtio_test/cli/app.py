@@ -69,6 +69,15 @@ class ReaderGone(Exception):
 class Group(click.Group):
     """The commands; click would end the process by itself when the output's reader leaves."""
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """See `click.Command.make_context`; the help is shown from in there."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except BrokenPipeError:
+            raise ReaderGone from None
+
     def invoke(self, ctx: click.Context) -> Any:
         """See `click.Command.invoke`."""
         try:
@@ -201,7 +210,9 @@ def run(arguments: list[str]) -> int:
     """Run the command; the exit status. Errors become one line on stderr."""
     try:
         result = cli.main(arguments, prog_name="virtio-test", standalone_mode=False)
-        sys.stdout.flush()
+        # There is none where the launcher has closed it.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 2
@@ -211,9 +222,10 @@ def run(arguments: list[str]) -> int:
         return 130
     except ReaderGone:
         # Nothing is wrong and there is nobody to tell; what is still buffered must not fail at exit again.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        if sys.stdout is not None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
         return 0
     except PeerError as error:
         return _fail(str(error), 1)

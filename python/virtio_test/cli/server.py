@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import select
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal
+from typing import IO, Final, Literal
 
 from virtio_test._core import Policy
 from virtio_test.console import print_line
@@ -19,6 +21,8 @@ from virtio_test.transport.vhost_user.backend import serve as serve_device
 __all__ = ["serve"]
 
 _log: Final = logging.getLogger("virtio_test.cli")
+_PATIENCE_SECONDS: Final = 1.0
+"""How long one line of the console may wait for a reader that does not read; the lines after it do not wait."""
 
 
 def serve(
@@ -55,24 +59,36 @@ def serve(
     offered = made.features if features is None else FeatureSet.parse(features, base=made.features)
     _log_to_stderr()
 
+    # Not through the log, which the caller may have turned down: this is what a launcher waits for.
     def ready(_backend: Backend) -> None:
         where = path if path is not None else f"fd {fd}"
-        sys.stderr.write(f"virtio-test: serving the {device} device on {where}, Ctrl-C or SIGTERM stops it\n")
-        sys.stderr.flush()
+        _tell(f"virtio-test: serving the {device} device on {where}, Ctrl-C or SIGTERM stops it\n")
 
     policies = {"interop": Policy.interop, "strict": Policy.strict}
     serve_device(made, path, fd=fd, features=offered, policy=policies[policy], ready=ready)
 
 
 class _Console:
-    """The device's console: when its reader leaves, the device goes on without one."""
+    """The device's console: when its reader leaves, or reads no more, the device goes on without one.
+
+    A guest, a front-end and a signal that is to stop us must not wait for somebody who has paused our output.
+    """
 
     def __init__(self, show: Callable[[str], object]) -> None:
         self._show: Callable[[str], object] | None = show
+        self._lost = 0
 
     def __call__(self, line: str) -> None:
         if self._show is None:
             return
+        if not _writable(sys.stdout, 0.0 if self._lost else _PATIENCE_SECONDS):
+            if not self._lost:
+                _log.warning("nobody reads the device's console; its lines are dropped until somebody does")
+            self._lost += 1
+            return
+        if self._lost:
+            _log.warning("%d lines of the device's console were dropped", self._lost)
+            self._lost = 0
         try:
             self._show(line)
         except OSError as error:
@@ -80,8 +96,46 @@ class _Console:
             _log.warning("nobody reads the device's console any more: %s", error.strerror)
 
 
+def _writable(stream: IO[str] | None, seconds: float) -> bool:
+    """Whether a line can be written without waiting for a reader; wait for that no longer than `seconds`."""
+    try:
+        fd = -1 if stream is None else stream.fileno()
+    except (OSError, ValueError):
+        fd = -1
+    if fd < 0:
+        # A stream that is no file cannot be full, and who has none loses nothing.
+        return True
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    end = time.monotonic() + seconds
+    # In slices: a signal handler that runs in between does not end a longer wait.
+    while not poll.poll(min(100.0, 1000 * seconds)):
+        if time.monotonic() >= end:
+            return False
+    return True
+
+
+def _tell(text: str) -> None:
+    """Write to stderr, if it can be written; the server serves without it too."""
+    if sys.stderr is not None and _writable(sys.stderr, 0.0):
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            pass
+
+
+class _Log(logging.Handler):
+    """The log on stderr. A front-end that causes thousands of lines must not stop us by them when nobody reads."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`; lines for which there is no room are dropped."""
+        for line in self.format(record).splitlines(keepends=True):
+            _tell(line if line.endswith("\n") else line + "\n")
+
+
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
+    handler = _Log()
     handler.setFormatter(logging.Formatter("virtio-test: %(levelname)s: %(message)s"))
     logger = logging.getLogger("virtio_test")
     if not logger.handlers:

@@ -18,12 +18,13 @@ import logging
 import os
 import signal
 import socket
+import stat
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Final, Self
 
 from virtio_test._core import GuestMemory, Policy
-from virtio_test.clock import Clock
+from virtio_test.clock import Clock, Timer
 from virtio_test.device import Device
 from virtio_test.errors import InvalidArgument, MessageError
 from virtio_test.features import FeatureSet, check_own_offer
@@ -39,6 +40,7 @@ __all__ = ["DEFAULT_PROTOCOL_FEATURES", "Backend", "serve"]
 
 _log: Final = logging.getLogger("virtio_test.vhost_user")
 _FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_ACCEPT_AGAIN_SECONDS: Final = 0.1
 _PARTS_PER_TURN: Final = 64
 """Reads of one turn of the loop, so that a front-end that never stops talking starves nobody."""
 
@@ -93,6 +95,7 @@ class Backend:
         self._socket: socket.socket | None = None
         self._decoder = Decoder(FRONTEND_REQUESTS)
         self._endpoint = Endpoint(path, fd=fd)
+        self._accept_again: Timer | None = None
         try:
             device.attach(self)
         except BaseException:
@@ -125,6 +128,8 @@ class Backend:
     def close(self) -> None:
         """End the connection, stop listening, and remove the socket's file if it is still ours."""
         self._disconnect()
+        if self._accept_again is not None:
+            self._accept_again.stop()
         if self._endpoint.listener is not None:
             self.loop.remove_reader(self._endpoint.listener.fileno())
         self._endpoint.close()
@@ -171,9 +176,13 @@ class Backend:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            # Out of fds, for one: the front-end waits in the backlog until there are some.
-            _log.warning("a front-end cannot be accepted: %s", error.strerror)
+            # Out of fds, for one: the front-end waits in the backlog, where it stays readable, until there are some.
+            if self._accept_again is None:
+                _log.warning("a front-end cannot be accepted now: %s", error.strerror)
+            self.loop.remove_reader(listener.fileno())
+            self._accept_again = Timer(self.clock, self._listen, first_after=_ACCEPT_AGAIN_SECONDS)
             return
+        self._accept_again = None
         # The next one is looked at when this one has gone.
         self.loop.remove_reader(listener.fileno())
         self._connected(accepted)
@@ -256,6 +265,7 @@ class Backend:
         if session is None:
             return
         try:
+            _refuse_own_sockets(connection, message)
             reply = session.handle(message)
         finally:
             # Before the answer: who has read it finds nothing of the message left.
@@ -272,6 +282,23 @@ class Backend:
             return
         if sent != len(reply):
             raise violation("RepliesUnread", f"the answer to request {message.request} cannot be sent")
+
+
+def _refuse_own_sockets(connection: socket.socket, message: Message) -> None:
+    """A front-end's end of a connection to us, kept by us, would never end: not even when the front-end has.
+
+    Raises:
+        MessageError: FdType.
+    """
+    for fd in message.fds:
+        if stat.S_ISSOCK(os.fstat(fd.fileno()).st_mode):
+            with socket.socket(fileno=os.dup(fd.fileno())) as given:
+                try:
+                    peer = given.getpeername()
+                except OSError:
+                    continue
+            if peer and given.family == socket.AF_UNIX and peer == connection.getsockname():
+                raise violation("FdType", "the fd is one of a connection to this back-end")
 
 
 def serve(
@@ -303,19 +330,23 @@ def serve(
     Raises:
         InvalidArgument: see `Backend`.
     """
-    backend = Backend(
-        device,
-        path=path,
-        fd=fd,
-        loop=loop,
-        features=features,
-        protocol_features=protocol_features,
-        policy=policy,
-    )
-    with backend, _stopped_by_signals(backend.loop):
+    owner = OwnerLoop() if loop is None else loop
+    # Signals first and last: the socket's file is there for no moment in which one of them could end the process.
+    with (
+        _stopped_by_signals(owner),
+        Backend(
+            device,
+            path=path,
+            fd=fd,
+            loop=owner,
+            features=features,
+            protocol_features=protocol_features,
+            policy=policy,
+        ) as backend,
+    ):
         if ready is not None:
             ready(backend)
-        backend.loop.run()
+        owner.run()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ __all__ = ["MAX_PATH_BYTES", "Endpoint"]
 
 MAX_PATH_BYTES: Final = 107
 """What fits into a UNIX socket address, its final NUL not counted."""
+
+_LOCK_SECONDS: Final = 2.0
 
 _ADVICE: Final = {
     errno.ENOENT: "no such folder; create it, or give another path",
@@ -92,8 +95,9 @@ class Endpoint:
         path = Path(text)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with _alone_in(path.parent):
-                _remove_stale(path)
+            with _alone_in(path.parent) as alone:
+                if alone:
+                    _remove_stale(path)
                 # The mode of the socket becomes that of its file: nobody else can connect, not even for a moment.
                 os.fchmod(listener.fileno(), 0o600)
                 listener.bind(raw)
@@ -131,19 +135,35 @@ class Endpoint:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Generator[None]:
-    """Two servers that start at once must not take each other's new socket for a stale one."""
+def _alone_in(folder: Path) -> Generator[bool]:
+    """Two servers that start at once must not take each other's new socket for a stale one.
+
+    Gives False where there is no lock, and then no stale socket is looked for: in a folder that one may write into
+    and not read, or that somebody else keeps locked.
+    """
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:
-        # A folder that one may write into and not read: there is no lock, and no stale socket is looked for either.
-        yield
+        yield False
         return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
+        yield _locked(fd)
     finally:
         os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    """Lock `fd`, for which another server needs moments only; whoever holds it longer is not waited for."""
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
 
 
 def _in_use(path: Path) -> bool:

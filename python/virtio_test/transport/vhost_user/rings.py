@@ -20,6 +20,7 @@ sends 0 always.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -33,7 +34,7 @@ from .codec import OwnedFd
 from .payloads import VringAddress
 from .rules import violation
 
-__all__ = ["FRESH_PACKED", "Ring", "checked_notifier", "hung_up"]
+__all__ = ["FRESH_PACKED", "Kick", "Ring", "checked_notifier"]
 
 FRESH_PACKED: Final = 0x8000
 MAX_SIZE: Final = 32768
@@ -56,7 +57,9 @@ class Ring:
         broken: why it was stopped by us.
         kick: what the front-end wakes us with.
         call: what we wake the front-end with.
+        call_owed: whether there was a call while there was nothing to call with.
         error: what we tell the front-end with that the ring is broken.
+        error_owed: whether it broke while there was nothing to tell it with.
         queue: the running queue.
     """
 
@@ -65,7 +68,7 @@ class Ring:
         self.enabled = False
         self.call: Notifier | None = None
         self.error: Notifier | None = None
-        self.kick: Notifier | None = None
+        self.kick: Kick | None = None
         self.queue: DeviceQueue | None = None
         self.forget()
 
@@ -82,6 +85,8 @@ class Ring:
         self.read_back = False
         self.started = False
         self.broken: Exception | None = None
+        self.call_owed = False
+        self.error_owed = False
 
     @property
     def running(self) -> bool:
@@ -99,9 +104,7 @@ class Ring:
         Raises:
             MessageError: VringSize.
         """
-        if not 1 <= size <= MAX_SIZE or (not packed and size & (size - 1)):
-            kind = "a number" if packed else "a power of two"
-            raise violation("VringSize", f"size {size}, where {kind} from 1 to {MAX_SIZE} is legal", queue=self.index)
+        _check_size(size, self.index, packed=packed)
         self.size = size
 
     def check_base(self, value: int, *, packed: bool) -> None:
@@ -120,15 +123,17 @@ class Ring:
         self.base = value & 0xFFFF
         self.position = None
         self.broken = None
+        self.error_owed = False
 
     def layout(self, address: VringAddress, *, packed: bool) -> RingLayout:
         """Sizes of the three areas, with the front-end's addresses as their places.
 
         Raises:
-            MessageError: VringOrder, the size is not known yet.
+            MessageError: VringOrder, the size is not known yet; VringSize, it was taken for the other kind of ring.
         """
         if self.size is None:
             raise violation("VringOrder", "its addresses come before its size", queue=self.index)
+        _check_size(self.size, self.index, packed=packed)
         return RingLayout(
             self.size, packed=packed, desc=address.descriptor, driver=address.available, device=address.used
         )
@@ -169,25 +174,81 @@ class Ring:
         return QueueConfig.from_layout(layout, index=self.index, features=features, policy=policy)
 
 
+def _check_size(size: int, index: int, *, packed: bool) -> None:
+    if not 1 <= size <= MAX_SIZE or (not packed and size & (size - 1)):
+        kind = "a number" if packed else "a power of two"
+        raise violation("VringSize", f"size {size}, where {kind} from 1 to {MAX_SIZE} is legal", queue=index)
+
+
 def checked_notifier(fd: OwnedFd, index: int) -> Notifier:
-    """A notifier over a duplicate of `fd`.
+    """A notifier over a duplicate of `fd`, to call with; UML's "pipes" are sockets.
 
     Raises:
-        MessageError: FdType; a file or /dev/zero would be readable for ever, and is no way to wake anybody.
+        MessageError: FdType; a file is no way to wake anybody.
     """
-    mode = os.fstat(fd.fileno()).st_mode
-    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-        target = str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
-        if target != "anon_inode:[eventfd]":
-            raise violation("FdType", f"the fd is {target}", queue=index)
+    _check_kind(fd, index, sockets=True)
     try:
         return Notifier.from_fd(fd.fileno())
     except InvalidArgument as error:
         raise violation("FdType", str(error), queue=index) from error
 
 
-def hung_up(fd: int) -> bool:
-    """Whether nobody can write to `fd` any more: a pipe or socket whose other end is closed stays readable."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
+class Kick:
+    """What a front-end wakes us with: an eventfd or a pipe.
+
+    Others hold it too, and can take what poll has announced before we read it. So a read never relies on poll: it
+    is one that cannot wait.
+
+    Args:
+        fd: duplicated; what it came with may close it.
+        index: queue that it belongs to.
+
+    Raises:
+        MessageError: FdType; a file or /dev/zero would be readable for ever, and so is a socket that listens or
+            whose other end is shut down by half.
+    """
+
+    def __init__(self, fd: OwnedFd, index: int) -> None:
+        _check_kind(fd, index, sockets=False)
+        self._fd = OwnedFd(os.dup(fd.fileno()))
+        self._pipe = stat.S_ISFIFO(os.fstat(fd.fileno()).st_mode)
+
+    def __repr__(self) -> str:
+        return f"<Kick {'pipe' if self._pipe else 'eventfd'} {self.fileno()}>"
+
+    def fileno(self) -> int:
+        """The fd to wait on."""
+        return self._fd.fileno()
+
+    def drain(self) -> bool:
+        """Take what is there; whether there was anything."""
+        try:
+            # An eventfd gives its 8 bytes; what is left in a pipe is taken in the next turn.
+            return os.preadv(self.fileno(), [bytearray(4096)], -1, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP or not self._pipe:
+                return False
+        # Pipes before Linux 6.4. The end that is read is ours alone, as a rule.
+        os.set_blocking(self.fileno(), False)
+        try:
+            return bool(os.read(self.fileno(), 4096))
+        except OSError:
+            return False
+
+    def hung_up(self) -> bool:
+        """Whether nobody can write to it any more: a pipe whose other end is closed stays readable."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        return any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
+
+
+def _check_kind(fd: OwnedFd, index: int, *, sockets: bool) -> None:
+    mode = os.fstat(fd.fileno()).st_mode
+    if stat.S_ISFIFO(mode) or (sockets and stat.S_ISSOCK(mode)):
+        return
+    target = str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
+    if target != "anon_inode:[eventfd]":
+        # The name of a file is the front-end's choice: quoted, so that it is one line of a log.
+        raise violation("FdType", f"the fd is {target!r}", queue=index)

@@ -75,7 +75,7 @@ _RULES: Final = (
     MessageRule("VringAddress", "VHOST_USER_SET_VRING_ADDR", "ring addresses lie in shared memory, aligned", "M09"),
     MessageRule("VringFlags", "VHOST_USER_SET_VRING_ADDR", "only the log flag is defined, and logging is off", "M09"),
     MessageRule("VringValue", "Front-end message types", "no reserved bit of a queue's number is set", "M09"),
-    MessageRule("FdType", "VHOST_USER_SET_VRING_KICK", "kick, call and err fds are eventfds, pipes or sockets", "M10"),
+    MessageRule("FdType", "VHOST_USER_SET_VRING_KICK", "kick fds are eventfds or pipes; others may be sockets", "M10"),
     MessageRule("ConfigRange", "Virtio device config space", "an access lies within the configuration space", "M01"),
     MessageRule("ConfigFlags", "Virtio device config space", "the kind of a configuration access is 0 or 1", "M01"),
     MessageRule("DeviceFailed", "Communication", "the device can do what the request makes it do", "M16"),

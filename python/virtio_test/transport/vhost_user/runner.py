@@ -26,7 +26,7 @@ from virtio_test.loop import OwnerLoop
 from .channel import BackendChannel
 from .memory import SharedMemory
 from .payloads import MemoryRegion
-from .rings import Ring, hung_up
+from .rings import Kick, Ring
 
 __all__ = ["RingSet"]
 
@@ -48,6 +48,7 @@ class RingSet:
         accepted: the negotiated features; None before SET_FEATURES.
         channel: the back-end's channel to the front-end, once there is one.
         inband: whether calls and errors go through that channel where there is no fd; with NEED_REPLY.
+        always_enabled: whether rings are enabled from the start, for a front-end without protocol features.
     """
 
     def __init__(self, device: Device, memory: GuestMemory, loop: OwnerLoop, policy: Policy) -> None:
@@ -59,6 +60,7 @@ class RingSet:
         self.accepted: FeatureSet | None = None
         self.channel: BackendChannel | None = None
         self.inband = False
+        self.always_enabled = False
         self._active = False
         self._at: Ring | None = None
         self._pollers: dict[int, Timer] = {}
@@ -92,7 +94,7 @@ class RingSet:
         for ring in self.rings:
             self.set_kick(ring, None)
             ring.forget()
-            ring.enabled = False
+            ring.enabled = self.always_enabled
 
     def reset_device(self) -> None:
         """Only the device, and what it works on."""
@@ -133,11 +135,16 @@ class RingSet:
     def update(self) -> None:
         """Stop and start what the present state asks for."""
         for ring in self.rings:
-            where = self._resolve(ring, self.memory.regions) if ring.wanted and self.accepted is not None else None
-            if ring.queue is not None and (where is None or _place(where) != _place(ring.queue.layout())):
-                self.stop(ring)
-            if ring.queue is None and where is not None:
-                self._start(ring, where)
+            # One ring that cannot be is no reason to stop the others.
+            with self._working_on(ring):
+                self._update(ring)
+
+    def _update(self, ring: Ring) -> None:
+        where = self._resolve(ring, self.memory.regions) if ring.wanted and self.accepted is not None else None
+        if ring.queue is not None and (where is None or _place(where) != _place(ring.queue.layout())):
+            self.stop(ring)
+        if ring.queue is None and where is not None and ring.wanted:
+            self._start(ring, where)
 
     def _resolve(self, ring: Ring, regions: Sequence[MemoryRegion]) -> RingLayout | None:
         """The ring's layout in guest addresses; None unless it is known and all of it is shared."""
@@ -189,7 +196,7 @@ class RingSet:
     @contextmanager
     def _working_on(self, ring: Ring) -> Generator[None]:
         """Whatever goes wrong inside stops this ring, and not the server."""
-        self._at = ring
+        outer, self._at = self._at, ring
         try:
             yield
         except VirtioTestError as error:
@@ -198,17 +205,17 @@ class RingSet:
             _log.exception("the device failed at queue %d", ring.index)
             self.fail(HandlerError(f"queue {ring.index}: {type(error).__name__}: {error}"))
         finally:
-            self._at = None
+            self._at = outer
 
     def mark(self, ring: Ring) -> None:
         """A kick: the ring is looked at when the present message has been answered."""
         if ring.queue is not None:
             self.loop.pend((self, ring.index), lambda: self._work(ring))
 
-    def _kicked(self, ring: Ring, kick: Notifier) -> None:
+    def _kicked(self, ring: Ring, kick: Kick) -> None:
         if kick.drain():
             self.mark(ring)
-        elif hung_up(kick.fileno()):
+        elif kick.hung_up():
             _log.info("queue %d: nobody holds the other end of its kick fd any more", ring.index)
             self.set_kick(ring, None)
 
@@ -220,7 +227,7 @@ class RingSet:
             self.update()
         return more and ring.running
 
-    def set_kick(self, ring: Ring, kick: Notifier | None, *, poll: bool = False) -> None:
+    def set_kick(self, ring: Ring, kick: Kick | None, *, poll: bool = False) -> None:
         """Wait for `kick` instead of what was there; or look at the ring every millisecond."""
         poller = self._pollers.pop(ring.index, None)
         if poller is not None:
@@ -244,6 +251,8 @@ class RingSet:
             _notify(ring.call, "call", index)
         elif self.inband and self.channel is not None:
             self.channel.vring_call(index)
+        else:
+            ring.call_owed = True
 
     def fail(self, error: Exception) -> None:
         """A rule was broken, or a handler failed: stop the ring that it happened on, or all when none is known."""
@@ -265,6 +274,22 @@ class RingSet:
             _notify(ring.error, "err", ring.index)
         elif self.inband and self.channel is not None:
             self.channel.vring_error(ring.index)
+        else:
+            ring.error_owed = True
+
+    def set_call(self, ring: Ring, call: Notifier | None) -> None:
+        """Call with `call` from now on; at once, if there was a call that nobody could hear."""
+        ring.call = call
+        if call is not None and ring.call_owed:
+            ring.call_owed = False
+            self.call(ring.index)
+
+    def set_error(self, ring: Ring, error: Notifier | None) -> None:
+        """Tell with `error` from now on that the ring is broken; at once, if it is and nobody could hear it."""
+        ring.error = error
+        if error is not None and ring.error_owed:
+            ring.error_owed = False
+            self._signal_error(ring)
 
 
 def _place(layout: RingLayout | None) -> tuple[int, int, int, int] | None:

@@ -33,7 +33,7 @@ from .messages import (
     Request,
 )
 from .payloads import U64, Config, MemoryTable, Payload, SingleRegion, VringAddress, VringState
-from .rings import Ring, checked_notifier
+from .rings import Kick, Ring, checked_notifier
 from .rules import violation
 from .runner import RingSet
 
@@ -189,6 +189,7 @@ class Session:
             raise violation(rule, found.message)
         protocol = bool(value & _PROTOCOL)
         changed = accepted != self.rings.accepted
+        self.rings.always_enabled = not protocol
         if not protocol and (self.rings.running or self.rings.broken):
             # Such a front-end has no way to stop a ring: its driver begins anew.
             self.rings.reset()
@@ -238,8 +239,9 @@ class Session:
 
     def _reset_owner(self, _: Message) -> None:
         # Deprecated; the protocol recommends to disable the rings and no more.
+        # One that cannot enable them again keeps them.
         for ring in self.rings.rings:
-            ring.enabled = False
+            ring.enabled = self.rings.always_enabled
         self.rings.update()
 
     def _reset(self, _: Message) -> None:
@@ -351,27 +353,30 @@ class Session:
         ring.read_back = True
         return VringState(ring.index, base)
 
-    def _vring_fd(self, message: Message) -> tuple[Ring, Notifier | None]:
+    def _ring_of_fd(self, message: Message) -> Ring:
         value = _u64(message)
         if value & ~(VRING_INDEX_MASK | VRING_NO_FD):
             raise violation("VringValue", f"reserved bits in {value:#x}")
-        ring = self._ring(value & VRING_INDEX_MASK)
-        return ring, checked_notifier(message.fds[0], ring.index) if message.fds else None
+        return self._ring(value & VRING_INDEX_MASK)
+
+    def _notifier(self, message: Message, ring: Ring) -> Notifier | None:
+        return checked_notifier(message.fds[0], ring.index) if message.fds else None
 
     def _set_vring_kick(self, message: Message) -> None:
-        ring, kick = self._vring_fd(message)
+        ring = self._ring_of_fd(message)
+        kick = Kick(message.fds[0], ring.index) if message.fds else None
         poll = kick is None and not self.protocol & _F.INBAND_NOTIFICATIONS
         self.rings.set_kick(ring, kick, poll=poll)
         ring.started = True
         self.rings.update()
 
     def _set_vring_call(self, message: Message) -> None:
-        ring, ring_call = self._vring_fd(message)
-        ring.call = ring_call
+        ring = self._ring_of_fd(message)
+        self.rings.set_call(ring, self._notifier(message, ring))
 
     def _set_vring_err(self, message: Message) -> None:
-        ring, ring_error = self._vring_fd(message)
-        ring.error = ring_error
+        ring = self._ring_of_fd(message)
+        self.rings.set_error(ring, self._notifier(message, ring))
 
     def _set_vring_enable(self, message: Message) -> None:
         state = _state(message)
