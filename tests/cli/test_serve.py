@@ -129,10 +129,13 @@ def test_a_reader_that_does_not_read_holds_nothing_up(tmp_path: Path, stream: st
                 front_end.sendall(struct.pack("=III", 1000, 9, 0))
                 assert len(front_end.recv(20)) == 20
         if stream == "stdout":
-            # Until the pipe is full: the device's lines fill it.
-            while int.from_bytes(fcntl.ioctl(read, termios.FIONREAD, bytes(4)), sys.byteorder) < 60_000:
+            # Until the device's lines have filled the pipe.
+            before, filled = -1, 0
+            while before != filled or filled < 60_000:
                 assert time.monotonic() < deadline
-                time.sleep(0.01)
+                time.sleep(0.1)
+                before = filled
+                filled = int.from_bytes(fcntl.ioctl(read, termios.FIONREAD, bytes(4)), sys.byteorder)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
         assert not path.exists()

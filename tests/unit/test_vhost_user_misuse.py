@@ -128,6 +128,23 @@ def test_a_kick_that_somebody_else_takes_is_not_waited_for() -> None:
         os.close(fd)
 
 
+def test_a_kick_fd_is_no_semaphore(server: Server) -> None:
+    """One write to it, and it would be readable for hours."""
+    kick = os.eventfd(1 << 31, os.EFD_SEMAPHORE)
+    says = Path(f"/proc/self/fdinfo/{kick}").read_text("ascii")
+    with guest(server.path) as g:
+        g.setup()
+        g.front.enable(0)
+        if "eventfd-semaphore" in says:
+            with pytest.raises(MessageError, match="Refused"):
+                g.front.request(Request.SET_VRING_KICK, U64(0), [kick])
+        else:  # Linux before 6.5 does not say which kind it is.
+            g.front.request(Request.SET_VRING_KICK, U64(0), [kick])
+        g.request(1)
+    os.close(kick)
+    served(server)
+
+
 def test_the_name_of_a_wrong_file_stays_one_line(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -205,11 +205,13 @@ class Kick:
 
     Raises:
         MessageError: FdType; a file or /dev/zero would be readable for ever, and so is a socket that listens or
-            whose other end is shut down by half.
+            whose other end is shut down by half. A semaphore gives back one at a time what was added at once.
     """
 
     def __init__(self, fd: OwnedFd, index: int) -> None:
         _check_kind(fd, index, sockets=False)
+        if "eventfd-semaphore: 1" in Path(f"/proc/self/fdinfo/{fd.fileno()}").read_text("ascii"):
+            raise violation("FdType", "the fd is an eventfd that counts down like a semaphore", queue=index)
         self._fd = OwnedFd(os.dup(fd.fileno()))
         self._pipe = stat.S_ISFIFO(os.fstat(fd.fileno()).st_mode)
 
