@@ -115,12 +115,17 @@ static void virttest_finish(struct virttest_buf *buf, int status)
 static void virttest_fail_all(struct virttest *vt, int error)
 {
 	struct virttest_buf *buf, *next;
+	unsigned int count = 0;
 
 	lockdep_assert_held(&vt->lock);
 	if (!vt->gone)
 		vt->gone = error;
-	list_for_each_entry_safe(buf, next, &vt->in_flight, node)
+	list_for_each_entry_safe(buf, next, &vt->in_flight, node) {
 		virttest_finish(buf, error);
+		count++;
+	}
+	if (count)
+		dev_warn(&vt->vdev->dev, "%u in flight fail with %d\n", count, error);
 	wake_up_all(&vt->space);
 }
 

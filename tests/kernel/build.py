@@ -8,12 +8,13 @@ when the cache has it.
 from __future__ import annotations
 
 import functools
+import inspect
 import lzma
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.kernel.cache import BuildError, run
 
 GUEST = Path(__file__).resolve().parents[2] / "guest"
 MODULE_FILES = ("Kbuild", "virtio_test.c", "virtio_test.h")
+PROGRAMS = ("init", "virtio")
 UML_SOURCE = "linux-source-6.1"
 DEBIAN_IMAGE = "linux-image-cloud-amd64"
 DEBIAN_HEADERS = "linux-headers-cloud-amd64"
@@ -90,9 +92,9 @@ def _compiler() -> str:
     return run(["gcc", "-dumpfullversion"], what="asking for the compiler's version").strip()
 
 
-def _recipe() -> tuple[Path, ...]:
-    here = Path(__file__).resolve()
-    return here, here.with_name("packages.py")
+def _recipe(*functions: Callable[..., object]) -> str:
+    """The source of what builds an entry: the entry is built anew when that changes, and not with every other line."""
+    return "".join(map(inspect.getsource, functions))
 
 
 # ---------------------------------------------------------------------------------------------- user-mode Linux
@@ -106,7 +108,9 @@ def uml_kernel() -> Kernel:
         BuildError: the sources cannot be had, or the build fails.
     """
     config = GUEST / "uml.config"
-    path = cache.entry("uml", cache.digest(config, UML_SOURCE, _compiler(), *_recipe()), _build_uml)
+    path = cache.entry(
+        "uml", cache.digest(config, UML_SOURCE, _compiler(), _recipe(_build_uml, packages.fetch), *_KEPT), _build_uml
+    )
     version = (path / "versions.txt").read_text().strip()
     return Kernel(image=path / "linux", tree=path / "tree", arguments=("ARCH=um",), version=version)
 
@@ -150,7 +154,9 @@ def debian_kernel() -> Kernel:
     Raises:
         BuildError: they cannot be downloaded.
     """
-    path = cache.entry("debian", cache.digest(DEBIAN_IMAGE, DEBIAN_HEADERS, *_recipe()), _fetch_debian)
+    path = cache.entry(
+        "debian", cache.digest(DEBIAN_IMAGE, DEBIAN_HEADERS, _recipe(_fetch_debian, packages.fetch)), _fetch_debian
+    )
     image = next((path / "root/boot").glob("vmlinuz-*"))
     release = image.name.removeprefix("vmlinuz-")
     tree = path / f"root/usr/src/linux-headers-{release}"
@@ -183,7 +189,7 @@ def qemu() -> QemuRoot:
     Raises:
         BuildError: it cannot be fetched, or is too old.
     """
-    path = cache.entry("qemu", cache.digest(QEMU_SUITE, *_recipe()), _fetch_qemu)
+    path = cache.entry("qemu", cache.digest(QEMU_SUITE, _recipe(_fetch_qemu, packages.extract_suite)), _fetch_qemu)
     version = (path / "versions.txt").read_text().strip()
     return QemuRoot(path=path / "root", version=version)
 
@@ -216,7 +222,7 @@ def module(kernel: Kernel) -> Path:
         command = ["make", "-s", "-C", kernel.tree, *kernel.arguments, f"M={into}", "W=1", "KCFLAGS=-Werror", "modules"]
         run(command, what=f"building the driver module for {kernel.version}", env=_ENV)
 
-    key = cache.digest(*sources, str(kernel.tree), _compiler(), *_recipe())
+    key = cache.digest(*sources, str(kernel.tree), _compiler(), _recipe(module))
     return cache.entry("module", key, build)
 
 
@@ -227,14 +233,15 @@ def programs() -> Path:
     Raises:
         BuildError: they do not build.
     """
-    sources = [GUEST / "user" / name for name in ("init.c", "virtio.c")]
+    sources = [GUEST / "user" / f"{name}.c" for name in PROGRAMS]
+    return cache.entry("programs", cache.digest(*sources, _compiler(), _recipe(_build_programs)), _build_programs)
 
-    def build(into: Path) -> None:
-        for source in sources:
-            flags = ["-std=gnu11", "-O2", "-static", "-s", "-Wall", "-Wextra", "-Werror"]
-            run(["gcc", *flags, "-o", into / source.stem, source], what=f"building {source.name}", env=_ENV)
 
-    return cache.entry("programs", cache.digest(*sources, _compiler(), *_recipe()), build)
+def _build_programs(into: Path) -> None:
+    flags = ["-std=gnu11", "-O2", "-static", "-s", "-Wall", "-Wextra", "-Werror"]
+    for name in PROGRAMS:
+        source = GUEST / "user" / f"{name}.c"
+        run(["gcc", *flags, "-o", into / name, source], what=f"building {source.name}", env=_ENV)
 
 
 def files(kernel: Kernel, names: Sequence[str] = ()) -> dict[str, bytes]:

@@ -83,14 +83,19 @@ class Console:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
+        rest = b""
         with self._process.stdout as stream:
-            for raw in stream:
-                line = raw.decode(errors="replace").rstrip("\r\n")
+            while data := stream.read(1 << 16):
+                *whole, rest = (rest + data).split(b"\n")
+                now = time.monotonic()
                 with self._change:
-                    self._lines.append(line)
-                    self._times.append(time.monotonic())
+                    self._lines += [line.decode(errors="replace").rstrip("\r") for line in whole]
+                    self._times += [now] * len(whole)
                     self._change.notify_all()
         with self._change:
+            if rest:
+                self._lines.append(rest.decode(errors="replace"))
+                self._times.append(time.monotonic())
             self._ended = True
             self._change.notify_all()
 
@@ -112,6 +117,11 @@ class Console:
     def wait_for(self, line: str, *, count: int = 1, timeout: float = STEP_SECONDS) -> None:
         """Waits until ``line`` stands there ``count`` times."""
         self.wait_until(lambda lines: lines.count(line) >= count, f"{count} x {line!r}", timeout=timeout)
+
+    def wait_for_lines(self, count: int, *, timeout: float = STEP_SECONDS) -> list[str]:
+        """Waits until there are ``count`` lines; returns all that there are."""
+        self.wait_until(lambda lines: len(lines) >= count, f"{count} lines", timeout=timeout)
+        return self.lines
 
     def send(self, line: str) -> None:
         """Writes one line to its standard input."""
