@@ -179,20 +179,24 @@ def nothing_to_write_is_nothing_written(policy: Policy) -> None:
 
 @tells("B16")
 def memory_that_is_taken_away_is_not_touched(policy: Policy) -> None:
-    """Between pop and copy the buffer's region goes; the chain says so, and can still be completed (P-level T12)."""
+    """Between pop and copy a buffer's region goes (T12): nothing of the copy is made, and the chain lives on."""
     for bench in formats(policy):
-        bench.add((READ_A, 16, False), (EDGE, 16, True))
+        bench.add((READ_A, 16, False), (WRITE, 16, True), (EDGE, 16, True))
         chain = bench.pop()
         bench.memory.remove_region(EDGE, 4096)
         with pytest.raises(StaleMemory):
-            chain.write(b"x")
+            chain.write(b"x" * 17)
         with pytest.raises(StaleMemory):
             chain.fill(1)
+        assert bench.memory.read(WRITE, 16) == bytes(16)
+        assert chain.written == 0
         assert chain.read() == bytes(range(16))
+        assert chain.write(b"fits in what is left"[:16]) == 16
         bench.memory.add_region(EDGE, 4096)
-        assert chain.write(b"again") == 5
+        assert chain.write(b"again", offset=16) == 5
         assert bench.memory.read(EDGE, 5) == b"again"
         assert bench.queue.push(chain)
+        assert bench.driver.take() == [(chain.head, 21)]
 
 
 @tells("P18")
