@@ -157,6 +157,11 @@ static void virttest_reap(struct virttest *vt, struct virttest_buf *buf, u32 len
 {
 	int status = 0;
 
+	/* An answer to what has failed already: its writer was told, and only once. */
+	if (list_empty(&buf->node)) {
+		virttest_buf_put(buf);
+		return;
+	}
 	if (buf->counted) {
 		if (!quiet)
 			pr_info("virttest get ack\n");
