@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from virtio_test._core import DeviceQueue, Policy, QueueState
+from virtio_test._core import DeviceQueue, Policy, QueueState, rules
 from virtio_test.errors import QueueViolation
 
 from tests.property.bench import Bench
@@ -109,3 +109,10 @@ def test_every_row_is_tested_or_says_where_it_is() -> None:
     assert tested <= ROWS, "a row that the catalogue does not have"
     assert set(ELSEWHERE) <= ROWS
     assert ROWS - tested == set(ELSEWHERE), "every row is either a case here or has a reason, not both"
+
+
+def test_every_rule_of_the_core_is_broken_by_a_case() -> None:
+    """Those about used buffers by an evil device (`test_driver_end.py`), all others by a row here."""
+    broken = {outcome.rule for defect in DEFECTS for outcome in defect.outcomes if outcome.rule}
+    broken |= {refused.rule for refused in REFUSED}
+    assert {rule.name for rule in rules() if not rule.name.startswith("Used")} == broken
