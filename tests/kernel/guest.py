@@ -17,6 +17,7 @@ from typing import Self
 from tests.kernel import build
 from tests.kernel.console import STEP_SECONDS, Console, GuestError
 from tests.kernel.cpio import archive
+from tests.kernel.transcript import WRITE_FAILED, driver_request
 
 PCI_MODULES = ("virtio_pci",)
 MMIO_MODULES = ("virtio_mmio",)
@@ -82,6 +83,13 @@ class Guest:
     def start(self, line: str) -> None:
         """Sends a command without waiting for its end."""
         self.console.send(line)
+
+    def ends_of_writers(self, numbers: Sequence[int]) -> tuple[int, int]:
+        """How many of the writers of ``numbers`` failed, and how many requests were answered, once all have ended."""
+        ended = re.compile(r"guest: end: \d+ wait")
+        self.console.wait_until(lambda lines: any(map(ended.fullmatch, lines)), "end of the writers")
+        lines = self.console.lines
+        return lines.count(WRITE_FAILED), sum(lines.count(driver_request(number)[1]) for number in numbers)
 
     def load(self, *parameters: str) -> list[str]:
         """Loads our driver module; returns what the console says meanwhile."""

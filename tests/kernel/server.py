@@ -40,8 +40,12 @@ class Server:
 
     @property
     def lines(self) -> list[str]:
-        """The device's console, line by line."""
+        """The device's console, line by line, as far as it has reached us."""
         return self.console.lines
+
+    def said(self, count: int) -> list[str]:
+        """The device's console once it has ``count`` lines; all of it, so that one too many shows."""
+        return self.console.wait_for_lines(count)
 
     def wait_for_log(self, text: str, *, count: int = 1) -> None:
         """Waits until its log holds ``text`` that often.

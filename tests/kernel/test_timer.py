@@ -22,7 +22,7 @@ def _first_ticks(server: Server, guest: Uml | Qemu, ticks: int, timeout: float =
     guest.console.wait_for(ACK, count=ticks, timeout=timeout)
     said = [line for line in guest.console.lines if line.startswith("virttest ")]
     assert said[: 3 * ticks] == driver_tick() * ticks
-    assert server.lines[: 2 * ticks] == [line for k in range(ticks) for line in device_tick(k)]
+    assert server.said(2 * ticks)[: 2 * ticks] == [line for k in range(ticks) for line in device_tick(k)]
 
 
 def test_both_consoles_read_as_the_original(serve: Serve, uml: Callable[..., Uml]) -> None:
