@@ -255,8 +255,8 @@ class QueueConfig:
         driver: address of the avail ring (split) or driver event area (packed).
         device: address of the used ring (split) or device event area (packed).
         index: number of the queue in its device, for messages.
-        features: negotiated feature bits; INDIRECT_DESC 28, EVENT_IDX 29, RING_PACKED 34, IN_ORDER 35 count, those from 64 on
-            concern no queue and are dropped.
+        features: negotiated feature bits; INDIRECT_DESC 28, EVENT_IDX 29, RING_PACKED 34, IN_ORDER 35 count; those
+            from 64 on concern no queue and are dropped.
         policy: tolerances towards the other side.
     """
 
