@@ -10,12 +10,13 @@
 //! A wake-up is always the same 8 bytes, a native-endian u64 of 1: what an eventfd counts, and in a pipe one unit.
 
 use std::fmt;
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
-use rustix::io::{Errno, read, retry_on_intr, write};
+use rustix::io::{Errno, ReadWriteFlags, preadv2, read, retry_on_intr, write};
 
 /// Bytes of one wake-up.
 const UNIT: usize = 8;
@@ -200,10 +201,20 @@ fn ready(fd: BorrowedFd<'_>, what: PollFlags) -> bool {
 
 /// Read once into `buffer`, if there is something; how many bytes.
 fn take(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> usize {
-    if ready(fd, PollFlags::IN) {
-        retry_on_intr(|| read(fd, &mut *buffer)).unwrap_or(0)
-    } else {
-        0
+    // Others hold the fd too, and can take what a poll has announced before we read it: so this read cannot wait.
+    let at_its_position = u64::MAX;
+    let now = retry_on_intr(|| {
+        preadv2(
+            fd,
+            &mut [IoSliceMut::new(&mut *buffer)],
+            at_its_position,
+            ReadWriteFlags::NOWAIT,
+        )
+    });
+    match now {
+        // Pipes before Linux 6.4 know no such read.
+        Err(Errno::OPNOTSUPP) if ready(fd, PollFlags::IN) => retry_on_intr(|| read(fd, &mut *buffer)).unwrap_or(0),
+        now => now.unwrap_or(0),
     }
 }
 

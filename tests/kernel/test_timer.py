@@ -26,7 +26,7 @@ def _first_ticks(server: Server, guest: Uml | Qemu, ticks: int, timeout: float =
 
 
 def test_both_consoles_read_as_the_original(serve: Serve, uml: Callable[..., Uml]) -> None:
-    server = serve("--timer", "--first-after", "3", "--every", "0.3")
+    server = serve("--timer", "--first-after", "3", "--every", "0.5")
     guest = uml(server)
     guest.load("timer=1")
     _first_ticks(server, guest, TICKS)
@@ -34,18 +34,19 @@ def test_both_consoles_read_as_the_original(serve: Serve, uml: Callable[..., Uml
 
 @pytest.mark.parametrize("machine", ["q35", "microvm"])
 def test_under_qemu(serve: Serve, qemu: Callable[..., Qemu], machine: str) -> None:
-    server = serve("--timer", "--first-after", "8", "--every", "0.4")
+    server = serve("--timer", "--first-after", "10", "--every", "0.6")
     guest = qemu(server, machine=machine)
     guest.load("timer=1")
     _first_ticks(server, guest, TICKS)
 
 
 def test_ticks_before_the_driver_are_printed_and_not_made_up(serve: Serve, uml: Callable[..., Uml]) -> None:
-    server = serve("--timer", "--first-after", "0", "--every", "0.2")
+    server = serve("--timer", "--first-after", "0", "--every", "0.5")
     server.console.wait_for("==============set config:2")
     guest = uml(server)
     guest.load("timer=1")
     guest.console.wait_for(ACK, count=2)
+    server.console.wait_for("=========get virtio num:2")
     lines = server.lines
     ticks = [int(line.split(":")[1]) for line in lines if "set config:" in line]
     assert ticks == list(range(len(ticks)))
@@ -62,7 +63,7 @@ def ticks_seen(lines: list[str]) -> int:
 
 
 def test_a_reset_neither_stops_the_timer_nor_sets_it_back(serve: Serve, uml: Callable[..., Uml]) -> None:
-    server = serve("--timer", "--first-after", "2", "--every", "0.2")
+    server = serve("--timer", "--first-after", "2", "--every", "0.4")
     guest = uml(server)
     guest.load("timer=1")
     guest.console.wait_for(ACK, count=2)
@@ -71,6 +72,7 @@ def test_a_reset_neither_stops_the_timer_nor_sets_it_back(serve: Serve, uml: Cal
     guest.load("timer=1")
     acknowledged = guest.console.lines.count(ACK)
     guest.console.wait_for(ACK, count=acknowledged + 2)
+    server.console.wait_for("=========get virtio num:2", count=2)
     lines = server.lines
     ticks = [int(line.split(":")[1]) for line in lines if "set config:" in line]
     assert ticks == list(range(len(ticks)))
