@@ -39,10 +39,10 @@ pub struct RingLayout {
     pub device: u64,
 }
 
-pub(crate) const AVAIL_FLAGS: u64 = 0;
+/// Of the avail ring and of the used ring alike.
+pub(crate) const FLAGS: u64 = 0;
 pub(crate) const AVAIL_IDX: u64 = 2;
 pub(crate) const AVAIL_RING: u64 = 4;
-pub(crate) const USED_FLAGS: u64 = 0;
 pub(crate) const USED_IDX: u64 = 2;
 pub(crate) const USED_RING: u64 = 4;
 pub(crate) const EVENT_OFF_WRAP: u64 = 0;
@@ -132,11 +132,11 @@ impl RingLayout {
                 f("desc.len", self.desc, 8, 4, 16, n),
                 f("desc.flags", self.desc, 12, 2, 16, n),
                 f("desc.next", self.desc, 14, 2, 16, n),
-                f("avail.flags", self.driver, AVAIL_FLAGS, 2, 2, 1),
+                f("avail.flags", self.driver, FLAGS, 2, 2, 1),
                 f("avail.idx", self.driver, AVAIL_IDX, 2, 2, 1),
                 f("avail.ring", self.driver, AVAIL_RING, 2, 2, n),
                 f("used_event", self.driver, self.used_event(), 2, 2, 1),
-                f("used.flags", self.device, USED_FLAGS, 2, 2, 1),
+                f("used.flags", self.device, FLAGS, 2, 2, 1),
                 f("used.idx", self.device, USED_IDX, 2, 2, 1),
                 f("used.ring.id", self.device, USED_RING, 4, 8, n),
                 f("used.ring.len", self.device, USED_RING + 4, 4, 8, n),

@@ -1,11 +1,10 @@
 //! The device end of a packed virtqueue.
 
-use super::Place;
+use super::{Place, arm, disarm};
 use crate::chain::{ChainRules, Element, Segment, Walk};
 use crate::error::Fault;
 use crate::mem::{Access, MemoryError};
-use crate::ring::event::{AT_DESC, DISABLE, ENABLE};
-use crate::ring::layout::{EVENT_FLAGS, EVENT_OFF_WRAP};
+use crate::ring::event::DISABLE;
 use crate::ring::{Areas, End, PackedEvent, RingLayout, desc, packed_need_event};
 use crate::rule::Rule;
 
@@ -225,20 +224,12 @@ impl PackedDevice {
 
     /// Ask for kicks; the caller looks for work again afterwards.
     pub(crate) fn arm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        let flags = if self.event_idx {
-            mem.store_u16(self.areas.device, EVENT_OFF_WRAP, self.next_avail.bits())?;
-            AT_DESC
-        } else {
-            ENABLE
-        };
-        mem.store_u16_release(self.areas.device, EVENT_FLAGS, flags)?;
-        mem.fence();
-        Ok(())
+        arm(mem, self.areas.device, self.event_idx, self.next_avail)
     }
 
     /// Ask for no kicks.
     pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        mem.store_u16(self.areas.device, EVENT_FLAGS, DISABLE)
+        disarm(mem, self.areas.device)
     }
 }
 

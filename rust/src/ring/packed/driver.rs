@@ -1,12 +1,11 @@
 //! The driver end of a packed virtqueue.
 
-use super::Place;
+use super::{Place, arm, disarm};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse};
 use crate::mem::{Access, MemoryError};
 use crate::queue::{Buffer, Used};
-use crate::ring::event::{AT_DESC, DISABLE, ENABLE};
-use crate::ring::layout::{EVENT_FLAGS, EVENT_OFF_WRAP};
+use crate::ring::event::DISABLE;
 use crate::ring::{Areas, End, PackedEvent, RingLayout, desc, packed_need_event};
 use crate::rule::Rule;
 
@@ -199,20 +198,12 @@ impl PackedDriver {
 
     /// Ask for calls; the caller looks again afterwards.
     pub(crate) fn arm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        let flags = if self.event_idx {
-            mem.store_u16(self.areas.driver, EVENT_OFF_WRAP, self.next_used.bits())?;
-            AT_DESC
-        } else {
-            ENABLE
-        };
-        mem.store_u16_release(self.areas.driver, EVENT_FLAGS, flags)?;
-        mem.fence();
-        Ok(())
+        arm(mem, self.areas.driver, self.event_idx, self.next_used)
     }
 
     /// Ask for no calls.
     pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        mem.store_u16(self.areas.driver, EVENT_FLAGS, DISABLE)
+        disarm(mem, self.areas.driver)
     }
 
     #[cold]

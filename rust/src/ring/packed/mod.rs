@@ -13,6 +13,28 @@ pub(crate) use device::PackedDevice;
 pub(crate) use driver::PackedDriver;
 
 use super::desc::{AVAIL, USED};
+use super::event::{AT_DESC, DISABLE, ENABLE};
+use super::layout::{EVENT_FLAGS, EVENT_OFF_WRAP};
+use crate::mem::{Access, At, MemoryError};
+
+/// Ask the other side, in our own event structure, for a notification when it passes `place` (2.8.10); whoever asks
+/// looks once more afterwards.
+fn arm<A: Access>(mem: &A, event: At, event_idx: bool, place: Place) -> Result<(), MemoryError> {
+    let flags = if event_idx {
+        mem.store_u16(event, EVENT_OFF_WRAP, place.bits())?;
+        AT_DESC
+    } else {
+        ENABLE
+    };
+    mem.store_u16_release(event, EVENT_FLAGS, flags)?;
+    mem.fence();
+    Ok(())
+}
+
+/// Ask the other side for no notifications.
+fn disarm<A: Access>(mem: &A, event: At) -> Result<(), MemoryError> {
+    mem.store_u16(event, EVENT_FLAGS, DISABLE)
+}
 
 /// A slot of the ring and the wrap counter of the lap it is looked at in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,10 +1,11 @@
 //! The device end of a split virtqueue.
 
+use super::{arm, disarm};
 use crate::chain::{ChainRules, Element, Segment, Walk};
 use crate::error::Fault;
 use crate::mem::{Access, MemoryError};
 use crate::ring::desc::{self, Desc};
-use crate::ring::layout::{AVAIL_FLAGS, AVAIL_IDX, AVAIL_RING, USED_FLAGS, USED_IDX, USED_RING};
+use crate::ring::layout::{AVAIL_IDX, AVAIL_RING, FLAGS, USED_IDX, USED_RING};
 use crate::ring::{Areas, End, RingLayout, need_event};
 use crate::rule::Rule;
 
@@ -266,7 +267,7 @@ impl SplitDevice {
             let event = mem.load_u16(self.areas.driver, self.layout.used_event())?;
             lap || self.signalled.is_none_or(|old| need_event(event, new, old))
         } else {
-            mem.load_u16(self.areas.driver, AVAIL_FLAGS)? & 1 == 0
+            mem.load_u16(self.areas.driver, FLAGS)? & 1 == 0
         };
         self.signalled = Some(new);
         Ok(wants)
@@ -274,21 +275,17 @@ impl SplitDevice {
 
     /// Ask for kicks (2.7.10.2); the caller looks for work again afterwards.
     pub(crate) fn arm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        if self.event_idx {
-            mem.store_u16(self.areas.device, self.layout.avail_event(), self.next_avail)?;
-        } else {
-            mem.store_u16(self.areas.device, USED_FLAGS, 0)?;
-        }
-        mem.fence();
-        Ok(())
+        arm(
+            mem,
+            self.areas.device,
+            self.event_idx,
+            self.layout.avail_event(),
+            self.next_avail,
+        )
     }
 
-    /// Ask for no kicks. With EVENT_IDX an old `avail_event` says so already, and flags stays 0 (2.7.10.2).
+    /// Ask for no kicks.
     pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        if self.event_idx {
-            Ok(())
-        } else {
-            mem.store_u16(self.areas.device, USED_FLAGS, 1)
-        }
+        disarm(mem, self.areas.device, self.event_idx)
     }
 }

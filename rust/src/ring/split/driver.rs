@@ -3,12 +3,13 @@
 //! The free list and everything about a chain in flight live in private memory: nothing is ever read back
 //! from the descriptor table, which the device could have changed although it must not (2.7.5.1).
 
+use super::{arm, disarm};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse};
 use crate::mem::{Access, MemoryError};
 use crate::queue::{Buffer, Used};
 use crate::ring::desc::{self, Desc};
-use crate::ring::layout::{AVAIL_FLAGS, AVAIL_IDX, AVAIL_RING, USED_FLAGS, USED_IDX, USED_RING};
+use crate::ring::layout::{AVAIL_IDX, AVAIL_RING, FLAGS, USED_IDX, USED_RING};
 use crate::ring::{Areas, End, RingLayout, need_event};
 use crate::rule::Rule;
 
@@ -130,7 +131,7 @@ impl SplitDriver {
             let event = mem.load_u16(self.areas.device, self.layout.avail_event())?;
             Ok(lap || need_event(event, new, old))
         } else {
-            Ok(mem.load_u16(self.areas.device, USED_FLAGS)? & 1 == 0)
+            Ok(mem.load_u16(self.areas.device, FLAGS)? & 1 == 0)
         }
     }
 
@@ -205,22 +206,18 @@ impl SplitDriver {
 
     /// Ask for calls (2.7.7.1); the caller looks again afterwards.
     pub(crate) fn arm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        if self.event_idx {
-            mem.store_u16(self.areas.driver, self.layout.used_event(), self.last_used)?;
-        } else {
-            mem.store_u16(self.areas.driver, AVAIL_FLAGS, 0)?;
-        }
-        mem.fence();
-        Ok(())
+        arm(
+            mem,
+            self.areas.driver,
+            self.event_idx,
+            self.layout.used_event(),
+            self.last_used,
+        )
     }
 
-    /// Ask for no calls. With EVENT_IDX flags stays 0 (2.7.7.1) and an old `used_event` says so.
+    /// Ask for no calls.
     pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        if self.event_idx {
-            Ok(())
-        } else {
-            mem.store_u16(self.areas.driver, AVAIL_FLAGS, 1)
-        }
+        disarm(mem, self.areas.driver, self.event_idx)
     }
 
     #[cold]
