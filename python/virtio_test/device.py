@@ -33,7 +33,7 @@ from typing import Final, Protocol, runtime_checkable
 from ._core import DeviceQueue, GuestMemory
 from .clock import Clock
 from .config import ConfigSpace
-from .features import FeatureSet
+from .features import FeatureSet, Requirements
 
 __all__ = ["RING_FEATURES", "Bus", "Device"]
 
@@ -80,6 +80,16 @@ class Device(Protocol):
     @property
     def features(self) -> FeatureSet:
         """All that the device can offer: bits of its class and bits of the ring."""
+        ...
+
+    @property
+    def requires(self) -> Requirements:
+        """Features of the class that presuppose others, by name (VIRTIO 1.4, 2.2.1)."""
+        ...
+
+    @property
+    def transitional(self) -> bool:
+        """Whether a driver may leave VERSION_1 out and is then served by the legacy rules (1.3.1)."""
         ...
 
     @property

@@ -327,11 +327,12 @@ def negotiate(
     *,
     requires: Requirements = _NO_REQUIREMENTS,
     transport: str | None = None,
+    legacy: bool = False,
 ) -> FeatureSet:
     """What a driver accepts of an offer (2.2.1).
 
-    That is what is offered and wanted, without undefined, legacy and foreign bits, and without features whose
-    requirements are not met; VERSION_1 always. Unknown bits in the offer are no reason to fail.
+    That is what is offered and wanted, without undefined and foreign bits, those of the other interface and features
+    whose requirements are not met; VERSION_1 always. Unknown bits in the offer are no reason to fail.
 
     Args:
         offered: what the device offers.
@@ -339,16 +340,20 @@ def negotiate(
         required: what the driver cannot do without, wanted by itself.
         requires: requirements between features of the device class.
         transport: ``"pci"``, ``"mmio"``, …; None restricts nothing.
+        legacy: through a legacy interface, which has 32 bits and so no VERSION_1.
 
     Raises:
         StatusViolation: `Version1NotOffered` (6.2), or `RequiredFeatureMissing` (2.2.1): the driver then sets
             FAILED and stops.
     """
-    if "VERSION_1" not in offered:
+    if "VERSION_1" not in offered and not legacy:
         raise StatusViolation("Version1NotOffered", "6.2", f"the device offers no VERSION_1, only: {offered}")
-    needed = FeatureSet("VERSION_1") if required is None else required | FeatureSet("VERSION_1")
+    needed = FeatureSet() if required is None else required
+    needed = needed - FeatureSet("VERSION_1") if legacy else needed | FeatureSet("VERSION_1")
     able = offered & (wanted | needed)
-    able -= able.undefined() | _foreign(able, transport) | _LEGACY
+    able -= able.undefined() | _foreign(able, transport)
+    if not legacy:
+        able -= _LEGACY
     # Dropping one feature may leave another without what it requires, so this goes on until nothing changes.
     while unmet := [name for name, _ in _unmet(able, requires)]:
         able -= FeatureSet(*unmet, device=able.device)

@@ -103,7 +103,7 @@ def test_buffers_before_driver_ok_need_no_kick() -> None:
             self.queues[0].publish()
 
     class Deaf(Loopback):
-        def kick_notifier(self, index: int) -> Notifier:
+        def kick_notifier(self, index: int, position: Callable[[], int]) -> Notifier:
             return Notifier.callback(lambda: index)
 
     driver = Early(Deaf(BaseDevice(7, handlers={0: upper})))
@@ -145,8 +145,8 @@ def test_without_a_bus_or_a_queue_it_says_so() -> None:
     assert device.kicked(99) is False
     device.stop_queue(0)
     loopback = Loopback(device)
-    assert isinstance(loopback, Bus)
-    assert device.bus is loopback
+    assert isinstance(loopback.bank, Bus)
+    assert device.bus is loopback.bank
 
 
 # --- handlers that raise -----------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_a_driver_that_breaks_a_rule_breaks_the_device_once(ring: str) -> None:
     layout = driver.queues[0].layout()
     # The first descriptor now points where there is no memory.
     driver.memory.write(layout.at("desc.addr", 0), (1 << 50).to_bytes(8, "little"))
-    loopback.kick_notifier(0).notify()
+    loopback.kick_notifier(0, lambda: 0).notify()
     loopback.loop.run_pending()
     (error,) = loopback.errors
     assert isinstance(error, QueueViolation)
@@ -273,7 +273,7 @@ def test_a_driver_that_breaks_a_rule_breaks_the_device_once(ring: str) -> None:
     assert len(changes) == 1, "one notification"
     assert changes[0] & 0x40, "that shows DEVICE_NEEDS_RESET"
     for _ in range(3):
-        loopback.kick_notifier(0).notify()
+        loopback.kick_notifier(0, lambda: 0).notify()
         loopback.loop.run_pending()
     assert len(loopback.errors) == len(changes) == 1
     assert not request.done

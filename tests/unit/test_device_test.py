@@ -257,7 +257,7 @@ def test_what_the_timer_reports_as_written_is_what_it_wrote() -> None:
 
 def test_a_second_bus_does_not_start_a_second_timer() -> None:
     machine = Machine(timer=True)
-    machine.device.attach(machine.loopback)
+    machine.device.attach(machine.loopback.bank)
     assert machine.loop.run(until=lambda: machine.driver.acknowledged == 2)
     assert machine.lines == timer_lines(2)
 

@@ -184,7 +184,7 @@ def test_what_was_put_in_early_is_kicked_after_driver_ok_and_not_before() -> Non
     kicks: list[tuple[int, int]] = []
 
     class Counting(Loopback):
-        def kick_notifier(self, index: int) -> Notifier:
+        def kick_notifier(self, index: int, position: Callable[[], int]) -> Notifier:
             return Notifier.callback(lambda: kicks.append((index, self.read_status() & Status.DRIVER_OK)))
 
     class Early(Driver):
@@ -359,8 +359,8 @@ def test_a_broken_device_fails_everything_once_and_comes_back(ring: str) -> None
     sent = [driver.submit(0, [b"x"], [1], on_done=done.append) for _ in range(5)]
     driver.loop.run_pending()
     used = driver.arena.used
-    loopback.broken(RuntimeError("the device's own"))
-    loopback.broken(RuntimeError("and again"))
+    loopback.bank.broken(RuntimeError("the device's own"))
+    loopback.bank.broken(RuntimeError("and again"))
     driver.loop.run_pending()
     assert done == sent
     for request in sent:
@@ -409,7 +409,7 @@ def test_a_lost_config_interrupt_is_found_by_the_wait() -> None:
     driver.initialize()
     request = driver.submit(0, [b"x"])
     loopback.listen(call=lambda _: None, config_changed=lambda: None)
-    loopback.broken(RuntimeError("nobody hears it"))
+    loopback.bank.broken(RuntimeError("nobody hears it"))
     with pytest.raises(DeviceNeedsReset):
         request.wait()
 
@@ -552,7 +552,7 @@ def test_an_answer_that_found_the_queue_full_is_sent_later() -> None:
         loopback.loop.run_pending()
     assert len(driver.in_flight) == 2
     queue.resume()
-    loopback.kick_notifier(0).notify()
+    loopback.kick_notifier(0, lambda: 0).notify()
     loopback.loop.run_pending()
     assert driver.counter == driver.acknowledged == 3
     assert device.counters.counters == 3

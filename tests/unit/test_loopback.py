@@ -68,7 +68,7 @@ def ready(loopback: Loopback, *, bits: int | None = None) -> None:
 def test_both_faces() -> None:
     loopback = Loopback(TestDevice())
     assert isinstance(loopback, Registers)
-    assert isinstance(loopback, Bus)
+    assert isinstance(loopback.bank, Bus)
     assert loopback.device_id() == 45
     assert loopback.queue_max_sizes() == [128]
     assert FeatureSet.from_bits(loopback.device_features()) == TestDevice().features
@@ -173,7 +173,7 @@ def test_an_early_kick_is_not_lost(ring: Ring) -> None:
 def test_kicks_for_queues_that_are_not_there_are_ignored() -> None:
     loopback = Loopback(TestDevice())
     for index in (0, 1, 65535):
-        loopback.kick_notifier(index).notify()
+        loopback.kick_notifier(index, lambda: 0).notify()
     loopback.loop.run_pending()
     assert loopback.errors == []
 
@@ -199,8 +199,8 @@ def test_a_reset_in_the_middle_leaves_no_marks() -> None:
     driver.initialize()
     driver.submit(0, [b"x"])
     loopback.listen(call=calls.append, config_changed=lambda: calls.append(-1))
-    loopback.call(0)
-    loopback.config_changed()
+    loopback.bank.call(0)
+    loopback.bank.config_changed()
     loopback.write_status(0)
     loopback.loop.run_pending()
     assert calls == []
@@ -319,7 +319,7 @@ def test_in_a_broken_device_no_queue_writes_any_more(ring: Ring) -> None:
     (chain,) = device.kept
     place = request.writable[0][0]
     driver.memory.write(place, b"....")
-    loopback.broken(RuntimeError("queue 0 was to blame"))
+    loopback.bank.broken(RuntimeError("queue 0 was to blame"))
     assert device.complete(chain, b"late") is False
     loopback.loop.run_pending()
     assert driver.memory.read(place, 4) == b"...."
@@ -533,7 +533,7 @@ def test_whatever_happens_every_request_ends_once(ring: Ring, steps: list[str]) 
             loopback.loop.run_pending()
             driver.reset_queue(0)
         elif step == "break":
-            loopback.broken(RuntimeError("on purpose"))
+            loopback.bank.broken(RuntimeError("on purpose"))
             loopback.loop.run_pending()
         elif step == "reset":
             loopback.loop.run_pending()

@@ -561,3 +561,29 @@ def test_offered_features_can_be_chosen(tmp_path: Path) -> None:
 def test_a_front_end_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(PeerDisconnected, match="no back-end at"):
         FrontEnd(tmp_path / "nobody")
+
+
+def test_without_version_1_a_transitional_device_is_served(server: Server) -> None:
+    with guest(server.path, wanted=FeatureSet("INDIRECT_DESC")) as g:
+        assert "VERSION_1" not in g.front.features
+        g.setup()
+        g.front.enable(0)
+        g.request(10)
+
+
+def test_without_version_1_another_device_refuses(tmp_path: Path) -> None:
+    device = TestDevice(console=lambda _: None)
+    device.transitional = False
+    with serving(tmp_path / "s", device) as server:
+        with pytest.raises(MessageError, match="Refused"), guest(server.path, wanted=FeatureSet("INDIRECT_DESC")):
+            pass
+        # No features at all are what a front-end begins with; a ring does not run with them.
+        with guest(server.path, wanted=FeatureSet()) as g:
+            g.setup()
+            g.front.enable(0)
+            assert g.ring is not None
+            assert signalled(g.ring.error)
+        with guest(server.path) as g:
+            g.setup()
+            g.front.enable(0)
+            g.request(10)

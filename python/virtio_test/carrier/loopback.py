@@ -2,14 +2,11 @@
 
 Theory
 ------
-The loopback has two faces. To the driver it is `Registers`; to the device it is its `Bus`. Between them stand
-the status machine, the negotiation and the queues, as the specification has them, and the owner loop: a kick, a
-call and a configuration change only leave a mark, and are delivered in turns of their own. So the order of
-events is that of a machine with a fast guest, and two runs are the same run.
+To the driver the loopback is `Registers`; behind it stands a `RegisterBank`, as behind every register transport,
+which is the device's `Bus`. A kick, a call and a configuration change only leave a mark, and are delivered in turns
+of their own. So the order of events is that of a machine with a fast guest, and two runs are the same run.
 
-**When the driver breaks a rule** the device is broken once: NEEDS_RESET appears, and one configuration change
-notification goes out if DRIVER_OK was set. From then on no queue runs and no queue interrupts, until a reset.
-What was found is in `errors`.
+What the driver did against the rules, and what broke the device, is in `errors`.
 
 **Saved state**: `save()` stops each queue, drains it, notes where it stands and lets it go on. `restore()` puts
 all of it in place, if wanted around another device object; the driver notices nothing and finds its requests
@@ -19,32 +16,21 @@ still in flight. Guest memory itself is not part of the state.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig, QueueState
-from virtio_test.clock import Clock, VirtualClock
 from virtio_test.device import Device
-from virtio_test.errors import InvalidArgument, NoFeature, PeerError, QueueViolation, SavedStateError, StateError
-from virtio_test.features import FeatureSet, check_own_offer, judge_accepted
+from virtio_test.errors import InvalidArgument, NoFeature, SavedStateError, StateError
+from virtio_test.features import FeatureSet, judge_accepted
 from virtio_test.loop import OwnerLoop
-from virtio_test.status import Action, DeviceStatus
+from virtio_test.status import DeviceStatus
+from virtio_test.transport.bank import RegisterBank
 
 __all__ = ["Loopback"]
 
-_MEMORY_SIZE: Final = 16 << 20
 _STATE_VERSION: Final = 1
 _STATE_FIELDS: Final = {"version", "status", "features", "queues", "device"}
 _QUEUE_FIELDS: Final = ("index", "size", "desc", "driver", "device", "avail", "used")
-
-
-@dataclass(slots=True)
-class _Slot:
-    """One virtqueue: what the driver set up, and the queue made of it once it is enabled."""
-
-    config: QueueConfig
-    queue: DeviceQueue
-    started: bool = False
 
 
 class Loopback:
@@ -56,6 +42,9 @@ class Loopback:
         memory: the guest memory; 16 MiB at address 0, when None.
         offered: what of the device's features to offer; all when None.
         policy: tolerances towards the driver.
+
+    Attributes:
+        bank: the registers behind this face; the device's bus.
 
     Raises:
         InvalidArgument: the offer contradicts itself, or has features that the device does not.
@@ -70,75 +59,61 @@ class Loopback:
         offered: FeatureSet | None = None,
         policy: Policy = Policy.interop,
     ) -> None:
-        offer = device.features if offered is None else offered
-        if extra := offer - device.features:
-            raise InvalidArgument(f"the device cannot offer {extra}")
-        check_own_offer(offer)
-        self._loop = OwnerLoop(clock=VirtualClock()) if loop is None else loop
-        self._memory = GuestMemory([(0, _MEMORY_SIZE)]) if memory is None else memory
-        self.device = device
-        self.offered = offer
-        self.policy = policy
-        self.status = DeviceStatus()
-        self.errors: list[Exception] = []
-        self._accepted = offer - offer
-        self._slots: dict[int, _Slot] = {}
-        self._call: Callable[[int], object] = lambda _: None
-        self._changed: Callable[[], object] = lambda: None
-        device.attach(self)
+        self.bank = RegisterBank(device, loop=loop, memory=memory, offered=offered, policy=policy)
 
     def __repr__(self) -> str:
-        return f"<Loopback of {self.device!r}, status {self.status}, queues {sorted(self._slots)}>"
+        enabled = [slot.index for slot in self.bank.slots if slot.enabled]
+        return f"<Loopback of {self.device!r}, status {self.status}, queues {enabled}>"
 
-    # --- both faces -----------------------------------------------------------------------------------------
+    @property
+    def device(self) -> Device:
+        """The device behind the registers."""
+        return self.bank.device
+
+    @property
+    def status(self) -> DeviceStatus:
+        """The status machine."""
+        return self.bank.status
+
+    @property
+    def errors(self) -> list[Exception]:
+        """What was found, oldest first; see `RegisterBank`."""
+        return self.bank.errors
+
+    @property
+    def offered(self) -> FeatureSet:
+        """The features on offer."""
+        return self.bank.offered
+
+    def queue(self, index: int) -> DeviceQueue:
+        """The device end of an enabled queue.
+
+        Raises:
+            StateError: it is not enabled.
+        """
+        return self.bank.queue(index)
+
+    # --- the registers, for the driver ----------------------------------------------------------------------
 
     @property
     def loop(self) -> OwnerLoop:
         """The owner loop of both ends."""
-        return self._loop
+        return self.bank.loop
 
     @property
     def memory(self) -> GuestMemory:
         """The guest memory."""
-        return self._memory
-
-    # --- the bus, for the device ----------------------------------------------------------------------------
-
-    @property
-    def clock(self) -> Clock:
-        """The loop's clock."""
-        return self._loop.clock
-
-    def call(self, queue_index: int) -> None:
-        """See `Bus.call`."""
-        if self.status.live:
-            self._loop.pend((self, "call", queue_index), lambda: self._call(queue_index))
-
-    def config_changed(self) -> None:
-        """See `Bus.config_changed`."""
-        if self.status.live:
-            self._loop.pend((self, "config"), self._deliver_config)
-
-    def broken(self, error: Exception) -> None:
-        """See `Bus.broken`."""
-        self.errors.append(error)
-        notify = self.status.needs_reset()
-        for index, slot in self._slots.items():
-            # No queue pops, completes or interrupts any more, not even the ones that nothing was wrong with.
-            if slot.queue.latched is None:
-                slot.queue.latch(QueueViolation("DeviceBroken", "2.1.2", f"the device is broken: {error}", queue=index))
-        if notify:
-            self._loop.pend((self, "config"), self._deliver_config)
-
-    def _deliver_config(self) -> None:
-        self._changed()
-
-    # --- the registers, for the driver ----------------------------------------------------------------------
+        return self.bank.memory
 
     @property
     def transport(self) -> str | None:
         """No transport's features are out of place here."""
         return None
+
+    @property
+    def legacy(self) -> bool:
+        """See `Registers.legacy`; there is no legacy interface here."""
+        return False
 
     def device_id(self) -> int:
         """See `Registers.device_id`."""
@@ -150,36 +125,24 @@ class Loopback:
 
     def write_driver_features(self, features: int) -> None:
         """See `Registers.write_driver_features`; without effect once FEATURES_OK stands."""
-        if not self.status.features_ok:
-            self._accepted = FeatureSet.from_bits(features, device=self.offered.device)
+        for select in range(4):
+            self.bank.write_driver_features(select, features >> 32 * select)
 
     def read_status(self) -> int:
         """See `Registers.read_status`."""
-        return self.status.value
+        return self.bank.read_status()
 
     def write_status(self, status: int) -> None:
         """See `Registers.write_status`."""
-        good = judge_accepted(self.offered, self._accepted) is None
-        change = self.status.write(status, features_ok=good, suspend_negotiated="SUSPEND" in self._accepted)
-        self.errors += change.violations
-        for action in change.actions:
-            if action is Action.RESET:
-                self._reset()
-            elif action is Action.ACTIVATE:
-                self.device.activate(self._accepted)
-                for index in sorted(self._slots):
-                    self._start(index)
-            elif action is Action.FAILED:
-                for index in self._slots:
-                    self._stop(index)
+        self.bank.write_status(status)
 
     def queue_max_sizes(self) -> list[int]:
         """See `Registers.queue_max_sizes`."""
-        return list(self.device.queue_sizes)
+        return [slot.max_size for slot in self.bank.slots]
 
-    def kick_notifier(self, index: int) -> Notifier:
+    def kick_notifier(self, index: int, position: Callable[[], int]) -> Notifier:  # noqa: ARG002 - kicks carry nothing
         """See `Registers.kick_notifier`."""
-        return Notifier.callback(lambda: self._loop.pend((self, "kick", index), lambda: self._run(index)))
+        return Notifier.callback(lambda: self.bank.kick(index))
 
     def enable_queue(self, config: QueueConfig) -> None:
         """See `Registers.enable_queue`. An impossible queue breaks the device, as its register writes would.
@@ -188,21 +151,17 @@ class Loopback:
             StateError: features are not agreed upon yet, or the queue is enabled already.
             InvalidArgument: the device has no such queue, or it is smaller.
         """
-        sizes = self.device.queue_sizes
         if not self.status.features_ok:
             raise StateError("queues are set up after FEATURES_OK (VIRTIO 1.4, 3.1.1)")
-        if config.index in self._slots:
+        slot = self.bank.slot(config.index)
+        if slot is None or config.size > slot.max_size:
+            sizes = self.queue_max_sizes()
+            raise InvalidArgument(f"queue {config.index} with {config.size} entries, but the device has {sizes}")
+        if slot.enabled:
             raise StateError(f"queue {config.index} is enabled already: reset it first")
-        if config.index >= len(sizes) or config.size > sizes[config.index]:
-            raise InvalidArgument(f"queue {config.index} with {config.size} entries, but the device has {list(sizes)}")
-        own = self._own_config(config.index, config.size, config.desc, config.driver, config.device)
-        try:
-            self._slots[config.index] = self._slot(own, None)
-        except PeerError as error:
-            self.broken(error)
-            return
-        if self.status.live:
-            self._start(config.index)
+        slot.size = config.size
+        slot.desc, slot.driver, slot.device = config.desc, config.driver, config.device
+        self.bank.enable_queue(config.index)
 
     def reset_queue(self, index: int) -> None:
         """See `Registers.reset_queue`.
@@ -211,107 +170,47 @@ class Loopback:
             NoFeature: RING_RESET was not negotiated.
             InvalidArgument: the queue is not enabled.
         """
-        if "RING_RESET" not in self._accepted:
+        if "RING_RESET" not in self.bank.accepted:
             raise NoFeature("a queue cannot be reset alone: RING_RESET was not negotiated")
-        slot = self._slots.get(index)
-        if slot is None:
-            raise InvalidArgument(f"queue {index} is not enabled; enabled are {sorted(self._slots)}")
-        # A new generation first: what the device lets go of while it stops must not reach the driver's ring.
-        slot.queue.reset()
-        self._stop(index)
-        del self._slots[index]
-        self._loop.unpend((self, "kick", index))
-        self._loop.unpend((self, "call", index))
+        slot = self.bank.slot(index)
+        if slot is None or not slot.enabled:
+            enabled = [each.index for each in self.bank.slots if each.enabled]
+            raise InvalidArgument(f"queue {index} is not enabled; enabled are {enabled}")
+        self.bank.reset_queue(index)
 
     def config_size(self) -> int:
         """See `Registers.config_size`."""
-        return self.device.config.size
+        return self.bank.config_size()
 
     def config_generation(self) -> int:
         """See `Registers.config_generation`."""
-        return self.device.config.generation
+        return self.bank.config_generation()
 
     def read_config(self, offset: int, length: int) -> bytes:
         """See `Registers.read_config`."""
-        return self.device.config.read(offset, length)
+        return self.bank.read_config(offset, length)
 
     def write_config(self, offset: int, data: bytes) -> None:
         """See `Registers.write_config`."""
-        self.device.config.write(offset, data)
+        self.bank.write_config(offset, data)
 
     def listen(self, *, call: Callable[[int], object], config_changed: Callable[[], object]) -> None:
         """See `Registers.listen`."""
-        self._call = call
-        self._changed = config_changed
-
-    # --- queues ---------------------------------------------------------------------------------------------
-
-    def queue(self, index: int) -> DeviceQueue:
-        """The device end of an enabled queue.
-
-        Raises:
-            StateError: it is not enabled.
-        """
-        slot = self._slots.get(index)
-        if slot is None:
-            raise StateError(f"queue {index} is not enabled; enabled are {sorted(self._slots)}")
-        return slot.queue
-
-    def _own_config(self, index: int, size: int, desc: int, driver: int, device: int) -> QueueConfig:
-        features = self._accepted.bits & 0xFFFF_FFFF_FFFF_FFFF
-        return QueueConfig(
-            size, desc=desc, driver=driver, device=device, index=index, features=features, policy=self.policy
-        )
-
-    def _slot(self, config: QueueConfig, state: QueueState | None) -> _Slot:
-        call = Notifier.callback(lambda: self.call(config.index))
-        return _Slot(config, DeviceQueue(self._memory, config, state=state, call=call))
-
-    def _start(self, index: int) -> None:
-        slot = self._slots[index]
-        slot.started = True
-        self.device.start_queue(slot.queue)
-        self._loop.pend((self, "kick", index), lambda: self._run(index))
-
-    def _stop(self, index: int) -> None:
-        slot = self._slots[index]
-        if slot.started:
-            slot.started = False
-            self.device.stop_queue(index)
-
-    def _run(self, index: int) -> bool:
-        return self.status.live and self.device.kicked(index)
-
-    def _reset(self) -> None:
-        for index, slot in self._slots.items():
-            slot.queue.reset()
-            slot.queue.stop()
-            self._loop.unpend((self, "kick", index))
-            self._loop.unpend((self, "call", index))
-        self._loop.unpend((self, "config"))
-        self._slots.clear()
-        self._accepted = self.offered - self.offered
-        self.device.reset()
+        self.bank.on_call = call
+        self.bank.on_config = config_changed
 
     # --- saved state ----------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, object]:
         """Status, features, queues and the device's own state as JSON values; everything goes on afterwards."""
-        queues: list[dict[str, int]] = []
-        for index, slot in sorted(self._slots.items()):
-            running = slot.started
-            self._stop(index)
-            state = slot.queue.state
-            config = slot.config
-            values = (index, config.size, config.desc, config.driver, config.device, state.avail, state.used)
-            queues.append(dict(zip(_QUEUE_FIELDS, values, strict=True)))
-            if running and slot.queue.latched is None and self.status.live:
-                slot.queue.resume()
-                self._start(index)
+        queues = [
+            dict(zip(_QUEUE_FIELDS, (slot.index, slot.size, *places, state.avail, state.used), strict=True))
+            for slot, places, state in self.bank.save_queues()
+        ]
         return {
             "version": _STATE_VERSION,
             "status": self.status.save(),
-            "features": self._accepted.bits,
+            "features": self.bank.accepted.bits,
             "queues": queues,
             "device": self.device.save(),
         }
@@ -323,43 +222,23 @@ class Loopback:
             SavedStateError: the state is malformed or does not fit; nothing was changed.
         """
         target = self.device if device is None else device
-        status, features, configs = self._checked(state, target)
-        before = self._accepted
-        self._accepted = features
-        try:
-            slots = {
-                each["index"]: self._slot(
-                    self._own_config(*(each[name] for name in _QUEUE_FIELDS[:5])),
+        status, features, queues = self._checked(state, target)
+        self.bank.restore(
+            target,
+            status=status,
+            features=features,
+            queues={
+                each["index"]: (
+                    each["size"],
+                    each["desc"],
+                    each["driver"],
+                    each["device"],
                     QueueState(each["avail"], each["used"]),
                 )
-                for each in configs
-            }
-            target.restore(cast("Mapping[str, object]", state["device"]))
-        except SavedStateError:
-            self._accepted = before
-            raise
-        except (PeerError, ValueError) as error:
-            self._accepted = before
-            raise SavedStateError(f"the saved queues do not fit: {error}") from error
-        for slot in self._slots.values():
-            slot.queue.reset()
-            slot.queue.stop()
-        self.device.reset()
-        if target is self.device:
-            # Its reset may have taken something back; the same state was accepted a moment ago.
-            target.restore(cast("Mapping[str, object]", state["device"]))
-        else:
-            self.device.detach()
-            target.attach(self)
-        self.device = target
-        self._slots = slots
-        self.status.restore(status)
-        if self.status.live:
-            target.activate(features)
-            for index in sorted(slots):
-                self._start(index)
-                # What was used just before the state was saved may not have been told.
-                self.call(index)
+                for each in queues
+            },
+            own=cast("Mapping[str, object]", state["device"]),
+        )
 
     def _checked(self, state: Mapping[str, object], device: Device) -> tuple[int, FeatureSet, list[dict[str, int]]]:
         if set(state) != _STATE_FIELDS or state["version"] != _STATE_VERSION or isinstance(state["version"], bool):

@@ -26,6 +26,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from virtio_test._core import Chain, DeviceQueue
@@ -40,7 +41,7 @@ from virtio_test.errors import (
     StaleMemory,
     StateError,
 )
-from virtio_test.features import FeatureSet
+from virtio_test.features import FeatureSet, Requirements
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -52,6 +53,7 @@ BatchHandler: TypeAlias = Callable[[memoryview, memoryview], object]
 ChainHandler: TypeAlias = Callable[[Chain], object]
 OnHandlerError: TypeAlias = Literal["broken", "complete0"]
 
+_NO_REQUIREMENTS: Final[Requirements] = MappingProxyType({})
 DEFAULT_QUEUE_SIZE: Final = 128
 BUDGET: Final = 256
 """Chains that one `kicked` handles at most before the loop gets to something else."""
@@ -100,6 +102,8 @@ class BaseDevice:
         queue_sizes: largest size of each queue; 128 for each index up to the highest handler when None.
         features: feature bits of the class; the ring's bits are added.
         config: configuration space; empty when None.
+        requires: features of the class that presuppose others.
+        transitional: serve a driver without VERSION_1 too, by the legacy rules.
         on_handler_error: ``broken`` or ``complete0``.
         cancel_seconds: real seconds that a stopping queue waits for chains the device does not let go of.
     """
@@ -114,6 +118,8 @@ class BaseDevice:
         queue_sizes: Sequence[int] | None = None,
         features: FeatureSet | None = None,
         config: ConfigSpace | None = None,
+        requires: Requirements = _NO_REQUIREMENTS,
+        transitional: bool = True,
         on_handler_error: OnHandlerError = "broken",
         cancel_seconds: float = 1.0,
     ) -> None:
@@ -131,6 +137,8 @@ class BaseDevice:
         if any(isinstance(handler, Kept) for handler in handlers.values()):
             offered = offered - FeatureSet("IN_ORDER")
         self.device_id = device_id
+        self.requires: Requirements = requires
+        self.transitional = transitional
         self.features = offered
         self.queue_sizes: Sequence[int] = sizes
         self.config = config if config is not None else ConfigSpace(ConfigLayout())

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from virtio_test._core import DriverQueue, Policy, QueueConfig, RingLayout
+from virtio_test.clock import Timer
 from virtio_test.config import ConfigLayout
 from virtio_test.device import RING_FEATURES
 from virtio_test.errors import (
@@ -44,6 +45,8 @@ __all__ = ["Driver"]
 
 _CONFIG_TRIES: Final = 100
 _INDIRECT_ENTRIES: Final = 16
+_LEGACY_ALIGN: Final = 4096
+_POLL_SECONDS: Final = 0.001
 
 
 class Driver:
@@ -133,11 +136,15 @@ class Driver:
         try:
             self._advance(Status.ACKNOWLEDGE)
             self._advance(Status.DRIVER)
+            legacy = self.registers.legacy
             names = {**self.wanted.device, **self.required.device}
             offered = FeatureSet.from_bits(self.registers.device_features(), device=names)
-            self.features = negotiate(offered, self.wanted, self.required, transport=self.registers.transport)
+            self.features = negotiate(
+                offered, self.wanted, self.required, transport=self.registers.transport, legacy=legacy
+            )
             self.registers.write_driver_features(self.features.bits)
-            self._advance(Status.FEATURES_OK)
+            if not legacy:
+                self._advance(Status.FEATURES_OK)
             for index, size in enumerate(self.registers.queue_max_sizes()):
                 if size:
                     self._set_up_queue(index, size)
@@ -163,18 +170,14 @@ class Driver:
         check_read_back(self._status, self.registers.read_status())
 
     def _set_up_queue(self, index: int, limit: int) -> None:
-        packed = "RING_PACKED" in self.features
-        size = limit if self.queue_size is None else min(limit, self.queue_size)
-        if not packed:
-            size = 1 << size.bit_length() - 1
-        ring = self.arena.allocate(RingLayout.contiguous(size, 0, packed=packed).end)
-        self._rings[index] = [ring]
+        layout = self._lay_out(index, limit)
+        size = layout.size
         tables: int | None = None
         if self.indirect and "INDIRECT_DESC" in self.features:
             tables = self.arena.allocate(size * _INDIRECT_ENTRIES * 16)
             self._rings[index].append(tables)
         config = QueueConfig.from_layout(
-            RingLayout.contiguous(size, ring, packed=packed),
+            layout,
             index=index,
             features=self.features.bits & 0xFFFF_FFFF_FFFF_FFFF,
             policy=self.policy,
@@ -182,11 +185,30 @@ class Driver:
         self.queues[index] = DriverQueue(
             self.memory,
             config,
-            kick=self.registers.kick_notifier(index),
+            kick=self.registers.kick_notifier(index, lambda: self._position(index)),
             indirect=tables,
             indirect_entries=_INDIRECT_ENTRIES,
         )
         self.registers.enable_queue(config)
+
+    def _lay_out(self, index: int, limit: int) -> RingLayout:
+        """Room for a queue: what the interface in use prescribes, or as small as it can be."""
+        if self.registers.legacy:
+            ring = self.arena.allocate(RingLayout.legacy(limit, 0, align=_LEGACY_ALIGN).end, align=_LEGACY_ALIGN)
+            layout = RingLayout.legacy(limit, ring, align=_LEGACY_ALIGN)
+        else:
+            packed = "RING_PACKED" in self.features
+            size = limit if self.queue_size is None else min(limit, self.queue_size)
+            if not packed:
+                size = 1 << size.bit_length() - 1
+            ring = self.arena.allocate(RingLayout.contiguous(size, 0, packed=packed).end)
+            layout = RingLayout.contiguous(size, ring, packed=packed)
+        self._rings[index] = [ring]
+        return layout
+
+    def _position(self, index: int) -> int:
+        queue = self.queues.get(index)
+        return 0 if queue is None else queue.state.avail
 
     def reset(self) -> list[Request]:
         """Reset the device and wait, bounded, until it says that it has (2.4.2); what was in flight is lost.
@@ -199,7 +221,7 @@ class Driver:
         """
         self.registers.write_status(0)
         if self.registers.read_status() != 0:
-            self.run_until(lambda: self.registers.read_status() == 0, "the end of the reset", timeout=None)
+            self._poll_until(lambda: self.registers.read_status() == 0, "the end of the reset")
         self._status = 0
         self._broken = None
         self._config_waiting = False
@@ -311,6 +333,14 @@ class Driver:
             if condition():
                 return
         raise PeerTimeout(f"{what} did not come within {bound:g} s")
+
+    def _poll_until(self, condition: Callable[[], bool], what: str) -> None:
+        """`run_until` for a register: nothing wakes the loop when that changes."""
+        poll = Timer(self.loop.clock, lambda: None, first_after=_POLL_SECONDS, every=_POLL_SECONDS)
+        try:
+            self.run_until(condition, what)
+        finally:
+            poll.stop()
 
     def _called(self, queue_index: int) -> None:
         queue = self.queues.get(queue_index)

@@ -40,6 +40,15 @@ class Registers(Protocol):
         """``pci``, ``mmio``, …: some features belong to one transport; None restricts nothing."""
         ...
 
+    @property
+    def legacy(self) -> bool:
+        """Whether this is a legacy interface (VIRTIO 1.4, 1.3.1): 32 feature bits, no FEATURES_OK, no queue addresses.
+
+        Queues then have the size that the device gives and lie as `RingLayout.legacy` says, from a multiple of
+        4096 on.
+        """
+        ...
+
     def device_id(self) -> int:
         """The virtio device id; 0 means that there is no device."""
         ...
@@ -64,8 +73,14 @@ class Registers(Protocol):
         """The largest size of each virtqueue; 0 means that the queue is not available."""
         ...
 
-    def kick_notifier(self, index: int) -> Notifier:
-        """What kicks the queue `index`; the kick has an effect once the queue is enabled."""
+    def kick_notifier(self, index: int, position: Callable[[], int]) -> Notifier:
+        """What kicks the queue `index`; the kick has an effect once the queue is enabled.
+
+        Args:
+            index: the virtqueue.
+            position: where the driver will make the next buffer available, 16 bits as in `QueueState.avail`, for
+                kicks that carry it (NOTIFICATION_DATA; 2.9).
+        """
         ...
 
     def enable_queue(self, config: QueueConfig) -> None:

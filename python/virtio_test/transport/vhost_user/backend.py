@@ -80,7 +80,7 @@ class Backend:
         offered = device.features if features is None else features
         if extra := offered - device.features:
             raise InvalidArgument(f"the device does not have the features {extra}; it has {device.features}")
-        check_own_offer(offered)
+        check_own_offer(offered, requires=device.requires)
         if foreign := protocol_features & ~SUPPORTED:
             raise InvalidArgument(f"protocol features {foreign!r} are not served here; those served are {SUPPORTED!r}")
         self.device = device

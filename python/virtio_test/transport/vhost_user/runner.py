@@ -19,7 +19,7 @@ from typing import Final
 from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, RingLayout
 from virtio_test.clock import Timer
 from virtio_test.device import Device
-from virtio_test.errors import HandlerError, QueueViolation, RuleViolation, VirtioTestError
+from virtio_test.errors import HandlerError, QueueViolation, RuleViolation, StatusViolation, VirtioTestError
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
 
@@ -168,6 +168,9 @@ class RingSet:
     def _start(self, ring: Ring, where: RingLayout) -> None:
         assert self.accepted is not None
         with self._working_on(ring):
+            if "VERSION_1" not in self.accepted and not self.device.transitional:
+                message = "the driver has not accepted VERSION_1, and this device has no legacy rules to serve it by"
+                raise StatusViolation("Version1NotAccepted", "6.1", message)
             state = ring.start_state(self.memory.memory, where, packed=self.packed)
             queue = DeviceQueue(
                 self.memory.memory,

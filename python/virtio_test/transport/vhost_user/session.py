@@ -183,7 +183,11 @@ class Session:
     def _set_features(self, message: Message) -> None:
         value = _u64(message)
         accepted = FeatureSet.from_bits(value & ~_PROTOCOL, device=self.offered.device)
-        found = judge_accepted(self.offered, accepted, legacy=True)
+        # No features at all may be a driver that has not come that far; a ring that runs judges it (`RingSet`).
+        device = self.rings.device
+        found = judge_accepted(
+            self.offered, accepted, requires=device.requires, legacy=device.transitional or not accepted
+        )
         if found is not None:
             rule = "FeatureNotOffered" if found.rule == "FeatureNotOffered" else "FeaturesRefused"
             raise violation(rule, found.message)

@@ -1,0 +1,586 @@
+"""`RegisterBank`: what every register transport shows a driver, before it is laid out as registers.
+
+Theory
+------
+PCI, MMIO and the loopback differ in where a register lies and how wide it is. What is behind it is the same:
+words of features, the status machine, one record per virtqueue, the configuration space, and a device that is
+started and stopped by them. That is this class. A transport translates accesses into its calls and is told, in
+turns of their own, when the driver is to be interrupted.
+
+**Nothing a driver writes raises.** What it must not do is ignored as the specification says, counted in
+`ignored` and kept in `errors` (the first `MAX_ERRORS`). Values that cannot be a queue are not taken over
+(Q01 to Q04, Q08 of the robustness catalogue); registers of an enabled queue are frozen (Q05, Q06).
+
+**A broken device**: a queue that cannot be started, or a rule that the driver broke in a ring. NEEDS_RESET appears,
+one configuration change notification goes out if DRIVER_OK was set, no queue runs and none interrupts until a reset.
+
+**The legacy interface** (1.3.1) is the same bank with other rules: 32 bits of features, no FEATURES_OK, a queue that
+is placed by one page number, and a driver that may use the device before DRIVER_OK (3.1.2): its first kick then
+activates it. The first write after a reset decides which interface is in use; writes through the other one are
+ignored until the next reset, so no device is driven half by one and half by the other.
+
+**Memory that moves** (`hold`, `release`): while a carrier exchanges regions no queue is worked on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig, QueueState, RingLayout
+from virtio_test.clock import Clock, VirtualClock
+from virtio_test.device import Device
+from virtio_test.errors import (
+    InvalidArgument,
+    PeerError,
+    QueueViolation,
+    SavedStateError,
+    StateError,
+    StatusViolation,
+)
+from virtio_test.features import FeatureSet, check_own_offer, judge_accepted
+from virtio_test.loop import OwnerLoop
+from virtio_test.status import Action, DeviceStatus, Status
+
+__all__ = ["MAX_ERRORS", "QueueSlot", "RegisterBank"]
+
+MAX_ERRORS: Final = 1000
+"""Errors that are kept; all are counted. A driver can cause any number of them."""
+
+_MEMORY_SIZE: Final = 16 << 20
+_WORD: Final = 0xFFFF_FFFF
+_LEGACY_OFFER: Final = FeatureSet("NOTIFY_ON_EMPTY", "ANY_LAYOUT")
+_MAX_SPLIT: Final = 32768
+
+Area = Literal["desc", "driver", "device"]
+
+
+@dataclass(slots=True)
+class QueueSlot:
+    """One virtqueue: what the driver has written for it, and the queue made of it once it can be.
+
+    Attributes:
+        index: the virtqueue.
+        max_size: the largest size that the device takes.
+        size: what the driver chose, `max_size` before it does.
+        desc: guest address of the descriptor area.
+        driver: guest address of the driver area.
+        device: guest address of the device area.
+        enabled: whether the driver has enabled it; the registers above are frozen then.
+        queue: the device end, from then on.
+        started: whether the device works on it.
+    """
+
+    index: int
+    max_size: int
+    size: int
+    desc: int = 0
+    driver: int = 0
+    device: int = 0
+    enabled: bool = False
+    queue: DeviceQueue | None = None
+    started: bool = False
+
+
+class RegisterBank:
+    """The registers of one device, and its `Bus`.
+
+    Args:
+        device: the device; it is attached at once.
+        loop: the owner loop; one with a `VirtualClock` that it moves itself, when None.
+        memory: the guest memory; 16 MiB at address 0, when None.
+        offered: what of the device's features to offer; all when None.
+        policy: tolerances towards the driver.
+        transport: ``pci``, ``mmio``, …: some features belong to one transport; None restricts nothing.
+
+    Attributes:
+        on_call: interrupts the driver for a queue; called in the loop.
+        on_config: interrupts it for a configuration change; called in the loop.
+        on_reset: tells the transport that the device was reset.
+
+    Raises:
+        InvalidArgument: the offer contradicts itself, or has features that the device does not.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        loop: OwnerLoop | None = None,
+        memory: GuestMemory | None = None,
+        offered: FeatureSet | None = None,
+        policy: Policy = Policy.interop,
+        transport: str | None = None,
+    ) -> None:
+        offer = device.features if offered is None else offered
+        if extra := offer - device.features:
+            raise InvalidArgument(f"the device cannot offer {extra}")
+        check_own_offer(offer, requires=device.requires, transport=transport)
+        self._loop = OwnerLoop(clock=VirtualClock()) if loop is None else loop
+        self._memory = GuestMemory([(0, _MEMORY_SIZE)]) if memory is None else memory
+        self.device: Device = device
+        self.offered = offer
+        self.policy = policy
+        self.kind = transport
+        self.status = DeviceStatus()
+        self.errors: list[Exception] = []
+        self.ignored: Counter[str] = Counter()
+        self.on_call: Callable[[int], object] = lambda _: None
+        self.on_config: Callable[[], object] = lambda: None
+        self.on_reset: Callable[[], object] = lambda: None
+        self._accepted = offer - offer
+        self._interface: Literal["modern", "legacy"] | None = None
+        self._active = False
+        self._held = False
+        self._waiting: set[int] = set()
+        self._slots = self._fresh_slots()
+        device.attach(self)
+
+    # --- the bus, for the device ----------------------------------------------------------------------------
+
+    @property
+    def loop(self) -> OwnerLoop:
+        """The owner loop."""
+        return self._loop
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The guest memory."""
+        return self._memory
+
+    @property
+    def clock(self) -> Clock:
+        """The loop's clock."""
+        return self._loop.clock
+
+    def call(self, queue_index: int) -> None:
+        """See `Bus.call`."""
+        if self.live:
+            self._loop.pend((self, "call", queue_index), lambda: self.on_call(queue_index))
+
+    def config_changed(self) -> None:
+        """See `Bus.config_changed`."""
+        if self.live:
+            self._loop.pend((self, "config"), self._deliver_config)
+
+    def broken(self, error: Exception) -> None:
+        """See `Bus.broken`."""
+        self.note(error)
+        notify = self.status.needs_reset()
+        for slot in self._slots:
+            # No queue pops, completes or interrupts any more, not even the ones that nothing was wrong with.
+            if slot.queue is not None and slot.queue.latched is None:
+                slot.queue.latch(
+                    QueueViolation("DeviceBroken", "2.1.2", f"the device is broken: {error}", queue=slot.index)
+                )
+        if notify:
+            self._loop.pend((self, "config"), self._deliver_config)
+
+    def _deliver_config(self) -> None:
+        self.on_config()
+
+    def note(self, error: Exception) -> None:
+        """Keep and count something that the driver did against the rules."""
+        self.ignored[error.rule if isinstance(error, QueueViolation | StatusViolation) else type(error).__name__] += 1
+        if len(self.errors) < MAX_ERRORS:
+            self.errors.append(error)
+
+    # --- features and status --------------------------------------------------------------------------------
+
+    @property
+    def legacy(self) -> bool:
+        """Whether the driver uses the legacy interface."""
+        return self._interface == "legacy"
+
+    @property
+    def accepted(self) -> FeatureSet:
+        """What the driver has written so far; what was agreed upon once FEATURES_OK stands."""
+        return self._accepted
+
+    @property
+    def live(self) -> bool:
+        """Whether the device may use buffers and notify."""
+        if self.legacy and self._active:
+            return not self.status.value & (Status.DEVICE_NEEDS_RESET | Status.FAILED)
+        return self.status.live
+
+    def claim(self, interface: Literal["modern", "legacy"]) -> bool:
+        """The driver writes through `interface`: whether that is the one in use. A reset is always allowed."""
+        if self._interface is None:
+            self._interface = interface
+        if self._interface != interface:
+            self.note(
+                StatusViolation("MixedInterfaces", "1.3.1", f"{interface} write, the {self._interface} one is in use")
+            )
+        return self._interface == interface
+
+    def legacy_features(self) -> int:
+        """The 32 bits that the legacy interface offers (6.3)."""
+        return (self.offered.bits | _LEGACY_OFFER.bits) & _WORD
+
+    def device_features(self, select: int) -> int:
+        """32 bits of what is offered; 0 for words that do not exist (D14)."""
+        return self.offered.word(select) if 0 <= select < 4 else 0
+
+    def driver_features(self, select: int) -> int:
+        """32 bits of what the driver wrote; 0 for words that do not exist."""
+        return self._accepted.word(select) if 0 <= select < 4 else 0
+
+    def write_driver_features(self, select: int, value: int) -> None:
+        """32 bits of what the driver accepts; ignored once FEATURES_OK stands (D02) or the device runs."""
+        if self.status.features_ok or self._active:
+            self.note(StatusViolation("FeaturesAfterOk", "3.1.1", f"features word {select} written after FEATURES_OK"))
+        elif 0 <= select < 4:
+            self._accepted = self._accepted.with_word(select, value & _WORD)
+        elif value:
+            self.note(StatusViolation("FeatureNotOffered", "2.2.1", f"features word {select} = {value:#x}"))
+
+    def read_status(self) -> int:
+        """The device status. A legacy driver does not know FEATURES_OK."""
+        return int(self.status.value & ~Status.FEATURES_OK) if self.legacy else self.status.value
+
+    def write_status(self, status: int, *, width: int | None = None) -> None:
+        """The driver writes the status; 0 resets (D04 to D10, D15: see `virtio_test.status`).
+
+        Args:
+            status: what it wrote.
+            width: bytes of the access, when it may not be the register's.
+        """
+        good = True
+        if self.legacy and status & Status.DRIVER_OK and width in (None, 1):
+            self._accept_legacy()
+        elif not self.legacy and not self.status.features_ok and status & Status.FEATURES_OK:
+            problem = judge_accepted(self.offered, self._accepted, requires=self.device.requires, transport=self.kind)
+            if problem is not None:
+                good = False
+                self.note(problem)
+        change = self.status.write(
+            status, features_ok=good, suspend_negotiated="SUSPEND" in self._accepted, width=width
+        )
+        for violation in change.violations:
+            self.note(violation)
+        for action in change.actions:
+            if action is Action.RESET:
+                self._reset()
+            elif action is Action.ACTIVATE:
+                self._activate()
+            elif action is Action.FAILED:
+                for slot in self._slots:
+                    self._stop(slot)
+
+    def _accept_legacy(self) -> None:
+        """What a legacy driver has written is agreed upon: there is no step in which it could be refused."""
+        if not self.status.features_ok:
+            offer = FeatureSet.from_bits(self.legacy_features(), device=self.offered.device)
+            self._accepted &= offer
+            self.status.write(self.status.value | Status.FEATURES_OK, features_ok=True)
+
+    def _activate(self) -> None:
+        if self._active:
+            return
+        self._active = True
+        self.device.activate(self._accepted)
+        for slot in self._slots:
+            if slot.enabled:
+                self._start(slot)
+
+    def reset(self) -> None:
+        """Reset of the device, by whatever way it came."""
+        self.status.reset()
+        self._reset()
+
+    def _reset(self) -> None:
+        for slot in self._slots:
+            if slot.queue is not None:
+                self._revoke(slot.queue)
+            self._loop.unpend((self, "kick", slot.index))
+            self._loop.unpend((self, "call", slot.index))
+        self._loop.unpend((self, "config"))
+        self._waiting.clear()
+        self._slots = self._fresh_slots()
+        self._accepted = self.offered - self.offered
+        self._interface = None
+        self._active = False
+        self.device.reset()
+        self.on_reset()
+
+    @staticmethod
+    def _revoke(queue: DeviceQueue) -> None:
+        """A new generation: whoever still holds a chain of this queue can write nothing any more."""
+        try:
+            queue.reset()
+        except QueueViolation as error:
+            # Its memory has gone before it: nothing is written into that, and a latched queue takes nothing either.
+            queue.latch(error)
+        queue.stop()
+
+    # --- queues ---------------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> Sequence[QueueSlot]:
+        """The virtqueues, by index; to be read, and changed by the methods below."""
+        return self._slots
+
+    def slot(self, index: int) -> QueueSlot | None:
+        """The virtqueue that a driver has selected; None when there is none."""
+        return self._slots[index] if 0 <= index < len(self._slots) else None
+
+    def queue(self, index: int) -> DeviceQueue:
+        """The device end of an enabled queue.
+
+        Raises:
+            StateError: it is not enabled.
+        """
+        slot = self.slot(index)
+        if slot is None or slot.queue is None:
+            raise StateError(
+                f"queue {index} is not enabled; enabled are {[each.index for each in self._slots if each.enabled]}"
+            )
+        return slot.queue
+
+    def write_queue_size(self, index: int, size: int) -> None:
+        """The driver chooses a size; one that cannot be is not taken over (Q01 to Q04)."""
+        slot = self._writable(index, "size")
+        if slot is None:
+            return
+        packed = "RING_PACKED" in self._accepted
+        if not 1 <= size <= slot.max_size or (not packed and size & (size - 1)):
+            limit = f"1 to {slot.max_size}" + ("" if packed else ", a power of two")
+            self._note_queue("BadQueueSize", "2.6", f"size {size}, where it can be {limit}", index)
+        else:
+            slot.size = size
+
+    def write_queue_address(
+        self, index: int, area: Area, value: int, *, half: Literal["low", "high"] | None = None
+    ) -> None:
+        """The driver gives an address, whole or one half of 32 bits of it."""
+        slot = self._writable(index, area)
+        if slot is None:
+            return
+        if half == "low":
+            value = getattr(slot, area) & ~_WORD | value & _WORD
+        elif half == "high":
+            value = getattr(slot, area) & _WORD | (value & _WORD) << 32
+        setattr(slot, area, value)
+
+    def place_legacy_queue(self, index: int, address: int, *, align: int = 4096) -> None:
+        """A legacy driver places its queue at `address` and so enables it; 0 takes it away (4.1.5.1.3, 4.2.4)."""
+        slot = self.slot(index)
+        if slot is None:
+            self._note_queue("NoSuchQueue", "4.1.5.1.3", f"placed, but there are {len(self._slots)} queues", index)
+        elif address == 0:
+            self.disable_queue(index)
+        elif slot.enabled:
+            self._note_queue("EnabledQueueWritten", "2.6", "placed again while it is in use", index)
+        else:
+            try:
+                layout = RingLayout.legacy(slot.size, address, align=align)
+            except InvalidArgument as error:
+                self._note_queue("BadQueueAddress", "2.7.2", str(error), index)
+                return
+            slot.desc, slot.driver, slot.device = layout.desc, layout.driver, layout.device
+            self.enable_queue(index)
+
+    def enable_queue(self, index: int) -> None:
+        """The driver enables a queue. One that cannot be breaks the device (D11) once it is to run."""
+        slot = self._writable(index, "enable")
+        if slot is None:
+            return
+        slot.enabled = True
+        if self.status.features_ok or self._active:
+            self._build(slot, None)
+        if self._active:
+            self._start(slot)
+
+    def disable_queue(self, index: int) -> None:
+        """The driver takes a queue back, where its transport allows that (4.2.2.2, legacy)."""
+        slot = self.slot(index)
+        if slot is None or not slot.enabled:
+            return
+        if slot.queue is not None:
+            # A new generation first: what the device lets go of while it stops must not reach the driver's ring.
+            self._revoke(slot.queue)
+        self._stop(slot)
+        self._loop.unpend((self, "kick", index))
+        self._loop.unpend((self, "call", index))
+        self._waiting.discard(index)
+        self._slots[index] = QueueSlot(index, slot.max_size, slot.max_size)
+
+    def reset_queue(self, index: int) -> None:
+        """The driver resets one queue (RING_RESET; 2.6.1); ignored without the feature."""
+        if "RING_RESET" not in self._accepted or not self.status.features_ok:
+            self._note_queue("QueueResetNotNegotiated", "2.6.1", "reset alone without RING_RESET", index)
+        else:
+            self.disable_queue(index)
+
+    def kick(self, index: int) -> None:
+        """The driver kicks a queue: it is marked, and looked at in a turn of its own. From any thread.
+
+        A queue that does not exist, or is not enabled, is no reason to do anything (X03).
+        """
+        if 0 <= index < len(self._slots):
+            self._loop.pend((self, "kick", index), lambda: self._run(index))
+
+    def _writable(self, index: int, what: str) -> QueueSlot | None:
+        slot = self.slot(index)
+        if slot is None:
+            self._note_queue("NoSuchQueue", "2.6", f"{what} written, but there are {len(self._slots)} queues", index)
+        elif slot.enabled:
+            self._note_queue("EnabledQueueWritten", "2.6", f"{what} written while the queue is enabled", index)
+        else:
+            return slot
+        return None
+
+    def _note_queue(self, rule: str, clause: str, message: str, index: int) -> None:
+        self.note(QueueViolation(rule, clause, message, queue=index))
+
+    def _fresh_slots(self) -> list[QueueSlot]:
+        return [QueueSlot(index, size, size) for index, size in enumerate(self.device.queue_sizes)]
+
+    def _build(self, slot: QueueSlot, state: QueueState | None) -> None:
+        """Make the device end of an enabled queue; an impossible one breaks the device."""
+        try:
+            slot.queue = self._make(slot, state)
+        except PeerError as error:
+            self.broken(error)
+
+    def _make(self, slot: QueueSlot, state: QueueState | None) -> DeviceQueue:
+        index = slot.index
+        config = QueueConfig(
+            slot.size,
+            desc=slot.desc,
+            driver=slot.driver,
+            device=slot.device,
+            index=index,
+            features=self._accepted.bits & 0xFFFF_FFFF_FFFF_FFFF,
+            policy=self.policy,
+        )
+        return DeviceQueue(self._memory, config, state=state, call=Notifier.callback(lambda: self.call(index)))
+
+    def _start(self, slot: QueueSlot) -> None:
+        if slot.queue is None:
+            self._build(slot, None)
+        if slot.queue is None or not self.live:
+            return
+        slot.started = True
+        self.device.start_queue(slot.queue)
+        self.kick(slot.index)
+
+    def _stop(self, slot: QueueSlot) -> None:
+        if slot.started:
+            slot.started = False
+            self.device.stop_queue(slot.index)
+
+    def _run(self, index: int) -> bool:
+        if self._held:
+            self._waiting.add(index)
+            return False
+        if self.legacy and not self._active and self._slots[index].enabled:
+            # Some legacy drivers use the device before DRIVER_OK, which a transitional device must bear (3.1.2).
+            self._accept_legacy()
+            self._activate()
+        return self.live and self.device.kicked(index)
+
+    # --- memory that moves ----------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Work on no queue until `release`; kicks are remembered."""
+        self._held = True
+
+    def release(self) -> None:
+        """Go on after `hold`."""
+        self._held = False
+        for index in sorted(self._waiting):
+            self.kick(index)
+        self._waiting.clear()
+
+    # --- configuration space --------------------------------------------------------------------------------
+
+    def config_size(self) -> int:
+        """Bytes of the configuration space."""
+        return self.device.config.size
+
+    def config_generation(self) -> int:
+        """The generation of the configuration space; a transport shows as many bits of it as it has."""
+        return self.device.config.generation
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """Bytes of the configuration space."""
+        return self.device.config.read(offset, length)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write to the configuration space; fields that the driver may not write stay."""
+        self.device.config.write(offset, data)
+
+    # --- saved state ----------------------------------------------------------------------------------------
+
+    def save_queues(self) -> list[tuple[QueueSlot, tuple[int, int, int], QueueState]]:
+        """Park each enabled queue, note where it stands, and let it go on: (slot, its three addresses, position)."""
+        saved: list[tuple[QueueSlot, tuple[int, int, int], QueueState]] = []
+        for slot in self._slots:
+            if slot.queue is None:
+                continue
+            running = slot.started
+            self._stop(slot)
+            saved.append((slot, (slot.desc, slot.driver, slot.device), slot.queue.state))
+            if running and slot.queue.latched is None and self.live:
+                slot.queue.resume()
+                self._start(slot)
+        return saved
+
+    def restore(
+        self,
+        device: Device,
+        *,
+        status: int,
+        features: FeatureSet,
+        queues: Mapping[int, tuple[int, int, int, int, QueueState]],
+        own: Mapping[str, object],
+    ) -> None:
+        """Take over a saved state that was checked by itself, around `device`.
+
+        Args:
+            device: the device from now on; the present one, or another.
+            status: the device status.
+            features: what was agreed upon.
+            queues: index → size, three addresses, position.
+            own: the device's own state.
+
+        Raises:
+            SavedStateError: it does not fit; nothing was changed.
+        """
+        before, self._accepted = self._accepted, features
+        slots = [QueueSlot(index, size, size) for index, size in enumerate(device.queue_sizes)]
+        try:
+            for index, (size, desc, driver, area, state) in queues.items():
+                slot = QueueSlot(index, slots[index].max_size, size, desc, driver, area, enabled=True)
+                slot.queue = self._make(slot, state)
+                slots[index] = slot
+            device.restore(own)
+        except SavedStateError:
+            self._accepted = before
+            raise
+        except (PeerError, ValueError) as error:
+            self._accepted = before
+            raise SavedStateError(f"the saved queues do not fit: {error}") from error
+        for slot in self._slots:
+            if slot.queue is not None:
+                self._revoke(slot.queue)
+        self.device.reset()
+        if device is self.device:
+            # Its reset may have taken something back; the same state was accepted a moment ago.
+            device.restore(own)
+        else:
+            self.device.detach()
+            device.attach(self)
+        self.device: Device = device
+        self._slots = slots
+        self.status.restore(status)
+        self._active = False
+        if self.status.live:
+            self._activate()
+            for index in sorted(queues):
+                # What was used just before the state was saved may not have been told.
+                self.call(index)
