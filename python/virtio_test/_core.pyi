@@ -204,6 +204,10 @@ class RingLayout:
     @staticmethod
     def contiguous(size: int, base: int, *, packed: bool = False) -> RingLayout:
         """The three areas one after another from `base` on (a multiple of 16), each aligned as 2.7 and 2.8 ask."""
+    @staticmethod
+    def legacy(size: int, base: int, *, align: int = 4096) -> RingLayout:
+        """The split layout of the legacy interface (2.7.2): the used ring begins at a multiple of `align`, a power of
+        two from 16 on, which `base` is a multiple of too."""
     @property
     def size(self) -> int: ...
     @property
@@ -255,8 +259,8 @@ class QueueConfig:
         driver: address of the avail ring (split) or driver event area (packed).
         device: address of the used ring (split) or device event area (packed).
         index: number of the queue in its device, for messages.
-        features: negotiated feature bits; INDIRECT_DESC 28, EVENT_IDX 29, RING_PACKED 34, IN_ORDER 35 count; those
-            from 64 on concern no queue and are dropped.
+        features: negotiated bits; INDIRECT_DESC 28, EVENT_IDX 29, RING_PACKED 34, IN_ORDER 35 count, NOTIFY_ON_EMPTY
+            24 unless VERSION_1 32 is negotiated too; those from 64 on concern no queue and are dropped.
         policy: tolerances towards the other side.
     """
 

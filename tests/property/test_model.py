@@ -52,6 +52,37 @@ def test_the_core_computes_the_split_layout_of_the_model(size: int) -> None:
     assert at("avail_event") == ring.avail_event() == layout.end - 2
 
 
+@pytest.mark.parametrize("align", [16, 4096, 65536])
+@pytest.mark.parametrize("size", SPLIT_SIZES)
+def test_the_legacy_layout_is_the_split_one_with_padding_before_the_used_ring(size: int, align: int) -> None:
+    base = 3 * align
+    layout, plain = RingLayout.legacy(size, base, align=align), RingLayout.contiguous(size, base)
+    assert (layout.desc, layout.driver, layout.packed) == (plain.desc, plain.driver, False)
+    assert layout.device % align == 0
+    assert 0 <= layout.device - (plain.driver + plain.driver_bytes) < align
+    assert layout.device_bytes == plain.device_bytes
+    assert layout == RingLayout(size, desc=layout.desc, driver=layout.driver, device=layout.device)
+
+
+def test_impossible_legacy_layouts_are_refused() -> None:
+    for size, base, align in [
+        (8, 0, 0),
+        (8, 0, 3),
+        (8, 0, 8),
+        (8, 0, 4095),
+        (8, 2048, 4096),
+        (3, 0, 4096),
+        (0, 0, 4096),
+    ]:
+        with pytest.raises(InvalidArgument):
+            RingLayout.legacy(size, base, align=align)
+    with pytest.raises(InvalidArgument, match="address space"):
+        RingLayout.legacy(8, 2**64 - 4096)
+    with pytest.raises(InvalidArgument):
+        RingLayout.legacy(8, 2**64)
+    assert RingLayout.legacy(8, 4096) == RingLayout.legacy(8, 4096, align=4096)
+
+
 @pytest.mark.parametrize("size", PACKED_SIZES)
 def test_the_core_computes_the_packed_layout_of_the_model(size: int) -> None:
     layout = RingLayout.contiguous(size, 0x1230, packed=True)

@@ -211,6 +211,27 @@ impl PyRingLayout {
         }
     }
 
+    #[staticmethod]
+    #[pyo3(signature = (size, base, *, align = Int(4096)))]
+    #[pyo3(text_signature = "(size, base, *, align=4096)")]
+    fn legacy(size: Int<u64>, base: Int<u64>, align: Int<u64>) -> PyResult<Self> {
+        let (size, base, align) = (possible_size(size.0, false)?, base.0, align.0);
+        if !align.is_power_of_two() || align < 16 {
+            let text = format!("the alignment {align} is no power of two from 16 on: legacy PCI has 4096");
+            return Err(InvalidArgument::new_err(text));
+        }
+        if base % align != 0 {
+            let text = format!("the base {base:#x} is no multiple of {align}: choose one that is");
+            return Err(InvalidArgument::new_err(text));
+        }
+        match RingLayout::legacy(size, base, align) {
+            Some(layout) => Ok(Self(layout)),
+            None => Err(InvalidArgument::new_err(format!(
+                "a legacy queue at {base:#x} leaves the address space"
+            ))),
+        }
+    }
+
     #[getter]
     const fn size(&self) -> u16 {
         self.0.size

@@ -8,10 +8,14 @@ use crate::rule::Rule;
 
 /// Feature bits that change how a queue works (VIRTIO 1.4, 6).
 pub mod feature {
+    /// `VIRTIO_F_NOTIFY_ON_EMPTY` of the legacy interface (6.3); a bit of the device class beside `VERSION_1`.
+    pub const NOTIFY_ON_EMPTY: u64 = 1 << 24;
     /// `VIRTIO_F_INDIRECT_DESC`.
     pub const INDIRECT_DESC: u64 = 1 << 28;
     /// `VIRTIO_F_EVENT_IDX`.
     pub const EVENT_IDX: u64 = 1 << 29;
+    /// `VIRTIO_F_VERSION_1`.
+    pub const VERSION_1: u64 = 1 << 32;
     /// `VIRTIO_F_RING_PACKED`.
     pub const RING_PACKED: u64 = 1 << 34;
     /// `VIRTIO_F_IN_ORDER`.
@@ -48,6 +52,12 @@ impl QueueConfig {
     #[must_use]
     pub const fn packed(&self) -> bool {
         self.has(feature::RING_PACKED)
+    }
+
+    /// Whether a device that runs out of available buffers says so whatever the driver suppressed (6.3).
+    #[must_use]
+    pub const fn notify_on_empty(&self) -> bool {
+        self.has(feature::NOTIFY_ON_EMPTY) && !self.has(feature::VERSION_1)
     }
 
     /// What the walk of a chain needs to know.

@@ -446,7 +446,11 @@ impl DeviceQueue {
         if !self.unsignalled || self.broken() {
             return Ok(false);
         }
-        let wants = self.with_ring(mem, |ring| each!(ring, ring => ring.wants_call(mem)))?;
+        let on_empty = self.config.notify_on_empty();
+        let wants = self.with_ring(mem, |ring| match ring {
+            Ring::Split(ring) => Ok(ring.wants_call(mem)? || (on_empty && ring.ran_empty(mem)?)),
+            Ring::Packed(ring) => ring.wants_call(mem),
+        })?;
         self.unsignalled = false;
         let counter = if wants {
             &mut self.counters.notified

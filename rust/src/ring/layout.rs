@@ -68,6 +68,20 @@ impl RingLayout {
         Some(layout)
     }
 
+    /// The layout of the legacy interface (2.7.2): a split queue whose used ring begins at the next multiple of
+    /// `align` after the avail ring; None when `align` is no power of two or the queue leaves the address space.
+    #[must_use]
+    pub fn legacy(size: u16, base: u64, align: u64) -> Option<Self> {
+        if !align.is_power_of_two() {
+            return None;
+        }
+        let mut layout = Self::contiguous(size, false, base)?;
+        let end = layout.driver.checked_add(layout.driver_bytes())?;
+        layout.device = end.checked_next_multiple_of(align)?;
+        layout.device.checked_add(layout.device_bytes())?;
+        Some(layout)
+    }
+
     /// Bytes of the descriptor area.
     #[must_use]
     pub const fn desc_bytes(&self) -> u64 {
@@ -143,5 +157,32 @@ impl RingLayout {
                 f("avail_event", self.device, self.avail_event(), 2, 2, 1),
             ]
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_legacy_layout_pads_the_avail_ring_up_to_the_alignment() {
+        // 2.7.2, virtq_size: ALIGN(16 n + 2 (3 + n)) + ALIGN(2 * 3 + 8 n).
+        let round = |bytes: u64, align: u64| bytes.div_ceil(align) * align;
+        for shift in 0..=15 {
+            for align in [16, 64, 4096, 1 << 20] {
+                let (n, base) = (1u64 << shift, 7 * align);
+                let layout = RingLayout::legacy(1 << shift, base, align);
+                let areas = layout.map(|layout| (layout.packed, layout.desc, layout.driver, layout.device));
+                let used = base + round(16 * n + 2 * (3 + n), align);
+                assert_eq!(areas, Some((false, base, base + 16 * n, used)), "{n} at {base:#x}");
+            }
+        }
+        let top = RingLayout::legacy(1, u64::MAX - 0xfff, 4096);
+        assert_eq!(top, None, "the used ring would be beyond the address space");
+        assert!(
+            [0, 3, 4095]
+                .iter()
+                .all(|&align| RingLayout::legacy(8, 0, align).is_none())
+        );
     }
 }

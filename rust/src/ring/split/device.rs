@@ -273,6 +273,12 @@ impl SplitDevice {
         Ok(wants)
     }
 
+    /// Whether everything that the driver made available was used (6.3, NOTIFY_ON_EMPTY).
+    pub(crate) fn ran_empty<A: Access>(&self, mem: &A) -> Result<bool, MemoryError> {
+        let idx = mem.load_u16_acquire(self.areas.driver, AVAIL_IDX)?;
+        Ok(self.published == self.next_avail && idx == self.next_avail)
+    }
+
     /// Ask for kicks (2.7.10.2); the caller looks for work again afterwards.
     pub(crate) fn arm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
         arm(
