@@ -27,6 +27,7 @@ from virtio_test.errors import (
     DeviceNeedsReset,
     InvalidArgument,
     NoFeature,
+    PeerError,
     PeerTimeout,
     QueueViolation,
     StateError,
@@ -328,10 +329,8 @@ class Driver:
         bound = self.timeout if timeout is None else timeout
         if self.loop.run(until=condition, timeout=bound):
             return
-        if self._status and self.registers.read_status() & Status.DEVICE_NEEDS_RESET:
-            self._break(DeviceNeedsReset("the device has set DEVICE_NEEDS_RESET"))
-            if condition():
-                return
+        if self._status and not self._intact() and condition():
+            return
         raise PeerTimeout(f"{what} did not come within {bound:g} s")
 
     def _poll_until(self, condition: Callable[[], bool], what: str) -> None:
@@ -426,10 +425,19 @@ class Driver:
     def _config_interrupt(self) -> None:
         if not self._status & Status.DRIVER_OK:
             self._config_waiting = True
-        elif self.registers.read_status() & Status.DEVICE_NEEDS_RESET:
-            self._break(DeviceNeedsReset("the device has set DEVICE_NEEDS_RESET"))
-        else:
+        elif self._intact():
             self.config_changed()
+
+    def _intact(self) -> bool:
+        """Whether the device works and can be asked at all; if not, everything in flight is finished."""
+        try:
+            needs_reset = self.registers.read_status() & Status.DEVICE_NEEDS_RESET
+        except PeerError as error:
+            self._break(error)
+            return False
+        if needs_reset:
+            self._break(DeviceNeedsReset("the device has set DEVICE_NEEDS_RESET"))
+        return not needs_reset
 
     # --- what a subclass may extend -------------------------------------------------------------------------
 
