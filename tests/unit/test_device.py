@@ -103,7 +103,7 @@ def test_buffers_before_driver_ok_need_no_kick() -> None:
             self.queues[0].publish()
 
     class Deaf(Loopback):
-        def kick_notifier(self, index: int, position: Callable[[], int]) -> Notifier:
+        def kick_notifier(self, index: int, position: Callable[[], int]) -> Notifier:  # noqa: ARG002
             return Notifier.callback(lambda: index)
 
     driver = Early(Deaf(BaseDevice(7, handlers={0: upper})))

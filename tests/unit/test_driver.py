@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -184,7 +185,7 @@ def test_what_was_put_in_early_is_kicked_after_driver_ok_and_not_before() -> Non
     kicks: list[tuple[int, int]] = []
 
     class Counting(Loopback):
-        def kick_notifier(self, index: int, position: Callable[[], int]) -> Notifier:
+        def kick_notifier(self, index: int, position: Callable[[], int]) -> Notifier:  # noqa: ARG002
             return Notifier.callback(lambda: kicks.append((index, self.read_status() & Status.DRIVER_OK)))
 
     class Early(Driver):

@@ -186,13 +186,12 @@ class BaseDevice:
         handler = self._handlers.get(queue_index)
         if queue is None or handler is None:
             return False
-        queue.disable_kicks()
         try:
-            handled = self._handle(queue, handler)
+            queue.disable_kicks()
+            return self._handle(queue, handler) >= BUDGET or queue.enable_kicks()
         except QueueViolation as error:
             self.bus.broken(error)
             return False
-        return handled >= BUDGET or queue.enable_kicks()
 
     def stop_queue(self, queue_index: int) -> None:
         """See `Device.stop_queue`."""

@@ -25,14 +25,15 @@ ignored until the next reset, so no device is driven half by one and half by the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final, Literal
 
 from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig, QueueState, RingLayout
 from virtio_test.clock import Clock, VirtualClock
 from virtio_test.device import Device
 from virtio_test.errors import (
+    HandlerError,
     InvalidArgument,
     PeerError,
     QueueViolation,
@@ -44,7 +45,9 @@ from virtio_test.features import FeatureSet, check_own_offer, judge_accepted
 from virtio_test.loop import OwnerLoop
 from virtio_test.status import Action, DeviceStatus, Status
 
-__all__ = ["MAX_ERRORS", "QueueSlot", "RegisterBank"]
+from .slot import Area, QueueSlot
+
+__all__ = ["MAX_ERRORS", "RegisterBank"]
 
 MAX_ERRORS: Final = 1000
 """Errors that are kept; all are counted. A driver can cause any number of them."""
@@ -53,35 +56,6 @@ _MEMORY_SIZE: Final = 16 << 20
 _WORD: Final = 0xFFFF_FFFF
 _LEGACY_OFFER: Final = FeatureSet("NOTIFY_ON_EMPTY", "ANY_LAYOUT")
 _MAX_SPLIT: Final = 32768
-
-Area = Literal["desc", "driver", "device"]
-
-
-@dataclass(slots=True)
-class QueueSlot:
-    """One virtqueue: what the driver has written for it, and the queue made of it once it can be.
-
-    Attributes:
-        index: the virtqueue.
-        max_size: the largest size that the device takes.
-        size: what the driver chose, `max_size` before it does.
-        desc: guest address of the descriptor area.
-        driver: guest address of the driver area.
-        device: guest address of the device area.
-        enabled: whether the driver has enabled it; the registers above are frozen then.
-        queue: the device end, from then on.
-        started: whether the device works on it.
-    """
-
-    index: int
-    max_size: int
-    size: int
-    desc: int = 0
-    driver: int = 0
-    device: int = 0
-    enabled: bool = False
-    queue: DeviceQueue | None = None
-    started: bool = False
 
 
 class RegisterBank:
@@ -249,8 +223,11 @@ class RegisterBank:
             width: bytes of the access, when it may not be the register's.
         """
         good = True
-        if self.legacy and status & Status.DRIVER_OK and width in (None, 1):
-            self._accept_legacy()
+        if self.legacy and status:
+            if status & Status.DRIVER_OK and width in (None, 1):
+                self._accept_legacy()
+            # Not a bit of this interface: what stands in its place inside is ours.
+            status = status & ~Status.FEATURES_OK | self.status.value & Status.FEATURES_OK
         elif not self.legacy and not self.status.features_ok and status & Status.FEATURES_OK:
             problem = judge_accepted(self.offered, self._accepted, requires=self.device.requires, transport=self.kind)
             if problem is not None:
@@ -281,7 +258,8 @@ class RegisterBank:
         if self._active:
             return
         self._active = True
-        self.device.activate(self._accepted)
+        with self._guarded():
+            self.device.activate(self._accepted)
         for slot in self._slots:
             if slot.enabled:
                 self._start(slot)
@@ -303,7 +281,8 @@ class RegisterBank:
         self._accepted = self.offered - self.offered
         self._interface = None
         self._active = False
-        self.device.reset()
+        with self._guarded():
+            self.device.reset()
         self.on_reset()
 
     @staticmethod
@@ -465,13 +444,15 @@ class RegisterBank:
         if slot.queue is None or not self.live:
             return
         slot.started = True
-        self.device.start_queue(slot.queue)
+        with self._guarded():
+            self.device.start_queue(slot.queue)
         self.kick(slot.index)
 
     def _stop(self, slot: QueueSlot) -> None:
         if slot.started:
             slot.started = False
-            self.device.stop_queue(slot.index)
+            with self._guarded():
+                self.device.stop_queue(slot.index)
 
     def _run(self, index: int) -> bool:
         if self._held:
@@ -481,7 +462,23 @@ class RegisterBank:
             # Some legacy drivers use the device before DRIVER_OK, which a transitional device must bear (3.1.2).
             self._accept_legacy()
             self._activate()
-        return self.live and self.device.kicked(index)
+        with self._guarded():
+            return self.live and self.device.kicked(index)
+        return False
+
+    @contextmanager
+    def _guarded(self) -> Generator[None]:
+        """Whatever goes wrong inside breaks the device, and not who serves it."""
+        try:
+            yield
+        except PeerError as error:
+            self.broken(error)
+        except Exception as error:
+            # Loaded only here: importing the package must stay cheap.
+            import logging
+
+            logging.getLogger("virtio_test.device").exception("the device failed")
+            self.broken(HandlerError(f"the device failed: {type(error).__name__}: {error}"))
 
     # --- memory that moves ----------------------------------------------------------------------------------
 

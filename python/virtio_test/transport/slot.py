@@ -1,0 +1,39 @@
+"""`QueueSlot`: the registers of one virtqueue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from virtio_test._core import DeviceQueue
+
+__all__ = ["Area", "QueueSlot"]
+
+Area: TypeAlias = Literal["desc", "driver", "device"]
+
+
+@dataclass(slots=True)
+class QueueSlot:
+    """One virtqueue: what the driver has written for it, and the queue made of it once it can be.
+
+    Attributes:
+        index: the virtqueue.
+        max_size: the largest size that the device takes.
+        size: what the driver chose, `max_size` before it does.
+        desc: guest address of the descriptor area.
+        driver: guest address of the driver area.
+        device: guest address of the device area.
+        enabled: whether the driver has enabled it; the registers above are frozen then.
+        queue: the device end, from then on.
+        started: whether the device works on it.
+    """
+
+    index: int
+    max_size: int
+    size: int
+    desc: int = 0
+    driver: int = 0
+    device: int = 0
+    enabled: bool = False
+    queue: DeviceQueue | None = None
+    started: bool = False
