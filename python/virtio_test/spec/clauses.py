@@ -109,10 +109,31 @@ CLAUSES: Final = MappingProxyType(
         "3.4.2": "The device ignores SUSPEND before it is initialized; suspended it touches no queue and sends "
         "nothing; if it cannot suspend or resume it sets DEVICE_NEEDS_RESET.",
         # 4 and 6: what the layers above the rings cite
+        "4.1.1": "The function meets the PCI specification: header, BARs, capability list.",
+        "4.1.2.1": "The vendor id is 0x1AF4; the device id is 0x1040 plus the virtio id, or a transitional one.",
+        "4.1.2.2": "The driver matches vendor 0x1AF4 and the device ids of the specification, with any revision.",
+        "4.1.2.3": "A transitional device has revision 0 and its virtio id as subsystem device id.",
         "4.1.3.1": "The driver accesses every PCI register with the width that it has.",
+        "4.1.4.1": "The driver ignores reserved structure types and BARs, takes the first structure of a type that it "
+        "can use, and copes with longer capabilities and regions.",
+        "4.1.4.2": "cap_len counts the whole capability with its extra data.",
         "4.1.4.3": "The common configuration structure: its registers, in this order.",
-        "4.1.4.3.1": "Writing status 0 resets; the generation changes before an old value can be mistaken.",
+        "4.1.4.3.1": "Status 0 resets and disables all queues; queue_reset and queue_enable are 0 after a queue's "
+        "reset; queue_size is 0 or, split, a power of 2; the generation never shows old values as current.",
+        "4.1.4.3.2": "The driver sets a queue up before it enables it, and waits for 0 in queue_reset.",
+        "4.1.4.4.1": "There is a notification structure, aligned, with a multiplier of 0 or a power of 2, and long "
+        "enough for every queue.",
+        "4.1.4.5.1": "There is an ISR structure; reading it clears it.",
+        "4.1.4.6.1": "The device configuration is 4-byte aligned.",
+        "4.1.4.7.1": "A shared memory region lies inside its BAR, and its id is unique.",
+        "4.1.4.8.1": "Vendor data is not of vendor 0x1AF4 and a multiple of 4 bytes long.",
+        "4.1.4.9.1": "There is a window to the BARs in the configuration space.",
         "4.1.4.10": "The legacy interface reaches feature bits 0 to 31 only.",
+        "4.1.5.1.1.1": "A transitional device has the legacy interface in I/O space in BAR 0.",
+        "4.1.5.1.2.1": "Any event can be mapped to any vector of the MSI-X table; reading back gives the vector, or "
+        "NO_VECTOR where it failed; a reset unmaps all.",
+        "4.1.5.1.2.2": "The driver copes with any table size and reads every mapping back.",
+        "4.1.5.1.3.1": "A legacy queue is placed by its address divided by 4096; its size is the device's.",
         "4.2.2": "The MMIO registers, each 32 bits wide.",
         "4.2.2.1": "What the device presents in its MMIO registers.",
         "4.2.2.2": "How the driver accesses MMIO registers: 32 bits wide and aligned.",

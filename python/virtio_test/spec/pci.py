@@ -84,3 +84,26 @@ NO_VECTOR: Final = 0xFFFF
 MSIX_MAX_VECTORS: Final = 0x800
 ISR_QUEUE: Final = 0x01
 ISR_CONFIG: Final = 0x02
+
+LEGACY: Final = MappingProxyType(
+    {
+        "device_features": Register(0x00, 4, False),
+        "driver_features": Register(0x04, 4, True),
+        "queue_address": Register(0x08, 4, True),
+        "queue_size": Register(0x0C, 2, False),
+        "queue_select": Register(0x0E, 2, True),
+        "queue_notify": Register(0x10, 2, True),
+        "device_status": Register(0x12, 1, True),
+        "isr_status": Register(0x13, 1, False),
+        "config_msix_vector": Register(0x14, 2, True),
+        "queue_msix_vector": Register(0x16, 2, True),
+    }
+)
+"""The legacy interface in the I/O BAR 0 (4.1.4.10); the two vectors are there while MSI-X is enabled."""
+
+LEGACY_CONFIG: Final = 0x14
+"""Where the device configuration begins without MSI-X."""
+
+LEGACY_CONFIG_MSIX: Final = 0x18
+LEGACY_QUEUE_ALIGN: Final = 4096
+"""Bytes: the unit of `queue_address` and the alignment of the used ring (4.1.5.1.3.1)."""
