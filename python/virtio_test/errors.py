@@ -158,6 +158,14 @@ class MessageError(RuleViolation):
         )
 
 
+class AnswerViolation(RuleViolation):
+    """What a device answered, or shows in its configuration space, breaks a rule of its class (VIRTIO 1.4, 5)."""
+
+
+class RequestFailed(PeerError):
+    """The device answered, as it may, that it could not do what was asked of it."""
+
+
 class DeviceNeedsReset(PeerError):
     """The device has set DEVICE_NEEDS_RESET; what was in flight is lost."""
 

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from virtio_test import errors
 
-VIOLATIONS = [errors.RuleViolation, errors.QueueViolation, errors.StatusViolation, errors.MessageError]
+VIOLATIONS = [
+    errors.RuleViolation,
+    errors.QueueViolation,
+    errors.StatusViolation,
+    errors.AnswerViolation,
+    errors.MessageError,
+]
 PLAIN = [
     each
     for _, each in inspect.getmembers(errors, inspect.isclass)
