@@ -140,8 +140,8 @@ CLAUSES: Final = MappingProxyType(
         "4.2.5": "Features that MMIO does not support.",
         # 5: device classes
         "5.1.3.1": "Which features of the network device require which others.",
-        "5.1.4.1": "What the network device shows: 1 to 32768 queue pairs, an mtu of 68 to 65535 that never changes; it "
-        "passes on no larger packets.",
+        "5.1.4.1": "What the network device shows: 1 to 32768 queue pairs, an mtu of 68 to 65535 that never changes; "
+        "it passes on no larger packets.",
         "5.1.4.2": "The driver writes no field of the configuration space, takes the MAC address from it, and sends "
         "nothing larger than the mtu.",
         "5.1.4.3": "Through the legacy interface the MAC address is driver-writable.",
@@ -153,13 +153,13 @@ CLAUSES: Final = MappingProxyType(
         "5.1.9.4.1": "A packet fills all its buffers but the last; flags and gso_type show only what was negotiated.",
         "5.1.9.5": "A command of the control queue is class, command and data; the device answers with the byte ack.",
         "5.2.4": "The block device's configuration space: capacity always, the rest as its feature says.",
-        "5.2.5.2": "The device offers FLUSH with CONFIG_WCE, starts with writeback 0 if only CONFIG_WCE is accepted, and "
-        "shows padding as 0.",
+        "5.2.5.2": "The device offers FLUSH with CONFIG_WCE, starts with writeback 0 if only CONFIG_WCE is accepted, "
+        "and shows padding as 0.",
         "5.2.6": "A request is a header, data and, last of all, the status byte.",
         "5.2.6.1": "The driver stays within the capacity and sends data of whole sectors, whole segments, or 20 bytes "
         "for the ID.",
-        "5.2.6.2": "A read-only device fails writes and writes nothing; unknown flags are unsupported; stable writes are "
-        "committed before they are completed.",
+        "5.2.6.2": "A read-only device fails writes and writes nothing; unknown flags are unsupported; stable writes "
+        "are committed before they are completed.",
         "5.2.6.3": "Through the legacy interface the driver ignores used lengths, and FLUSH_OUT is another FLUSH.",
         "5.2.6.4": "A legacy driver uses one descriptor for the header and a separate one for the status byte.",
         "5.3.5.1": "The device takes a write to emerg_wr at any time and puts its lower byte out.",
