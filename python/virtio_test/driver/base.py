@@ -195,7 +195,12 @@ class Driver:
     def _lay_out(self, index: int, limit: int) -> RingLayout:
         """Room for a queue: what the interface in use prescribes, or as small as it can be."""
         if self.registers.legacy:
-            ring = self.arena.allocate(RingLayout.legacy(limit, 0, align=_LEGACY_ALIGN).end, align=_LEGACY_ALIGN)
+            room = RingLayout.legacy(limit, 0, align=_LEGACY_ALIGN).end
+            ring = self.arena.allocate(room, align=_LEGACY_ALIGN)
+            if ring == 0:
+                # Page number 0 says that there is no queue.
+                ring = self.arena.allocate(room, align=_LEGACY_ALIGN)
+                self.arena.free(0)
             layout = RingLayout.legacy(limit, ring, align=_LEGACY_ALIGN)
         else:
             packed = "RING_PACKED" in self.features
@@ -293,7 +298,7 @@ class Driver:
             QueueFull: no descriptors are free.
             InvalidArgument: an empty buffer, or no buffer at all.
         """
-        self._check_up(Status.FEATURES_OK)
+        self._check_up(Status.DRIVER if self.registers.legacy else Status.FEATURES_OK)
         queue = self._queue(queue_index)
         if indirect is None:
             indirect = self.indirect and "INDIRECT_DESC" in self.features

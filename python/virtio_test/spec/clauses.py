@@ -137,6 +137,11 @@ CLAUSES: Final = MappingProxyType(
         "4.2.2": "The MMIO registers, each 32 bits wide.",
         "4.2.2.1": "What the device presents in its MMIO registers.",
         "4.2.2.2": "How the driver accesses MMIO registers: 32 bits wide and aligned.",
+        "4.2.3.1.1": "The driver checks magic value and version first, and touches nothing more if the device id is 0.",
+        "4.2.3.2": "A queue is set up in steps: it is not in use, its size, its addresses, then QueueReady.",
+        "4.2.3.4.1": "The driver reads InterruptStatus to see what an interrupt means, and acknowledges that.",
+        "4.2.4": "The legacy MMIO registers: queues lie at page numbers, with the page size and alignment that the "
+        "driver gives, both powers of two.",
         "4.2.5": "Features that MMIO does not support.",
         # 5: device classes
         "5.1.3.1": "Which features of the network device require which others.",
