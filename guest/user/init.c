@@ -6,6 +6,7 @@
  *   insmod NAME [PARAMETER...]   load /lib/modules/NAME.ko
  *   rmmod NAME                   unload it; waits for nothing
  *   run PROGRAM [ARGUMENT...]    run /bin/PROGRAM and wait for it
+ *   sh TEXT                      run the rest of the line by the shell of /bin/busybox
  *   start PROGRAM [ARGUMENT...]  run it and go on
  *   kill                         SIGKILL to all that was started
  *   wait                         wait for all that was started; fails if one failed
@@ -132,6 +133,14 @@ static int command_run(char **words)
 		return pid;
 	relay(out);
 	return status_of(pid);
+}
+
+static int command_sh(const char *line)
+{
+	char text[512], *words[] = { "busybox", "sh", "-c", text, NULL };
+
+	snprintf(text, sizeof(text), "%s", line + strlen("sh "));
+	return command_run(words);
 }
 
 static int command_start(char **words)
@@ -261,6 +270,8 @@ static int execute(const char *line)
 		return command_rmmod(words + 1);
 	if (!strcmp(words[0], "run"))
 		return command_run(words + 1);
+	if (!strncmp(line, "sh ", 3))
+		return command_sh(line);
 	if (!strcmp(words[0], "start"))
 		return command_start(words + 1);
 	if (!strcmp(words[0], "kill"))

@@ -11,7 +11,9 @@ two at once, leave no half entry behind.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -44,6 +46,21 @@ def digest(*parts: str | bytes | Path) -> str:
             data = part.encode() if isinstance(part, str) else part
         total.update(len(data).to_bytes(8, "little") + data)
     return total.hexdigest()[:16]
+
+
+def recipe(*functions: Callable[..., object]) -> str:
+    """The source of what builds an entry: the entry is built anew when that changes, and not with every other line."""
+    return "".join(map(inspect.getsource, functions))
+
+
+@functools.cache
+def compiler() -> str:
+    """The version of this system's compiler.
+
+    Raises:
+        BuildError: there is none.
+    """
+    return run(["gcc", "-dumpfullversion"], what="asking for the compiler's version").strip()
 
 
 def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:

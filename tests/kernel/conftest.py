@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +15,8 @@ import pytest
 
 from tests.kernel import build
 from tests.kernel.cache import BuildError
-from tests.kernel.guest import Qemu, Uml
+from tests.kernel.guest import Uml
+from tests.kernel.qemu import Qemu, vhost_user_test
 from tests.kernel.server import Server
 
 BUILD_SECONDS = 900
@@ -83,20 +84,35 @@ def uml(uml_kernel: build.Kernel) -> Generator[Callable[..., Uml]]:
 
 
 @pytest.fixture
-def qemu(qemu_root: build.QemuRoot) -> Generator[Callable[..., Qemu]]:
-    """Boots Debian's kernel under QEMU in front of a server; options as of `Qemu`."""
+def boot(qemu_root: build.QemuRoot) -> Generator[Callable[..., Qemu]]:
+    """Boots a Debian kernel under QEMU with the devices that are named; options as of `Qemu`."""
     assert qemu_root.path.is_dir()
     with contextlib.ExitStack() as stack:
 
-        def boot(server: Server, **options: object) -> Qemu:
-            return stack.enter_context(Qemu(server.path, **options))  # pyright: ignore[reportArgumentType]
+        def start(devices: Sequence[str], **options: object) -> Qemu:
+            return stack.enter_context(Qemu(devices, **options))  # pyright: ignore[reportArgumentType]
 
-        yield boot
+        yield start
+
+
+@pytest.fixture
+def qemu(boot: Callable[..., Qemu]) -> Callable[..., Qemu]:
+    """Boots Debian's kernel under QEMU with the generic vhost-user device before a server; options as of that."""
+
+    def start(server: Server, *, on: str = "q35", kernel: build.Kernel | None = None, **options: object) -> Qemu:
+        device = vhost_user_test(server.path, machine=on, **options)  # pyright: ignore[reportArgumentType]
+        return boot(device, machine=on, kernel=kernel)
+
+    return start
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says which kernels and which QEMU the tests ran on."""
-    for what, made in (("user-mode Linux", build.uml_kernel), ("Debian's kernel", build.debian_kernel)):
+    for what, made in (
+        ("user-mode Linux", build.uml_kernel),
+        ("Debian's kernel", build.debian_kernel),
+        ("Debian's newer kernel", build.testing_kernel),
+    ):
         if made.cache_info().currsize:
             terminalreporter.write_line(f"{what}: {made().version}")
     if build.qemu.cache_info().currsize:

@@ -19,13 +19,11 @@ from tests.kernel.console import STEP_SECONDS, Console, GuestError
 from tests.kernel.cpio import archive
 from tests.kernel.transcript import WRITE_FAILED, driver_request
 
-PCI_MODULES = ("virtio_pci",)
-MMIO_MODULES = ("virtio_mmio",)
 BOOT_SECONDS = 60.0
 """How long a boot may take on a busy machine; it takes 1 to 3 s on an idle one."""
 
 # No time stamps, so that lines compare with the original's; no limit to how often init may log.
-_ARGUMENTS = "quiet printk.time=0 printk.devkmsg=on panic=-1 rdinit=/init"
+ARGUMENTS = "quiet printk.time=0 printk.devkmsg=on panic=-1 rdinit=/init"
 
 
 class Guest:
@@ -134,63 +132,6 @@ class Uml(Guest):
         kernel = build.uml_kernel()
         super().__init__(build.files(kernel))
         command = [str(kernel.image), "mem=64M", f"initrd={self._initrd}", f"uml_dir={self.folder}"]
-        command += ["con=null", "con0=fd:0,fd:1", "ssl=null", "console=tty0", *_ARGUMENTS.split()]
+        command += ["con=null", "con0=fd:0,fd:1", "ssl=null", "console=tty0", *ARGUMENTS.split()]
         command += [f"virtio_uml.device={socket}:{virtio_id}", *arguments]
         self._boot(command)
-
-
-class Qemu(Guest):
-    """A stock Debian kernel under QEMU's own translator, with the generic vhost-user device.
-
-    Args:
-        socket: of the back-end, which must be listening.
-        machine: ``q35`` (virtio over PCI) or ``microvm`` (virtio over MMIO).
-        virtio_id: the device behind it.
-        config_size: bytes of its configuration space.
-        queue_size: descriptors of its queue.
-        device: further properties of the device, such as ``packed=off``.
-    """
-
-    def __init__(
-        self,
-        socket: Path,
-        *,
-        machine: str = "q35",
-        virtio_id: int = 45,
-        config_size: int = 12,
-        queue_size: int = 128,
-        device: Sequence[str] = (),
-    ) -> None:
-        qemu, kernel = build.qemu(), build.debian_kernel()
-        modules = MMIO_MODULES if machine == "microvm" else PCI_MODULES
-        super().__init__(build.files(kernel, modules))
-        properties = [f"chardev=c,virtio-id={virtio_id},num_vqs=1,vq_size={queue_size},config_size={config_size}"]
-        name = "vhost-user-test-device" + ("" if machine == "microvm" else "-pci")
-        command = [*qemu.command(), "-accel", "tcg", "-M", f"{machine},memory-backend=m0", "-m", "256"]
-        if machine == "microvm":
-            command += ["-global", "virtio-mmio.force-legacy=false", "-cpu", "max"]
-        command += ["-object", "memory-backend-memfd,id=m0,size=256M,share=on", "-nodefaults", "-no-user-config"]
-        command += ["-display", "none", "-no-reboot"]
-        command += ["-serial", "stdio"]
-        command += ["-kernel", str(kernel.image), "-initrd", str(self._initrd)]
-        command += ["-append", f"console=ttyS0 {_clock(machine)} {_ARGUMENTS}"]
-        command += ["-chardev", f"socket,id=c,path={socket}", "-device", ",".join([name, *properties, *device])]
-        self._boot(command, env=qemu.environment())
-        try:
-            for module in build.module_closure(kernel, modules):
-                self.command(f"insmod {module}")
-        except GuestError:
-            self.close()
-            raise
-
-
-def _clock(machine: str) -> str:
-    """What the kernel must be told about time.
-
-    microvm has no timer interrupt to count by, so the kernel measures the processor's clock against a port; on a
-    busy host it gives up and waits for ticks that never come. The clock is the host's and need not be exact here.
-    """
-    if machine != "microvm":
-        return ""
-    found = re.search(r"^cpu MHz\s*:\s*(\d+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return f"tsc_early_khz={int(found[1]) * 1000 if found else 2_000_000}"

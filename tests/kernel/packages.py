@@ -59,6 +59,23 @@ def extract_suite(suite: str, packages: Sequence[str], into: Path) -> None:
     shutil.rmtree(into / "dev", ignore_errors=True)
 
 
+# Bound inside a mount namespace of the command alone: nothing is left mounted, whatever happens to it.
+_ENTER = 'mount --rbind /dev "$0/dev" && mount --rbind /proc "$0/proc" && exec chroot "$0" "$@"'
+
+
+def run_in_root(root: Path, command: Sequence[str | Path], *, what: str) -> str:
+    """Runs a command inside the root file system of another suite; returns its standard output.
+
+    Who is not root becomes it in a user namespace of its own.
+
+    Raises:
+        BuildError: namespaces are forbidden here, or the command failed.
+    """
+    namespaces = ["--mount"] if os.geteuid() == 0 else ["--mount", "--map-root-user"]
+    inside = ["/usr/bin/env", "-i", "PATH=/usr/bin:/usr/sbin", "LC_ALL=C", *command]
+    return run(["unshare", *namespaces, "sh", "-c", _ENTER, root, *inside], what=what)
+
+
 def _apt(program: str, arguments: Sequence[str], package: str, cwd: Path | None = None) -> str:
     try:
         return run([program, *arguments], what=f"asking apt for {package}", cwd=cwd)

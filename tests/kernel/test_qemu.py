@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.kernel.guest import Qemu
+from tests.kernel.qemu import Qemu
 from tests.kernel.server import Server
 from tests.kernel.transcript import device_request, driver_request
 
@@ -25,7 +25,7 @@ def test_a_request_reads_as_the_original_on_both_consoles(
     serve: Serve, qemu: Boot, machine: str, ring: tuple[str, ...]
 ) -> None:
     server = serve(*ring)
-    guest = qemu(server, machine=machine)
+    guest = qemu(server, on=machine)
     guest.load()
     bits = guest.command("read /sys/bus/virtio/devices/virtio0/features")[0].removeprefix("guest: out: ")
     assert bits[34] == ("0" if ring == SPLIT else "1"), "the ring that the guest negotiated"

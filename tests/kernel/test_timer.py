@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.kernel.guest import Qemu, Uml
+from tests.kernel.guest import Uml
+from tests.kernel.qemu import Qemu
 from tests.kernel.server import Server
 from tests.kernel.transcript import ACK, device_tick, driver_tick
 
@@ -35,7 +36,7 @@ def test_both_consoles_read_as_the_original(serve: Serve, uml: Callable[..., Uml
 @pytest.mark.parametrize("machine", ["q35", "microvm"])
 def test_under_qemu(serve: Serve, qemu: Callable[..., Qemu], machine: str) -> None:
     server = serve("--timer", "--first-after", "10", "--every", "0.6")
-    guest = qemu(server, machine=machine)
+    guest = qemu(server, on=machine)
     guest.load("timer=1")
     _first_ticks(server, guest, TICKS)
 
