@@ -1,4 +1,4 @@
-"""Which device × transport × carrier × ring × kernel combinations really ran.
+"""Which combinations of device, transport, carrier, ring and kernel really ran.
 
 A test that has seen a request answered calls `record`, with what was negotiated and not with what it asked for. Each
 call adds one line of JSON to the file that ``VIRTIO_TEST_COMBINATIONS`` names, else to one in pytest's cache folder.

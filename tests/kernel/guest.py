@@ -129,7 +129,7 @@ class Uml(Guest):
     """
 
     def __init__(self, socket: Path, *, virtio_id: int = 45, arguments: Sequence[str] = ()) -> None:
-        kernel = build.uml_kernel()
+        self.kernel = kernel = build.uml_kernel()
         super().__init__(build.files(kernel))
         command = [str(kernel.image), "mem=64M", f"initrd={self._initrd}", f"uml_dir={self.folder}"]
         command += ["con=null", "con0=fd:0,fd:1", "ssl=null", "console=tty0", *ARGUMENTS.split()]

@@ -91,6 +91,10 @@ class Qemu(Guest):
         iommu: whether there is QEMU's IOMMU and the kernel uses it for all devices.
         parameters: of modules, by name, such as ``{"virtio_pci": "force_legacy=1"}``.
         tools: whether the guest has lspci and busybox.
+
+    Attributes:
+        machine: as it was asked for.
+        kernel: what was booted.
     """
 
     def __init__(
@@ -106,7 +110,8 @@ class Qemu(Guest):
         parameters: Mapping[str, str] | None = None,
         tools: bool = False,
     ) -> None:
-        kernel = kernel or build.debian_kernel()
+        self.machine = machine
+        self.kernel = kernel = kernel or build.debian_kernel()
         if modules is None:
             modules = MMIO_MODULES if machine == "microvm" else PCI_MODULES
         super().__init__(build.files(kernel, modules) | (build.tools() if tools else {}))

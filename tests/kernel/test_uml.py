@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.kernel import checks
 from tests.kernel.guest import Uml
 from tests.kernel.server import Server
 from tests.kernel.transcript import (
@@ -30,6 +31,7 @@ def test_a_request_reads_as_the_original_on_both_consoles(serve: Serve, uml: Boo
     guest.load()
     assert guest.command("run virtio 10") == driver_request(10)
     assert server.said(5) == device_request(10)
+    checks.ran(guest, transport="vhost-user", carrier="vhost-user")
     for count, number in enumerate((0, 253, 254, 255), 2):
         assert guest.command(f"run virtio {number}") == driver_request(number)
         assert server.said(5 * count)[-5:] == device_request(number)
