@@ -1,0 +1,84 @@
+"""The entropy device (VIRTIO 1.4, 5.4): fills buffers with random bytes from a callable.
+
+A buffer gets `limit` bytes at most, so a driver that offers gigabytes cannot keep the device from anything else; the
+used length says how many it got (5.4.6.2 allows less than the entire buffer). A buffer with nothing to write to, or
+with something to read in it (5.4.6.1), is counted in `odd`: the former gets nothing, the latter is filled all the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from virtio_test._core import Chain
+from virtio_test.errors import HandlerError, InvalidArgument
+from virtio_test.spec.ids import DeviceId
+from virtio_test.spec.rng import REQUEST_QUEUE
+
+from .base import OnHandlerError
+from .chains import ChainDevice
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["RngDevice"]
+
+_QUEUE_SIZE: Final = 8
+_LIMIT: Final = 64 << 10
+
+
+class RngDevice(ChainDevice):
+    """The entropy device.
+
+    Args:
+        source: ``source(count)`` gives 1 to `count` bytes; the operating system's, when none is given.
+        limit: bytes that one buffer gets at most.
+        queue_size: largest size of the queue.
+        device_id: virtio device id.
+        transitional: serve a driver without VERSION_1 too.
+        on_handler_error: what becomes of a request when the source fails; see `BaseDevice`.
+
+    Attributes:
+        delivered: bytes given out since the device was made.
+        odd: buffers that a driver must not put in.
+
+    Raises:
+        InvalidArgument: `limit` is below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Callable[[int], Buffer] = os.urandom,
+        limit: int = _LIMIT,
+        queue_size: int = _QUEUE_SIZE,
+        device_id: int = DeviceId.ENTROPY,
+        transitional: bool = True,
+        on_handler_error: OnHandlerError = "broken",
+    ) -> None:
+        if limit < 1:
+            raise InvalidArgument(f"limit is {limit}; a buffer gets at least one byte")
+        super().__init__(
+            device_id,
+            chains={REQUEST_QUEUE: self._fill},
+            queue_sizes=(queue_size,),
+            transitional=transitional,
+            on_handler_error=on_handler_error,
+        )
+        self.source = source
+        self.limit = limit
+        self.delivered = 0
+        self.odd = 0
+
+    def _fill(self, chain: Chain) -> int:
+        if chain.readable or not chain.writable:
+            self.odd += 1
+        wanted = min(chain.writable, self.limit)
+        if not wanted:
+            return 0
+        data = memoryview(self.source(wanted)).cast("B")
+        if not 1 <= len(data) <= wanted:
+            raise HandlerError(f"the source of random bytes gave {len(data)} bytes, asked for 1 to {wanted}")
+        self.delivered += len(data)
+        return chain.write(data)
