@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,98 +13,40 @@ import click
 from virtio_test._core import __version__
 from virtio_test.errors import PeerError, VirtioTestError
 
+from .params import Command, Group, Number, ReaderGone, Seconds
+
 __all__ = ["cli", "run"]
-
-Ring = Literal["split", "packed"]
-
-
-class Number(click.ParamType[int]):
-    """A whole number within bounds, whose message says what to give instead."""
-
-    name = "number"
-
-    def __init__(self, low: int, high: int | None = None) -> None:
-        self.low = low
-        self.high = high
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """See `click.ParamType.convert`."""
-        text = str(value)
-        wanted = f"from {self.low} to {self.high}" if self.high is not None else f"of at least {self.low}"
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-            self.fail(f"{text!r} is not a whole number: give one {wanted}", param, ctx)
-        number = int(text)
-        if number < self.low or (self.high is not None and number > self.high):
-            self.fail(f"{number} is out of range: give a number {wanted}", param, ctx)
-        return number
-
-
-class Seconds(click.ParamType[float]):
-    """A time in seconds, finite, from 0 or above it."""
-
-    name = "seconds"
-
-    def __init__(self, *, zero: bool) -> None:
-        self.zero = zero
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """See `click.ParamType.convert`."""
-        wanted = "0 or more seconds" if self.zero else "more than 0 seconds (at least a nanosecond)"
-        try:
-            seconds = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a time: give {wanted}", param, ctx)
-        if not math.isfinite(seconds) or not (0 if self.zero else 1e-9) <= seconds <= 1e9:
-            self.fail(
-                f"{value} is not a time that can be waited for: give {wanted}, a thousand million at most", param, ctx
-            )
-        return seconds
-
-
-class ReaderGone(Exception):
-    """Whoever read our output has left."""
-
-
-class Group(click.Group):
-    """The commands; click would end the process by itself when the output's reader leaves."""
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        """See `click.Command.make_context`; the help is shown from in there."""
-        try:
-            return super().make_context(info_name, args, parent, **extra)
-        except BrokenPipeError:
-            raise ReaderGone from None
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """See `click.Command.invoke`."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise ReaderGone from None
-
-
-class Command(click.Command):
-    """A command that takes ``-1`` for a bad number, not for an unknown option."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See `click.Command.parse_args`."""
-        given = list(args)  # click takes them out one by one
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            if not re.fullmatch(r"-[0-9.]+", error.option_name):
-                raise
-            negative = next(text for text in given if text.startswith(error.option_name))
-            raise click.UsageError(f"{negative} is negative: nothing here can be below 0", ctx) from None
 
 
 _FIRST = click.option("--first-after", type=Seconds(zero=True), default=30.0, help="Seconds to the first tick.")
 _EVERY = click.option("--every", type=Seconds(zero=False), default=1.0, help="Seconds between ticks.")
-_RING = click.option("--ring", type=click.Choice(["split", "packed"]), default="split", help="Format of the virtqueue.")
-_INDIRECT = click.option("--indirect", is_flag=True, help="Put every chain into an indirect table.")
+_FLAVOUR = click.option(
+    "--flavour",
+    type=click.Choice(["generic", "transitional", "non-transitional"]),
+    default=None,
+    help="Flavour of a PCI function; generic if not given.",
+)
+_WAY = (
+    click.option("--transport", type=click.Choice(["none", "pci", "mmio"]), default="none", help="Registers between."),
+    _FLAVOUR,
+    click.option(
+        "--interface",
+        type=click.Choice(["auto", "modern", "legacy"]),
+        default="auto",
+        help="Which interface of PCI or MMIO the driver uses.",
+    ),
+    click.option("--intx", is_flag=True, help="PCI interrupts by the line instead of by messages."),
+    click.option("--ring", type=click.Choice(["split", "packed"]), default="split", help="Format of the virtqueue."),
+    click.option("--indirect", is_flag=True, help="Put every chain into an indirect table."),
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+
+
+def _way(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of `session.Way`."""
+    for option in reversed(_WAY):
+        command = option(command)
+    return command
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -116,15 +57,14 @@ def cli() -> None:
 
 @cli.command(cls=Command)
 @click.argument("number", type=Number(0, 255))
-@_RING
-@_INDIRECT
+@_way
 @click.option("--count", type=Number(1), default=1, help="How often to send it.")
 @_JSON
-def request(*, number: int, ring: Ring, indirect: bool, count: int, as_json: bool) -> None:
+def request(*, number: int, count: int, as_json: bool, **way: Any) -> None:
     """Send NUMBER (0 to 255) from the driver to the test device, both in this process."""
-    from .session import request
+    from .session import Way, request
 
-    request(number, ring=ring, indirect=indirect, count=count, as_json=as_json, show=click.echo)
+    request(number, way=Way(**way), count=count, as_json=as_json, show=click.echo)
 
 
 @cli.command(cls=Command)
@@ -132,22 +72,18 @@ def request(*, number: int, ring: Ring, indirect: bool, count: int, as_json: boo
 @_FIRST
 @_EVERY
 @click.option("--real-time", is_flag=True, help="Wait for the time to pass, instead of moving a virtual clock.")
-@_RING
-@_INDIRECT
+@_way
 @_JSON
-def timer(
-    *, ticks: int, first_after: float, every: float, real_time: bool, ring: Ring, indirect: bool, as_json: bool
-) -> None:
+def timer(*, ticks: int, first_after: float, every: float, real_time: bool, as_json: bool, **way: Any) -> None:
     """Run the timer variant of device and driver, both in this process."""
-    from .session import timer
+    from .session import Way, timer
 
     timer(
         ticks,
         first_after=first_after,
         every=every,
         real_time=real_time,
-        ring=ring,
-        indirect=indirect,
+        way=Way(**way),
         as_json=as_json,
         show=click.echo,
     )
