@@ -14,7 +14,8 @@ side asked for against `bars` and `config_size` before it calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 from virtio_test._core import GuestMemory
 from virtio_test.loop import OwnerLoop
@@ -22,7 +23,8 @@ from virtio_test.loop import OwnerLoop
 __all__ = ["Bar", "InterruptSink", "PciEndpoint"]
 
 
-class Bar(NamedTuple):
+@dataclass(frozen=True, order=True, slots=True)
+class Bar:
     """One base address register.
 
     Attributes:
