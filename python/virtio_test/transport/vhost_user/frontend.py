@@ -7,27 +7,28 @@ they are, so that wrong messages are as easy to send as right ones.
 
 from __future__ import annotations
 
-import array
 import os
+import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 from virtio_test._core import GuestMemory, Notifier, QueueConfig, Region
-from virtio_test.errors import PeerDisconnected, PeerTimeout, StateError
+from virtio_test.errors import PeerDisconnected, StateError
 from virtio_test.features import FeatureSet
 
 from .codec import Decoder, Message, encode, encode_reply
+from .inflight import InflightRegion
 from .messages import (
     BACKEND_REQUESTS,
     FRONTEND_REQUESTS,
-    MAX_FDS,
     PROTOCOL_FEATURES_BIT,
     ProtocolFeature,
     Request,
 )
-from .payloads import U64, Config, MemoryRegion, MemoryTable, Payload, SingleRegion, VringAddress, VringState
+from .payloads import U64, Config, Inflight, MemoryRegion, MemoryTable, Payload, SingleRegion, VringAddress, VringState
 from .rules import violation
+from .wire import Wire, connect
 
 __all__ = ["USER_OFFSET", "FrontEnd", "FrontEndRing", "ring_address"]
 
@@ -36,7 +37,7 @@ USER_OFFSET: Final = 0x7000_0000_0000
 
 _PROTOCOL: Final = 1 << PROTOCOL_FEATURES_BIT
 _WORD64: Final = (1 << 64) - 1
-_FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_MOST_REQUESTS: Final = 64
 _F = ProtocolFeature
 _WANTED: Final = (
     _F.MQ | _F.REPLY_ACK | _F.BACKEND_REQ | _F.CONFIG | _F.RESET_DEVICE | _F.CONFIGURE_MEM_SLOTS | _F.STATUS
@@ -53,9 +54,9 @@ class FrontEndRing:
         error: readable when the back-end has stopped the ring.
     """
 
-    def __init__(self, config: QueueConfig, *, call: Notifier | None = None) -> None:
+    def __init__(self, config: QueueConfig, *, kick: Notifier | None = None, call: Notifier | None = None) -> None:
         self.config = config
-        self.kick = Notifier.eventfd()
+        self.kick = Notifier.eventfd() if kick is None else kick
         self.call = Notifier.eventfd() if call is None else call
         self.error = Notifier.eventfd()
 
@@ -84,22 +85,16 @@ class FrontEnd:
     ) -> None:
         if (path is None) == (connection is None):
             raise StateError("a front-end needs either a path or a connection")
-        if connection is None:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                connection.connect(os.fspath(path or ""))
-            except OSError as error:
-                connection.close()
-                raise PeerDisconnected(f"no back-end at {os.fspath(path or '')}: {error.strerror}") from None
-        connection.settimeout(timeout)
+        if path is not None:
+            connection = connect(path, timeout=timeout)
+        assert connection is not None
         self.socket = connection
         self.timeout = timeout
         self.features = FeatureSet()
         self.protocol = ProtocolFeature(0)
         self.rings: dict[int, FrontEndRing] = {}
-        self._replies = Decoder(FRONTEND_REQUESTS, replies=True)
-        self._requests = Decoder(BACKEND_REQUESTS)
-        self._channel: socket.socket | None = None
+        self.channel: Wire | None = None
+        self._wire = Wire(connection, Decoder(FRONTEND_REQUESTS, replies=True), timeout=timeout)
 
     def __repr__(self) -> str:
         return f"<FrontEnd, features {self.features}, protocol {self.protocol!r}>"
@@ -112,10 +107,10 @@ class FrontEnd:
 
     def close(self) -> None:
         """Leave: close the connection and the channel."""
-        self.socket.close()
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        self._wire.close()
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
 
     # --- messages -------------------------------------------------------------------------------------------
 
@@ -131,15 +126,13 @@ class FrontEnd:
         self.send_bytes(encode(request, payload, need_reply=need_reply), fds)
 
     def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send bytes, and fds beside the first of them."""
-        try:
-            sent = socket.send_fds(self.socket, [data], list(fds), socket.MSG_NOSIGNAL)
-            if sent < len(data):
-                self.socket.sendall(data[sent:], socket.MSG_NOSIGNAL)
-        except TimeoutError:
-            raise PeerTimeout(f"the back-end took nothing for {self.timeout} s") from None
-        except OSError as error:
-            raise PeerDisconnected(f"the back-end has closed the connection: {error.strerror}") from None
+        """Send bytes, and fds beside the first of them.
+
+        Raises:
+            PeerTimeout: the back-end takes nothing.
+            PeerDisconnected: it has closed the connection.
+        """
+        self._wire.send(data, fds)
 
     def receive(self) -> Message:
         """The next reply.
@@ -149,18 +142,16 @@ class FrontEnd:
             PeerDisconnected: the back-end has closed the connection.
             MessageError: it is malformed.
         """
-        while True:
-            try:
-                data, ancillary, _, _ = self.socket.recvmsg(self._replies.wanted, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
-            except TimeoutError:
-                raise PeerTimeout(f"the back-end did not answer within {self.timeout} s") from None
-            except OSError as error:
-                raise PeerDisconnected(f"the back-end has closed the connection: {error.strerror}") from None
-            if not data:
-                self._replies.end()
-                raise PeerDisconnected("the back-end has closed the connection")
-            for message in self._replies.feed(data, _fds(ancillary)):
-                return message
+        return self._wire.receive()
+
+    def check_silent(self) -> None:
+        """Nothing has been asked, so nothing may have come.
+
+        Raises:
+            MessageError: UnexpectedReply.
+            PeerDisconnected: the back-end has closed the connection.
+        """
+        self._wire.check_silent()
 
     def request(self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()) -> Message | None:
         """Send a request and wait for its answer; None for one that has none, without REPLY_ACK.
@@ -234,10 +225,9 @@ class FrontEnd:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             self.request(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
-        if self._channel is not None:
-            self._channel.close()
-        self._channel = ours
-        self._requests = Decoder(BACKEND_REQUESTS)
+        if self.channel is not None:
+            self.channel.close()
+        self.channel = Wire(ours, Decoder(BACKEND_REQUESTS), timeout=self.timeout)
 
     # --- memory ---------------------------------------------------------------------------------------------
 
@@ -258,15 +248,18 @@ class FrontEnd:
 
     # --- rings ----------------------------------------------------------------------------------------------
 
-    def setup_ring(self, config: QueueConfig, *, base: int = 0, call: Notifier | None = None) -> FrontEndRing:
+    def setup_ring(
+        self, config: QueueConfig, *, base: int = 0, kick: Notifier | None = None, call: Notifier | None = None
+    ) -> FrontEndRing:
         """Everything that a ring needs but SET_VRING_ENABLE; the order is QEMU's.
 
         Args:
             config: sizes and guest addresses.
             base: the value of SET_VRING_BASE.
+            kick: where we notify the back-end; an eventfd when None.
             call: where the back-end notifies us; an eventfd when None.
         """
-        ring = FrontEndRing(config, call=call)
+        ring = FrontEndRing(config, kick=kick, call=call)
         index = config.index
         self.rings[index] = ring
         self.request(Request.SET_VRING_NUM, VringState(index, config.size))
@@ -282,10 +275,16 @@ class FrontEnd:
         self.request(Request.SET_VRING_ENABLE, VringState(index, int(on)))
 
     def get_base(self, index: int) -> int:
-        """GET_VRING_BASE: the ring stops."""
+        """GET_VRING_BASE: the ring stops.
+
+        Raises:
+            MessageError: UnexpectedReply, it is about another queue.
+        """
         reply = self.request(Request.GET_VRING_BASE, VringState(index))
         assert reply is not None
         assert isinstance(reply.payload, VringState)
+        if reply.payload.index != index:
+            raise violation("UnexpectedReply", f"the base of queue {reply.payload.index} came", queue=index)
         return reply.payload.num
 
     def kick_inband(self, index: int) -> None:
@@ -298,12 +297,14 @@ class FrontEnd:
         """GET_CONFIG.
 
         Raises:
-            MessageError: Refused, the back-end answered with an empty payload.
+            MessageError: Refused, the answer is an empty payload; ConfigSize, it has another number of bytes.
         """
         reply = self.request(Request.GET_CONFIG, Config(offset, size, 0, bytes(size)))
         assert reply is not None
         if not isinstance(reply.payload, Config):
             raise violation("Refused", f"GET_CONFIG of {size} bytes at {offset} was refused")
+        if len(reply.payload.data) != size:
+            raise violation("ConfigSize", f"{len(reply.payload.data)} bytes came where {size} were asked for")
         return reply.payload.data
 
     def set_config(self, offset: int, data: bytes, *, flags: int = 0) -> None:
@@ -318,32 +319,61 @@ class FrontEnd:
         """SET_STATUS."""
         self.request(Request.SET_STATUS, U64(status))
 
+    # --- what is in flight ----------------------------------------------------------------------------------
+
+    def get_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightRegion:
+        """GET_INFLIGHT_FD: a new region for `queues` queues of `queue_size` descriptors.
+
+        Raises:
+            MessageError: Refused, there is none; InflightRegion, it cannot hold what it is for.
+        """
+        reply = self.request(Request.GET_INFLIGHT_FD, Inflight(0, 0, queues, queue_size))
+        assert reply is not None
+        assert isinstance(reply.payload, Inflight)
+        if not reply.payload.size or not reply.fds:
+            raise violation("Refused", f"GET_INFLIGHT_FD for {queues} queues of {queue_size} was refused")
+        return InflightRegion(
+            reply.fds[0], reply.payload.size, reply.payload.offset, queues=queues, queue_size=queue_size, packed=packed
+        )
+
+    def set_inflight(self, region: InflightRegion) -> None:
+        """SET_INFLIGHT_FD."""
+        payload = Inflight(region.size, region.offset, region.queues, region.queue_size)
+        self.request(Request.SET_INFLIGHT_FD, payload, [region.fileno()])
+
     # --- requests of the back-end ---------------------------------------------------------------------------
 
-    def backend_requests(self, *, timeout: float = 0.0, answer: int = 0) -> list[Message]:
+    def backend_requests(self, *, timeout: float = 0.0, answer: int | Callable[[Message], int] = 0) -> list[Message]:
         """What the back-end has asked for since the last call, each answered with `answer` where it wants one.
 
         Args:
             timeout: seconds to wait for the first.
-            answer: 0 for success.
+            answer: 0 for success, or what tells it of each request.
+
+        Raises:
+            MessageError: a request is malformed, or the back-end does not read its answers.
+            PeerDisconnected: the back-end has closed the channel, and everything that it asked for was given before.
         """
         found: list[Message] = []
-        if self._channel is None:
+        channel = self.channel
+        if channel is None:
             return found
-        while True:
-            self._channel.settimeout(timeout if not found and not self._requests.pending else 0.0)
+        if timeout:
+            select.select([channel.socket], [], [], timeout)
+        while len(found) < _MOST_REQUESTS:
             try:
-                data, ancillary, _, _ = self._channel.recvmsg(self._requests.wanted, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
-            except (BlockingIOError, TimeoutError):
-                return found
-            except ConnectionResetError:
-                return found
-            if not data:
-                return found
-            for message in self._requests.feed(data, _fds(ancillary)):
-                found.append(message)
-                if message.need_reply:
-                    self._channel.sendall(encode_reply(message.request, U64(answer)))
+                message = channel.take()
+            except PeerDisconnected:
+                if found:
+                    break
+                raise
+            if message is None:
+                break
+            found.append(message)
+            if message.need_reply:
+                value = answer(message) if callable(answer) else answer
+                channel.answer(encode_reply(message.request, U64(value)))
+        return found
 
 
 def ring_address(config: QueueConfig) -> VringAddress:
@@ -362,11 +392,3 @@ def _shared(region: Region) -> tuple[MemoryRegion, int]:
         raise StateError(f"the region at {region.address:#x} is anonymous memory and cannot be shared; use memfd")
     user = region.address + USER_OFFSET
     return MemoryRegion(region.address, region.size, user, region.offset), region.fd
-
-
-def _fds(ancillary: Sequence[tuple[int, int, bytes]]) -> Sequence[int]:
-    fds = array.array("i")
-    for level, kind, content in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    return fds

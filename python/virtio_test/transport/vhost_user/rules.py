@@ -39,7 +39,7 @@ _RULES: Final = (
     MessageRule("Truncated", "Communication", "a message ends before the connection does", "M02"),
     MessageRule("FdCount", "Communication", "as many fds come with a message as its request asks for", "M03"),
     MessageRule("UnexpectedReply", "Communication", "a reply answers the request that was sent", "M01"),
-    MessageRule("RepliesUnread", "Communication", "a front-end reads its replies", "M02"),
+    MessageRule("RepliesUnread", "Communication", "whoever asks reads the replies", "M02"),
     MessageRule("Refused", "VHOST_USER_PROTOCOL_F_REPLY_ACK", "the back-end can do what it is asked for", "M16"),
     MessageRule("UnknownRequest", "Front-end message types", "the request is one of the protocol", "M16"),
     MessageRule("NotNegotiated", "Protocol features", "the request's protocol feature is negotiated", "M16"),
@@ -77,8 +77,17 @@ _RULES: Final = (
     MessageRule("VringValue", "Front-end message types", "no reserved bit of a queue's number is set", "M09"),
     MessageRule("FdType", "VHOST_USER_SET_VRING_KICK", "kick fds are eventfds or pipes; others may be sockets", "M10"),
     MessageRule("ConfigRange", "Virtio device config space", "an access lies within the configuration space", "M01"),
+    MessageRule("ConfigSize", "VHOST_USER_GET_CONFIG", "the reply has as many bytes as were asked for", "M01"),
     MessageRule("ConfigFlags", "Virtio device config space", "the kind of a configuration access is 0 or 1", "M01"),
     MessageRule("DeviceFailed", "Communication", "the device can do what the request makes it do", "M16"),
+    MessageRule("QueueCount", "Multiple queue support", "a device has 1 to 256 queues, as indices have 8 bits", "M11"),
+    MessageRule(
+        "InflightRegion",
+        "VHOST_USER_GET_INFLIGHT_FD",
+        "the region has room for every queue, in a file of its own",
+        "M20",
+    ),
+    MessageRule("InflightState", "Inflight I/O tracking", "the record of what is in flight fits its queue", "M20"),
     MessageRule("StatusValue", "VHOST_USER_SET_STATUS", "a device status has 8 bits", "M01"),
 )
 
