@@ -205,7 +205,7 @@ def test_bad_sockets_leave_nothing_behind(tmp_path: Path, spawn: Run) -> None:
         (["--socket", "S", "--features", "+NOTHING"], "unknown feature 'NOTHING'"),
         (["--socket", "S", "--features", "+SR_IOV"], "SR_IOV"),
         (["--socket", "S", "--features", "-VERSION_1"], "VERSION_1"),
-        (["--socket", "S", "--device", "blk"], "'blk'"),
+        (["--socket", "S", "--device", "gpu"], "'gpu'"),
         (["--socket", "S", "--policy", "mild"], "'mild' is not one of 'interop', 'strict'"),
         (["--fd", "2000"], "fd 2000"),
     ],

@@ -13,13 +13,11 @@ import click
 from virtio_test._core import __version__
 from virtio_test.errors import PeerError, VirtioTestError
 
-from .params import Command, Group, Number, ReaderGone, Seconds
+from .params import DEVICES, Command, Group, Number, ReaderGone, Seconds
 
 __all__ = ["cli", "run"]
 
 
-_FIRST = click.option("--first-after", type=Seconds(zero=True), default=30.0, help="Seconds to the first tick.")
-_EVERY = click.option("--every", type=Seconds(zero=False), default=1.0, help="Seconds between ticks.")
 _FLAVOUR = click.option(
     "--flavour",
     type=click.Choice(["generic", "transitional", "non-transitional"]),
@@ -69,8 +67,8 @@ def request(*, number: int, count: int, as_json: bool, **way: Any) -> None:
 
 @cli.command(cls=Command)
 @click.option("--ticks", type=Number(1), default=9, help="Ticks to run for.")
-@_FIRST
-@_EVERY
+@click.option("--first-after", type=Seconds(zero=True), default=30.0, help="Seconds to the first tick.")
+@click.option("--every", type=Seconds(zero=False), default=1.0, help="Seconds between ticks.")
 @click.option("--real-time", is_flag=True, help="Wait for the time to pass, instead of moving a virtual clock.")
 @_way
 @_JSON
@@ -92,10 +90,30 @@ def timer(*, ticks: int, first_after: float, every: float, real_time: bool, as_j
 @cli.command(cls=Command)
 @click.option("--socket", "path", type=click.Path(path_type=Path), help="UNIX socket to listen on.")
 @click.option("--fd", type=Number(0), default=None, help="Instead: a UNIX socket that the launcher gave.")
-@click.option("--device", type=click.Choice(["test"]), default="test", help="Which device to serve.")
-@click.option("--timer", "timer_variant", is_flag=True, help="Its timer variant.")
-@_FIRST
-@_EVERY
+@click.option("--device", type=click.Choice(DEVICES), default="test", help="Which device to serve.")
+@click.option(
+    "--transport",
+    type=click.Choice(["vhost-user", "pci"]),
+    default="vhost-user",
+    help="Its rings to a virtual machine monitor that has the registers, or all of it as a PCI function.",
+)
+@click.option(
+    "--carrier",
+    type=click.Choice(["vfio-user", "uml"]),
+    default=None,
+    help="Who brings the PCI function to a guest; vfio-user if not given.",
+)
+@_FLAVOUR
+@click.option("--express", is_flag=True, help="The PCI function sits behind a PCI Express port.")
+@click.option("--timer", is_flag=True, help="The timer variant (test).")
+@click.option(
+    "--first-after", type=Seconds(zero=True), default=None, help="Seconds to the first tick, 30 if not given."
+)
+@click.option("--every", type=Seconds(zero=False), default=None, help="Seconds between ticks, else 1.")
+@click.option("--image", type=click.Path(path_type=Path), default=None, help="File behind the device (blk).")
+@click.option("--read-only", is_flag=True, help="Offer it for reading only (blk).")
+@click.option("--queues", type=Number(1, 1024), default=None, help="Request queues (blk).")
+@click.option("--serial", default=None, help="Identification, 20 characters at most (blk).")
 @click.option(
     "--features", default=None, metavar="+NAME,-NAME", help="Change what is offered: +NAME to add, -NAME not to."
 )
@@ -106,27 +124,30 @@ def serve(
     *,
     path: Path | None,
     fd: int | None,
-    device: str,
-    timer_variant: bool,
-    first_after: float,
-    every: float,
+    transport: Literal["vhost-user", "pci"],
+    carrier: Literal["vfio-user", "uml"] | None,
+    flavour: Literal["generic", "transitional", "non-transitional"] | None,
+    express: bool,
     features: str | None,
     policy: Literal["interop", "strict"],
+    **choice: Any,
 ) -> None:
-    """Serve a device as a vhost-user back-end to a real guest, until interrupted."""
+    """Serve a device to a real guest until interrupted: over vhost-user, or as a PCI function."""
     if (path is None) == (fd is None):
         raise click.UsageError(
             "give --socket PATH to listen on, or --fd with a socket of the launcher's: one of the two"
         )
+    from .devices import Choice
     from .server import serve
 
     serve(
+        Choice(**choice),
         path,
         fd=fd,
-        device=device,
-        timer=timer_variant,
-        first_after=first_after,
-        every=every,
+        transport=transport,
+        carrier=carrier,
+        flavour=flavour,
+        express=express,
         features=features,
         policy=policy,
         show=click.echo,

@@ -53,9 +53,9 @@ def connect(
         from virtio_test.transport.mmio import VirtioMmio
 
         return MmioRegisters(LocalMmio(VirtioMmio(device, version=1 if interface == "legacy" else 2, loop=loop)))
-    from virtio_test.carrier.pci import LocalPci
+    from virtio_test.carrier.pci import PciLoopback
     from virtio_test.driver.pci import open_pci
-    from virtio_test.transport.pci import VirtioPci
+    from virtio_test.transport.pci.function import VirtioPci
 
     function = VirtioPci(device, flavour=flavour or "generic", loop=loop)
-    return open_pci(LocalPci(function), interface=interface, interrupts="intx" if intx else "auto")
+    return open_pci(PciLoopback(function), interface=interface, interrupts="intx" if intx else "auto")

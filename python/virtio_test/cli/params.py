@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, Final
 
 import click
 
-__all__ = ["Command", "Group", "Number", "ReaderGone", "Seconds"]
+__all__ = ["DEVICES", "Command", "Group", "Number", "ReaderGone", "Seconds"]
+
+DEVICES: Final = ("test", "blk", "rng", "console")
+"""The devices that can be served or driven by name."""
 
 
 class Number(click.ParamType[int]):

@@ -1,4 +1,4 @@
-"""``virtio-test serve``: a device as a vhost-user back-end, until interrupted."""
+"""``virtio-test serve``: a device before a real guest, until interrupted."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final, Literal
 
-from virtio_test._core import Policy
+from virtio_test._core import GuestMemory, Policy
 from virtio_test.console import print_line
-from virtio_test.devices.test import TestDevice
 from virtio_test.errors import InvalidArgument
 from virtio_test.features import FeatureSet
-from virtio_test.transport.vhost_user.backend import Backend
-from virtio_test.transport.vhost_user.backend import serve as serve_device
+from virtio_test.loop import OwnerLoop
+
+from .devices import Choice, make
+from .machine import Flavour
 
 __all__ = ["serve"]
 
@@ -26,46 +27,75 @@ _PATIENCE_SECONDS: Final = 1.0
 
 
 def serve(
+    choice: Choice,
     path: Path | None = None,
     *,
     fd: int | None = None,
-    device: str = "test",
-    timer: bool = False,
-    first_after: float = 30.0,
-    every: float = 1.0,
+    transport: Literal["vhost-user", "pci"] = "vhost-user",
+    carrier: Literal["vfio-user", "uml"] | None = None,
+    flavour: Flavour | None = None,
+    express: bool = False,
     features: str | None = None,
     policy: Literal["interop", "strict"] = "interop",
     show: Callable[[str], object] = print_line,
 ) -> None:
-    """Serve the device until SIGINT or SIGTERM; its console is `show`, what happens to connections goes to stderr.
+    """Serve a device until SIGINT or SIGTERM; its console is `show`, what happens to connections goes to stderr.
 
     Args:
+        choice: the device.
         path: UNIX socket to listen on; or
         fd: one that the launcher gave.
-        device: which device; there is ``test``.
-        timer: its timer variant.
-        first_after: seconds from now to its first tick.
-        every: seconds between ticks.
+        transport: ``vhost-user`` for its rings alone, ``pci`` for a whole PCI function.
+        carrier: who brings the function to a guest; ``vfio-user`` when None.
+        flavour: of the function; ``generic`` when None.
+        express: the function sits behind a PCI Express port.
         features: changes to what is offered, as `FeatureSet.parse` reads them.
         policy: tolerances towards the driver.
         show: takes each line of the device's console.
 
     Raises:
-        InvalidArgument: a socket that cannot be used, an unknown device or feature, an impossible offer.
+        InvalidArgument: a socket that cannot be used, an unknown device or feature, an impossible offer, or an option
+            of another transport.
+        OSError: a file that cannot be opened.
     """
-    if device != "test":
-        raise InvalidArgument(f"unknown device {device!r}; there is: test")
-    made = TestDevice(timer=timer, first_after=first_after, every=every, console=_Console(show))
-    offered = made.features if features is None else FeatureSet.parse(features, base=made.features)
+    if transport != "pci" and (carrier is not None or flavour is not None or express):
+        raise InvalidArgument("--carrier, --flavour and --express are for --transport pci")
+    device = make(choice, console=_Console(show))
+    offered = device.features if features is None else FeatureSet.parse(features, base=device.features)
+    rules = {"interop": Policy.interop, "strict": Policy.strict}[policy]
     _log_to_stderr()
 
     # Not through the log, which the caller may have turned down: this is what a launcher waits for.
-    def ready(_backend: Backend) -> None:
+    def ready(_server: object) -> None:
         where = path if path is not None else f"fd {fd}"
-        _tell(f"virtio-test: serving the {device} device on {where}, Ctrl-C or SIGTERM stops it\n")
+        _tell(f"virtio-test: serving the {choice.device} device on {where}, Ctrl-C or SIGTERM stops it\n")
 
-    policies = {"interop": Policy.interop, "strict": Policy.strict}
-    serve_device(made, path, fd=fd, features=offered, policy=policies[policy], ready=ready)
+    if transport == "vhost-user":
+        from virtio_test.transport.vhost_user.backend import serve as serve_device
+
+        serve_device(device, path, fd=fd, features=offered, policy=rules, ready=ready)
+        return
+    from virtio_test.transport.pci.function import VirtioPci
+
+    def function(loop: OwnerLoop, memory: GuestMemory) -> VirtioPci:
+        return VirtioPci(
+            device,
+            flavour=flavour or "generic",
+            behind_express_port=express,
+            loop=loop,
+            memory=memory,
+            offered=offered,
+            policy=rules,
+        )
+
+    if carrier == "uml":
+        from virtio_test.carrier.uml import serve_uml
+
+        serve_uml(function, path, fd=fd, ready=ready)
+    else:
+        from virtio_test.carrier.vfio_user.server import serve as serve_function
+
+        serve_function(function(OwnerLoop(), GuestMemory()), path, fd=fd, ready=ready)
 
 
 class _Console:
