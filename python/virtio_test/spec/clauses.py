@@ -114,6 +114,7 @@ CLAUSES: Final = MappingProxyType(
         "4.1.2.2": "The driver matches vendor 0x1AF4 and the device ids of the specification, with any revision.",
         "4.1.2.3": "A transitional device has revision 0 and its virtio id as subsystem device id.",
         "4.1.3.1": "The driver accesses every PCI register with the width that it has.",
+        "4.1.4": "Each structure lies in a BAR of the function and is found by a vendor-specific capability.",
         "4.1.4.1": "The driver ignores reserved structure types and BARs, takes the first structure of a type that it "
         "can use, and copes with longer capabilities and regions.",
         "4.1.4.2": "cap_len counts the whole capability with its extra data.",
