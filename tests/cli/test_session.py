@@ -22,8 +22,28 @@ virtio response arg1 is 112
 virtio response arg2 is 113
 """
 
+RINGS = (("--ring", "split"), ("--ring", "packed"), ("--indirect",), ("--ring", "packed", "--indirect"))
+REGISTERS = (
+    ("--transport", "mmio"),
+    ("--transport", "pci"),
+    ("--transport", "pci", "--intx"),
+    ("--transport", "pci", "--flavour", "transitional"),
+    ("--transport", "pci", "--flavour", "non-transitional"),
+)
+LEGACY = (
+    ("--transport", "mmio", "--interface", "legacy"),
+    ("--transport", "pci", "--interface", "legacy"),
+    ("--transport", "pci", "--flavour", "transitional", "--interface", "legacy", "--intx"),
+)
 WAYS = pytest.mark.parametrize(
-    "way", [(), ("--ring", "split"), ("--ring", "packed"), ("--indirect",), ("--ring", "packed", "--indirect")]
+    "way",
+    [
+        (),
+        *RINGS,
+        *((*registers, *ring) for registers in REGISTERS for ring in ((), *RINGS)),
+        *((*registers, *ring) for registers in LEGACY for ring in ((), ("--indirect",))),
+    ],
+    ids=" ".join,
 )
 
 
@@ -66,6 +86,34 @@ def test_request_as_json(run: Run, ring: str) -> None:
     assert len(found["lines"]) == 18
     assert ("RING_PACKED" in found["features"]) == (ring == "packed")
     assert "CAN_PRINT" in found["features"]
+
+
+@pytest.mark.parametrize(("way", "interface"), [(("--interface", "modern"), "modern"), (LEGACY[1], "legacy")])
+def test_request_as_json_says_which_way_it_went(run: Run, way: tuple[str, ...], interface: str) -> None:
+    found = json.loads(run("request", "10", "--json", *way).out)
+    assert found["transport"] == ("pci" if "pci" in way else "none")
+    assert found["interface"] == interface
+    assert ("VERSION_1" in found["features"]) == (interface == "modern")
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [
+        (("--flavour", "generic"), "PCI"),
+        (("--transport", "mmio", "--intx"), "PCI"),
+        (("--interface", "legacy"), "pci or mmio"),
+        ((*LEGACY[0], "--ring", "packed"), "--ring split"),
+        (("--transport", "pci", "--flavour", "non-transitional", "--interface", "legacy"), "no legacy interface"),
+        (("--transport", "isa"), "'isa'"),
+        (("--flavour", "bitter"), "'bitter'"),
+    ],
+)
+@pytest.mark.parametrize("command", [("request", "10"), ("timer",)])
+def test_ways_that_are_none(run: Run, command: tuple[str, ...], way: tuple[str, ...], says: str) -> None:
+    result = run(*command, *way)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.count("\n") == 1
+    assert says in result.err
 
 
 def ticks(count: int) -> str:
