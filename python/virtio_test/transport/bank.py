@@ -52,6 +52,9 @@ __all__ = ["MAX_ERRORS", "RegisterBank"]
 MAX_ERRORS: Final = 1000
 """Errors that are kept; all are counted. A driver can cause any number of them."""
 
+TRANSPORT_FEATURES: Final = FeatureSet("ACCESS_PLATFORM", "ORDER_PLATFORM", "NOTIFICATION_DATA", "NOTIF_CONFIG_DATA")
+"""Features that change nothing for a device, only for what lies between it and its driver."""
+
 _MEMORY_SIZE: Final = 16 << 20
 _WORD: Final = 0xFFFF_FFFF
 _LEGACY_OFFER: Final = FeatureSet("NOTIFY_ON_EMPTY", "ANY_LAYOUT")
@@ -65,7 +68,7 @@ class RegisterBank:
         device: the device; it is attached at once.
         loop: the owner loop; one with a `VirtualClock` that it moves itself, when None.
         memory: the guest memory; 16 MiB at address 0, when None.
-        offered: what of the device's features to offer; all when None.
+        offered: what to offer of the device's features and of `TRANSPORT_FEATURES`; all of the device's when None.
         policy: tolerances towards the driver.
         transport: ``pci``, ``mmio``, …: some features belong to one transport; None restricts nothing.
 
@@ -89,7 +92,7 @@ class RegisterBank:
         transport: str | None = None,
     ) -> None:
         offer = device.features if offered is None else offered
-        if extra := offer - device.features:
+        if extra := offer - device.features - TRANSPORT_FEATURES:
             raise InvalidArgument(f"the device cannot offer {extra}")
         check_own_offer(offer, requires=device.requires, transport=transport)
         self._loop = OwnerLoop(clock=VirtualClock()) if loop is None else loop
@@ -504,12 +507,26 @@ class RegisterBank:
         return self.device.config.generation
 
     def read_config(self, offset: int, length: int) -> bytes:
-        """Bytes of the configuration space."""
+        """Bytes of the configuration space.
+
+        Raises:
+            StatusViolation: `ConfigOutOfRange`.
+        """
         return self.device.config.read(offset, length)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Write to the configuration space; fields that the driver may not write stay."""
-        self.device.config.write(offset, data)
+        """Write to the configuration space; fields that the driver may not write stay.
+
+        Raises:
+            StatusViolation: `ConfigOutOfRange`; nothing was written.
+        """
+        try:
+            self.device.config.write(offset, data)
+        except StatusViolation:
+            raise
+        except Exception:
+            with self._guarded():
+                raise
 
     # --- saved state ----------------------------------------------------------------------------------------
 

@@ -134,13 +134,14 @@ def declare(
     count = min(max(2, queues + 1), MSIX_MAX_VECTORS) if vectors is None else vectors
     if not 0 <= count <= MSIX_MAX_VECTORS:
         raise InvalidArgument(f"{count} vectors: MSI-X has at most {MSIX_MAX_VECTORS}")
+    pci_id = _device_id(device, transitional=transitional) if pci_device is None else pci_device
     ids = Ids(
         pci_vendor,
-        _device_id(device, transitional=transitional) if pci_device is None else pci_device,
+        pci_id,
         (PCI_TRANSITIONAL_REVISION if transitional else PCI_MODERN_MIN_REVISION) if revision is None else revision,
         (CLASSES.get(device.device_id, PCI_CLASS_OTHERS) if pci_class is None else pci_class) << 8,
         subsystem_vendor,
-        (device.device_id if transitional else PCI_MODERN_DEVICE_ID_BASE) if subsystem is None else subsystem,
+        (device.device_id if transitional else pci_id) if subsystem is None else subsystem,
     )
     limits = (0xFFFF, 0xFFFF, 0xFF, 0xFF_FFFF, 0xFFFF, 0xFFFF)
     for name, value, limit in zip(ids._fields, ids, limits, strict=True):

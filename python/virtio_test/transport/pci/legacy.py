@@ -17,7 +17,7 @@ from typing import Final
 
 from virtio_test.errors import PeerError
 from virtio_test.spec.pci import NO_VECTOR
-from virtio_test.transport.bank import RegisterBank
+from virtio_test.transport.bank import QueueSlot, RegisterBank
 
 from .declaration import Declaration
 from .interrupts import Interrupts
@@ -40,6 +40,7 @@ class LegacyRegisters:
         self.interrupts = interrupts
         self._registers = declaration.registers
         self._deaf = declaration.deaf
+        self._queues = len(bank.slots) - declaration.layout.admin_queues
         self.queue_select = 0
 
     def reset(self) -> None:
@@ -87,29 +88,34 @@ class LegacyRegisters:
 
     # --- what the rows call ---------------------------------------------------------------------------------
 
+    def selected(self) -> QueueSlot | None:
+        """The virtqueue that is selected; None when there is none. Administration virtqueues are not for it."""
+        return self.bank.slot(self.queue_select) if self.queue_select < self._queues else None
+
     def queue_pfn(self) -> int:
         """Page number of the selected virtqueue; 0 while it has no place."""
-        slot = self.bank.slot(self.queue_select)
+        slot = self.selected()
         return slot.desc // _PAGE if slot is not None and slot.enabled else 0
 
     def write_queue_pfn(self, value: int) -> None:
         """Place the selected virtqueue, or take it away."""
-        self.bank.place_legacy_queue(self.queue_select, value * _PAGE, align=_PAGE)
+        index = self.queue_select if self.queue_select < self._queues else len(self.bank.slots)
+        self.bank.place_legacy_queue(index, value * _PAGE, align=_PAGE)
 
     def queue_size(self) -> int:
         """Size of the selected virtqueue; 0 when there is none."""
-        slot = self.bank.slot(self.queue_select)
+        slot = self.selected()
         return 0 if slot is None else slot.size
 
     def queue_vector(self) -> int:
         """Vector of the selected virtqueue."""
-        if self.bank.slot(self.queue_select) is None:
+        if self.selected() is None:
             return NO_VECTOR
         return self.interrupts.queue_vectors[self.queue_select]
 
     def write_queue_vector(self, value: int) -> None:
         """Map the selected virtqueue to a vector."""
-        if self.bank.slot(self.queue_select) is not None:
+        if self.selected() is not None:
             self.interrupts.queue_vectors[self.queue_select] = self.interrupts.valid(value)
 
     def write_config_vector(self, value: int) -> None:
