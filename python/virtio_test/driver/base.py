@@ -17,6 +17,7 @@ error, each request once. `initialize()` starts anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from virtio_test._core import DriverQueue, Policy, QueueConfig, RingLayout
@@ -34,7 +35,7 @@ from virtio_test.errors import (
     StatusViolation,
     VirtioTestError,
 )
-from virtio_test.features import FeatureSet, negotiate
+from virtio_test.features import FeatureSet, Requirements, negotiate
 from virtio_test.spec.status import Status
 from virtio_test.status import check_read_back
 
@@ -63,7 +64,12 @@ class Driver:
         policy: tolerances towards the device's used rings.
         arena: where rings and buffers lie; the largest writable region of the memory when None.
         timeout: seconds of the loop's clock that waits take at most.
+
+    Attributes:
+        requires: features of the class that presuppose others; none is accepted without them (2.2.1).
     """
+
+    requires: Requirements = MappingProxyType({})
 
     def __init__(
         self,
@@ -141,7 +147,12 @@ class Driver:
             names = {**self.wanted.device, **self.required.device}
             offered = FeatureSet.from_bits(self.registers.device_features(), device=names)
             self.features = negotiate(
-                offered, self.wanted, self.required, transport=self.registers.transport, legacy=legacy
+                offered,
+                self.wanted,
+                self.required,
+                requires=self.requires,
+                transport=self.registers.transport,
+                legacy=legacy,
             )
             self.registers.write_driver_features(self.features.bits)
             if not legacy:
