@@ -66,6 +66,7 @@ _RULES: Final = (
     MessageRule("IrqRange", "VFIO_USER_DEVICE_SET_IRQS", "start and count lie within the interrupts of the type"),
     MessageRule("IrqData", "VFIO_USER_DEVICE_SET_IRQS", "there is a byte for each interrupt with DATA_BOOL, else none"),
     MessageRule("IrqFd", "VFIO_USER_DEVICE_SET_IRQS", "the fd of an interrupt is an eventfd"),
+    MessageRule("CommandRefused", "Commands", "a command that the protocol allows is honoured"),
     MessageRule("DeviceFailed", "Commands", "the device can do what the command makes it do"),
 )
 
