@@ -24,6 +24,8 @@ _FLAVOUR = click.option(
     default=None,
     help="Flavour of a PCI function; generic if not given.",
 )
+_RING = click.option("--ring", type=click.Choice(["split", "packed"]), default="split", help="Format of the virtqueue.")
+_INDIRECT = click.option("--indirect", is_flag=True, help="Put every chain into an indirect table.")
 _WAY = (
     click.option("--transport", type=click.Choice(["none", "pci", "mmio"]), default="none", help="Registers between."),
     _FLAVOUR,
@@ -34,8 +36,8 @@ _WAY = (
         help="Which interface of PCI or MMIO the driver uses.",
     ),
     click.option("--intx", is_flag=True, help="PCI interrupts by the line instead of by messages."),
-    click.option("--ring", type=click.Choice(["split", "packed"]), default="split", help="Format of the virtqueue."),
-    click.option("--indirect", is_flag=True, help="Put every chain into an indirect table."),
+    _RING,
+    _INDIRECT,
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
@@ -152,6 +154,23 @@ def serve(
         policy=policy,
         show=click.echo,
     )
+
+
+@cli.command(cls=Command)
+@click.option("--socket", "path", type=click.Path(path_type=Path), required=True, help="Where the back-end listens.")
+@click.option("--device", type=click.Choice(["test", "blk", "rng"]), default="test", help="What it serves.")
+@_RING
+@_INDIRECT
+@click.option("--count", type=Number(1), default=1000, help="Requests to send.")
+@click.option("--depth", type=Number(1, 1024), default=32, help="Requests in flight at once.")
+@click.option("--timeout", type=Seconds(zero=False), default=10.0, help="Seconds that any answer may take.")
+@click.option("--write", is_flag=True, help="Overwrite the first blocks too, and put them back at the end (blk).")
+@_JSON
+def drive(*, path: Path, **options: Any) -> None:
+    """Drive the vhost-user back-end that listens at a socket, whoever's it is, and check its answers."""
+    from .drive import drive
+
+    drive(path, **options, show=click.echo)
 
 
 @cli.command()

@@ -60,6 +60,7 @@ class Backend:
         features: what is offered instead of all that the device can.
         protocol_features: protocol features that are offered.
         policy: tolerances towards the driver's rings.
+        memory: what the front-end's memory is mapped into, without regions now; a new one when None.
 
     Raises:
         InvalidArgument: the path or fd cannot be used, or features are offered that the device does not have, or
@@ -76,11 +77,16 @@ class Backend:
         features: FeatureSet | None = None,
         protocol_features: ProtocolFeature = DEFAULT_PROTOCOL_FEATURES,
         policy: Policy = Policy.interop,
+        memory: GuestMemory | None = None,
     ) -> None:
         offered = device.features if features is None else features
         if extra := offered - device.features:
             raise InvalidArgument(f"the device does not have the features {extra}; it has {device.features}")
         check_own_offer(offered, requires=device.requires)
+        if memory is not None and memory.regions:
+            raise InvalidArgument(
+                f"the memory has regions of its own: {memory.regions}; the front-end brings all of it"
+            )
         if foreign := protocol_features & ~SUPPORTED:
             raise InvalidArgument(f"protocol features {foreign!r} are not served here; those served are {SUPPORTED!r}")
         self.device = device
@@ -90,7 +96,7 @@ class Backend:
         self._offered = offered
         self._protocol_features = protocol_features
         self._policy = policy
-        self._memory = GuestMemory()
+        self._memory = GuestMemory() if memory is None else memory
         self._session: Session | None = None
         self._socket: socket.socket | None = None
         self._decoder = Decoder(FRONTEND_REQUESTS)
@@ -310,6 +316,7 @@ def serve(
     features: FeatureSet | None = None,
     protocol_features: ProtocolFeature = DEFAULT_PROTOCOL_FEATURES,
     policy: Policy = Policy.interop,
+    memory: GuestMemory | None = None,
     ready: Callable[[Backend], object] | None = None,
 ) -> None:
     """Serve `device` until SIGINT or SIGTERM, or until the connection that `fd` is has ended.
@@ -325,6 +332,7 @@ def serve(
         features: what is offered instead of all that the device can.
         protocol_features: protocol features that are offered.
         policy: tolerances towards the driver's rings.
+        memory: what the front-end's memory is mapped into, without regions now; a new one when None.
         ready: called once front-ends can connect.
 
     Raises:
@@ -342,6 +350,7 @@ def serve(
             features=features,
             protocol_features=protocol_features,
             policy=policy,
+            memory=memory,
         ) as backend,
     ):
         if ready is not None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 from virtio_test._core import GuestMemory, Notifier, QueueConfig, Region
-from virtio_test.errors import PeerDisconnected, StateError
+from virtio_test.errors import PeerDisconnected, PeerTimeout, StateError
 from virtio_test.features import FeatureSet
 
 from .codec import Decoder, Message, encode, encode_reply
@@ -165,7 +165,12 @@ class FrontEnd:
         self.send(request, payload, fds, need_reply=need_reply)
         if row.reply is None and not need_reply:
             return None
-        reply = self.receive()
+        try:
+            reply = self.receive()
+        except PeerTimeout:
+            raise PeerTimeout(f"the back-end did not answer {row.name} within {self.timeout:g} s") from None
+        except PeerDisconnected:
+            raise PeerDisconnected(f"the back-end closed the connection instead of answering {row.name}") from None
         if reply.request != int(request):
             raise violation("UnexpectedReply", f"a reply to request {reply.request}, where {row.name} was asked")
         if row.reply is None and isinstance(reply.payload, U64) and reply.payload.value:

@@ -34,10 +34,10 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 10.0) -> socket.so
         PeerDisconnected: nobody does, or the path is no path of a socket; one line.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # Python's own timeout does not wait for a place among those that wait.
-    connection.setsockopt(
-        socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
-    )
+    # Python's own timeout does not wait for a place among those that wait. 0 would be no bound at all.
+    microseconds = max(1, int(timeout * 1e6))
+    bound = struct.pack("ll", microseconds // 1_000_000, microseconds % 1_000_000)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
     try:
         connection.connect(os.fspath(path))
     except (OSError, ValueError) as error:
