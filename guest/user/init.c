@@ -13,7 +13,7 @@
  *   sleep SECONDS
  *   read PATH                    log the file's lines
  *   write PATH TEXT              one write(); TEXT is the rest of the line
- *   poweroff
+ *   poweroff                     takes PCI functions away first where virtio carries them
  *
  * All output goes through the kernel's log, the programs' included: so it comes out
  * in whole lines and in order with the driver's own. Lines that begin with "guest: "
@@ -27,6 +27,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -246,8 +247,33 @@ static int command_write(const char *line)
 	return ret;
 }
 
+/*
+ * In user-mode Linux a virtio device carries the PCI bus. The kernel shuts that one
+ * down like any other, and removes the functions behind it only afterwards, when
+ * nobody answers for them any more: their drivers would wait for a reset for ever.
+ */
+static void remove_carried_pci(void)
+{
+	glob_t found;
+
+	if (glob("/sys/bus/virtio/drivers/virtio-pci/virtio*", 0, NULL, &found))
+		return;
+	globfree(&found);
+	if (glob("/sys/bus/pci/devices/*/remove", 0, NULL, &found))
+		return;
+	for (size_t i = 0; i < found.gl_pathc; i++) {
+		int fd = open(found.gl_pathv[i], O_WRONLY | O_CLOEXEC);
+
+		if (fd < 0 || write(fd, "1", 1) < 0)
+			say("cannot write %s: %s", found.gl_pathv[i], strerror(errno));
+		close(fd);
+	}
+	globfree(&found);
+}
+
 static void command_poweroff(void)
 {
+	remove_carried_pci();
 	sync();
 	reboot(RB_POWER_OFF);
 	say("end: %d poweroff", errno);

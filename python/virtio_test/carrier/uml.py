@@ -286,7 +286,7 @@ def serve_uml(
 
     Args:
         make: makes the function, over the loop and the memory that it is given. User-mode Linux has no I/O ports:
-            a function with an I/O BAR cannot be enabled there.
+            a function's I/O BARs stay without an address there, so its legacy interface is never used.
         path: listen here; or
         fd: a UNIX stream socket that the launcher gave.
         device_id: virtio id that the kernel was configured for (CONFIG_UML_PCI_OVER_VIRTIO_DEVICE_ID).
