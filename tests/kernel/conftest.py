@@ -6,6 +6,7 @@ A missing piece (no network, no package) fails the test with one line; nothing i
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -63,12 +64,19 @@ def qemu_root() -> build.QemuRoot:
 def serve() -> Generator[Callable[..., Server]]:
     """Starts servers: the arguments are those of ``virtio-test serve``."""
     with contextlib.ExitStack() as stack:
+        yield functools.partial(_serve, stack)
 
-        def start(*arguments: str) -> Server:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-test-")))
-            return stack.enter_context(Server(folder, *arguments))
 
-        yield start
+@pytest.fixture(scope="module")
+def serve_all() -> Generator[Callable[..., Server]]:
+    """The same for servers that several tests share."""
+    with contextlib.ExitStack() as stack:
+        yield functools.partial(_serve, stack)
+
+
+def _serve(stack: contextlib.ExitStack, *arguments: str, **options: Sequence[str]) -> Server:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-test-")))
+    return stack.enter_context(Server(folder, *arguments, **options))
 
 
 @pytest.fixture
@@ -88,11 +96,19 @@ def boot(qemu_root: build.QemuRoot) -> Generator[Callable[..., Qemu]]:
     """Boots a Debian kernel under QEMU with the devices that are named; options as of `Qemu`."""
     assert qemu_root.path.is_dir()
     with contextlib.ExitStack() as stack:
+        yield functools.partial(_boot, stack)
 
-        def start(devices: Sequence[str], **options: object) -> Qemu:
-            return stack.enter_context(Qemu(devices, **options))  # pyright: ignore[reportArgumentType]
 
-        yield start
+@pytest.fixture(scope="module")
+def boot_one(qemu_root: build.QemuRoot) -> Generator[Callable[..., Qemu]]:
+    """The same for a guest that several tests share."""
+    assert qemu_root.path.is_dir()
+    with contextlib.ExitStack() as stack:
+        yield functools.partial(_boot, stack)
+
+
+def _boot(stack: contextlib.ExitStack, devices: Sequence[str], **options: object) -> Qemu:
+    return stack.enter_context(Qemu(devices, **options))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture

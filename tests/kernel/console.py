@@ -62,6 +62,12 @@ class Console:
         return self._process.pid
 
     @property
+    def ended(self) -> bool:
+        """Whether it has ended, or closed its output."""
+        with self._change:
+            return self._ended
+
+    @property
     def lines(self) -> list[str]:
         """All lines so far, without line ends."""
         with self._change:

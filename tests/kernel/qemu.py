@@ -1,7 +1,7 @@
 """Stock Debian kernels under QEMU's own translator, with any devices; and QEMU with its firmware alone.
 
 A device is a list of QEMU's words, as the functions here make them, so several can simply be added up. Names such as
-``port`` are ids in one QEMU.
+``root`` are ids in one QEMU.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def vfio_user(socket: Path, **properties: object) -> list[str]:
     return ["-device", json.dumps(device)]
 
 
-def root_port(name: str = "port") -> list[str]:
+def root_port(name: str = "root") -> list[str]:
     """A PCI Express root port; a device is behind it with ``bus=name``."""
     return ["-device", f"pcie-root-port,id={name},chassis=1"]
 

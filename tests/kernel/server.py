@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -17,6 +18,7 @@ class Server:
     Args:
         folder: for its socket and its log; short, as a socket's path may have 107 bytes.
         arguments: further arguments of the command.
+        program: another program that takes ``--socket`` and says when it serves.
 
     Attributes:
         path: of the socket.
@@ -24,14 +26,18 @@ class Server:
         started: when it was started, on the monotonic clock.
     """
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, program: Sequence[str] = ("-m", "virtio_test", "serve")) -> None:
         self.path = folder / "socket"
         self._log = folder / "log"
         with self._log.open("ab") as log:
-            command = [sys.executable, "-W", "ignore::UserWarning", "-m", "virtio_test", "serve", "--socket"]
+            command = [sys.executable, "-W", "ignore::UserWarning", *program, "--socket"]
             self.console = Console([*command, str(self.path), *arguments], stderr=log)
         self.started = self.console.started
-        self.wait_for_log("virtio-test: serving ")
+        try:
+            self.wait_for_log("virtio-test: serving ")
+        except GuestError:
+            self.close()
+            raise
 
     @property
     def log(self) -> str:
@@ -55,7 +61,7 @@ class Server:
         """
         deadline = time.monotonic() + STEP_SECONDS
         while self.log.count(text) < count:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or (self.console.ended and text not in self.log):
                 raise GuestError(f"the server's log has not {count} x {text!r}:\n{self.log[-4000:]}")
             time.sleep(0.01)
 
