@@ -62,19 +62,20 @@ class CommonRegisters:
         value = value >> 32 * half if row.size == 8 else value
         return (value & (1 << 8 * length) - 1).to_bytes(length, "little")
 
-    def write(self, offset: int, data: bytes) -> str | None:
-        """One write; the reason, when it is not defined."""
+    def write(self, offset: int, data: bytes) -> StatusViolation | None:
+        """One write; the broken rule, when it is not defined."""
         found = _find(offset, len(data))
         if found is None:
-            return f"common configuration written with {len(data)} bytes at {offset:#x}"
+            message = f"common configuration written with {len(data)} bytes at {offset:#x}"
+            return StatusViolation("AccessWidth", "4.1.3.1", message)
         row, half = found
         value = int.from_bytes(data, "little")
         reset = row.name == "device_status" and value == 0
         if row.name in self._deaf or (not reset and not self.bank.claim("modern")):
             return None
         if row.write is None:
-            self._note(StatusViolation("ReadOnlyRegister", "4.1.4.3.2", f"{row.name} written with {value:#x}"))
-        elif row.area is not None:
+            return StatusViolation("ReadOnlyRegister", "4.1.4.3.2", f"{row.name} written with {value:#x}")
+        if row.area is not None:
             self._write_area(row.area, value, None if len(data) == 8 else half)
         else:
             row.write(self, value)

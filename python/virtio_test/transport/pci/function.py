@@ -253,7 +253,7 @@ class VirtioPci:
         found = find_region(self._regions, bar, offset, length)
         data = None if found is None else found[0].read(found[1], length)
         if data is None:
-            self._undefined(f"BAR {bar} read with {length} bytes at {offset:#x}")
+            self._undefined(f"read with {length} bytes at {offset:#x} of BAR {bar}")
             return b"\xff" * length
         return data
 
@@ -264,9 +264,9 @@ class VirtioPci:
             return
         found = find_region(self._regions, bar, offset, len(data))
         if found is None:
-            self._undefined(f"BAR {bar} written with {len(data)} bytes at {offset:#x}")
-        elif reason := found[0].write(found[1], data):
-            self._undefined(reason)
+            self._undefined(f"written with {len(data)} bytes at {offset:#x} of BAR {bar}")
+        elif broken := found[0].write(found[1], data):
+            self.bank.note(broken)
 
     # --- what carriers and resets do ------------------------------------------------------------------------
 
@@ -317,8 +317,8 @@ class VirtioPci:
             table.control(enabled=bool(control & 0x8000), masked=bool(control & 0x4000))
         self.interrupts.update()
 
-    def _undefined(self, reason: str) -> None:
-        self.bank.note(StatusViolation("AccessWidth", "4.1.3.1", reason))
+    def _undefined(self, access: str) -> None:
+        self.bank.note(StatusViolation("AccessWidth", "4.1.3.1", f"no register is {access}"))
 
     def _check(self, offset: int, length: int, bar: int | None = None) -> None:
         if offset < 0 or length < 1 or (bar is not None and bar not in self._config.bars):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from virtio_test.errors import PeerError
+from virtio_test.errors import PeerError, StatusViolation
 from virtio_test.spec.pci import NO_VECTOR
 from virtio_test.transport.bank import QueueSlot, RegisterBank
 
@@ -68,7 +68,7 @@ class LegacyRegisters:
         value = real if override is None else override if isinstance(override, int) else override(real)
         return (value & (1 << 8 * length) - 1).to_bytes(length, "little")
 
-    def write(self, offset: int, data: bytes) -> str | None:
+    def write(self, offset: int, data: bytes) -> StatusViolation | None:
         """See `regions.Region`."""
         if offset >= self.header:
             if self.bank.claim("legacy") and "legacy.config" not in self._deaf:
@@ -79,7 +79,9 @@ class LegacyRegisters:
             return None
         row = self._find(offset, len(data))
         if row is None or row.write is None:
-            return f"legacy registers written with {len(data)} bytes at {offset:#x}"
+            rule = "AccessWidth" if row is None else "ReadOnlyRegister"
+            message = f"legacy registers written with {len(data)} bytes at {offset:#x}"
+            return StatusViolation(rule, "4.1.4.10", message)
         value = int.from_bytes(data, "little")
         reset = row.name == "device_status" and value == 0
         if f"legacy.{row.name}" not in self._deaf and (reset or self.bank.claim("legacy")):

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from virtio_test.errors import InvalidArgument
+from virtio_test.errors import InvalidArgument, StatusViolation
 from virtio_test.spec.pci import MSIX_MAX_VECTORS
 
 __all__ = ["MsixTable", "PendingBits"]
@@ -104,10 +104,11 @@ class MsixTable:
         """A read of the table; None when it is not defined."""
         return bytes(self._table[offset : offset + length]) if _defined(offset, length) else None
 
-    def write(self, offset: int, data: bytes) -> str | None:
-        """A write to the table; the reason, when it is not defined."""
+    def write(self, offset: int, data: bytes) -> StatusViolation | None:
+        """A write to the table; the broken rule, when it is not defined."""
         if not _defined(offset, len(data)):
-            return f"MSI-X table accessed with {len(data)} bytes at {offset:#x}"
+            message = f"MSI-X table written with {len(data)} bytes at {offset:#x}"
+            return StatusViolation("AccessWidth", "4.1.1", message)
         self._table[offset : offset + len(data)] = data
         # Only the mask bit of vector control is there.
         control = offset // _ENTRY * _ENTRY + _CONTROL
@@ -129,9 +130,10 @@ class PendingBits:
         bits = sum(1 << vector for vector in self._of.pending)
         return (bits >> 8 * offset & (1 << 8 * length) - 1).to_bytes(length, "little")
 
-    def write(self, offset: int, data: bytes) -> str | None:
-        """Software writes nothing here; the reason."""
-        return f"MSI-X pending bits written with {len(data)} bytes at {offset:#x}"
+    def write(self, offset: int, data: bytes) -> StatusViolation | None:
+        """Software writes nothing here; the broken rule."""
+        message = f"MSI-X pending bits written with {len(data)} bytes at {offset:#x}"
+        return StatusViolation("ReadOnlyRegister", "4.1.1", message)
 
 
 def _defined(offset: int, length: int) -> bool:

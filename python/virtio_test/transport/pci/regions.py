@@ -3,7 +3,7 @@
 Theory
 ------
 All structures have the same two methods. `read` gives bytes, or None when the access is not defined; `write` gives
-None, or the reason why it is not defined. `function` turns those into ones, nothing, and a kept violation.
+None, or the rule that it breaks. `function` turns those into ones, nothing, and a kept violation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from virtio_test.errors import PeerError, QueueViolation, StatusViolation
+from virtio_test.errors import PeerError, QueueViolation, RuleViolation, StatusViolation
 from virtio_test.transport.bank import RegisterBank
 
 from .declaration import Declaration, Place
@@ -27,8 +27,8 @@ class Region(Protocol):
         """One read of `length` bytes; None when it is not defined."""
         ...
 
-    def write(self, offset: int, data: bytes) -> str | None:
-        """One write; the reason, when it is not defined."""
+    def write(self, offset: int, data: bytes) -> RuleViolation | None:
+        """One write; the broken rule, when it is not defined."""
         ...
 
 
@@ -48,9 +48,10 @@ class IsrStatus:
         value = real if override is None else override if isinstance(override, int) else override(real)
         return (value & 0xFF).to_bytes(length, "little")
 
-    def write(self, offset: int, data: bytes) -> str | None:
+    def write(self, offset: int, data: bytes) -> RuleViolation | None:
         """See `Region.write`: a driver only reads."""
-        return f"ISR status written with {len(data)} bytes at {offset:#x}"
+        message = f"ISR status written with {len(data)} bytes at {offset:#x}"
+        return StatusViolation("ReadOnlyRegister", "4.1.4.5", message)
 
 
 class DeviceConfig:
@@ -68,7 +69,7 @@ class DeviceConfig:
             self._bank.note(error)
             return b"\xff" * length
 
-    def write(self, offset: int, data: bytes) -> str | None:
+    def write(self, offset: int, data: bytes) -> RuleViolation | None:
         """See `Region.write`."""
         if self._bank.claim("modern") and not self._deaf:
             try:
@@ -96,19 +97,19 @@ class Notifications:
         """See `Region.read`: there is nothing to be read."""
         return None
 
-    def write(self, offset: int, data: bytes) -> str | None:
+    def write(self, offset: int, data: bytes) -> RuleViolation | None:
         """See `Region.write`."""
         wanted = 4 if "NOTIFICATION_DATA" in self._bank.accepted else 2
         if len(data) != wanted:
-            return f"notified with {len(data)} bytes at {offset:#x}, where it takes {wanted}"
+            return _odd(f"{len(data)} bytes at {offset:#x}, where it takes {wanted}")
         value = int.from_bytes(data[:2], "little")
         meant = next((each.index for each in self._bank.slots if self._value(each.index) == value), None)
         if self._multiplier:
             index, odd = divmod(offset, self._multiplier)
             if odd or index >= len(self._bank.slots):
-                return f"notified at {offset:#x}, which is no queue's place"
+                return _odd(f"{value:#x} at {offset:#x}, which is no queue's place")
         elif offset or meant is None:
-            return f"notified at {offset:#x} with {value:#x}, which is no queue's"
+            return _odd(f"{value:#x} at {offset:#x}, which is no queue's value")
         else:
             index = meant
         if not self._bank.claim("modern"):
@@ -129,6 +130,10 @@ class Notifications:
         return (self._data if isinstance(self._data, int) else self._data(index)) & 0xFFFF
 
 
+def _odd(what: str) -> RuleViolation:
+    return StatusViolation("BadNotification", "4.1.5.2.1", f"notified with {what}")
+
+
 class Ram:
     """Plain memory: a shared memory region (4.1.4.7)."""
 
@@ -139,7 +144,7 @@ class Ram:
         """See `Region.read`."""
         return bytes(self.data[offset : offset + length])
 
-    def write(self, offset: int, data: bytes) -> str | None:
+    def write(self, offset: int, data: bytes) -> RuleViolation | None:
         """See `Region.write`."""
         self.data[offset : offset + len(data)] = data
         return None
