@@ -303,10 +303,9 @@ class PciRegisters:
         Raises:
             InvalidArgument: the region ends before.
         """
-        place = self._config_place(offset, length)
         return b"".join(
-            self._access.read_bar(place.bar, place.offset + at, width).to_bytes(width, "little")
-            for at, width in config_steps(offset, length)
+            self._access.read_bar(bar, where, width).to_bytes(width, "little")
+            for bar, where, width in self._config_accesses(offset, length)
         )
 
     def write_config(self, offset: int, data: bytes) -> None:
@@ -315,16 +314,18 @@ class PciRegisters:
         Raises:
             InvalidArgument: the region ends before.
         """
-        place = self._config_place(offset, len(data))
-        for at, width in config_steps(offset, len(data)):
-            value = int.from_bytes(data[at - offset : at - offset + width], "little")
-            self._access.write_bar(place.bar, place.offset + at, width, value)
+        done = 0
+        for bar, where, width in self._config_accesses(offset, len(data)):
+            self._access.write_bar(bar, where, width, int.from_bytes(data[done : done + width], "little"))
+            done += width
 
-    def _config_place(self, offset: int, length: int) -> Structure:
-        if self._config is None or offset < 0 or length < 0 or offset + length > self._config.length:
-            size = self.config_size()
+    def _config_accesses(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        size = self.config_size()
+        if offset < 0 or length < 0 or offset + length > size:
             raise InvalidArgument(f"{length} bytes at offset {offset} of a configuration space of {size} bytes")
-        return self._config
+        if self._config is None:
+            return []
+        return [(self._config.bar, self._config.offset + at, width) for at, width in config_steps(offset, length)]
 
     def listen(self, *, call: Callable[[int], object], config_changed: Callable[[], object]) -> None:
         """See `Registers.listen`."""
