@@ -23,7 +23,8 @@ EXPECTED = {
 
 
 def test_every_row_has_a_case() -> None:
-    import_module(".test_pci_rows", __package__)
+    for name in ("test_pci_rows", "test_pci_interrupt_rows"):
+        import_module(f".{name}", __package__)
     assert set(ROWS) == EXPECTED
 
 
