@@ -271,8 +271,8 @@ class BaseDevice:
 
     @property
     def negotiated(self) -> FeatureSet:
-        """The negotiated features; empty before the driver is live."""
-        return self._negotiated if self._negotiated is not None else FeatureSet()
+        """The negotiated features; empty before the driver is live. It knows the names of the class."""
+        return self._negotiated if self._negotiated is not None else self.features - self.features
 
     def notify_config_changed(self) -> None:
         """Tell the driver, if it is live, to look at the configuration space again."""

@@ -95,7 +95,7 @@ class Driver:
         self.policy = policy
         self.arena = Arena(self.memory) if arena is None else arena
         self.timeout = timeout
-        self.features = FeatureSet()
+        self.features = self.wanted - self.wanted
         self.queues: dict[int, DriverQueue] = {}
         self._status = 0
         self._broken: Exception | None = None
@@ -242,7 +242,7 @@ class Driver:
         self._status = 0
         self._broken = None
         self._config_waiting = False
-        self.features = FeatureSet()
+        self.features = self.wanted - self.wanted
         lost = [request for index in list(self.queues) for request in self._drop_queue(index)]
         for request in self._lost:
             self._free(request)

@@ -58,7 +58,9 @@ from .request import Request
 
 __all__ = ["BlkDriver", "BlkRequest", "Lifetime"]
 
-_WANTED: Final = FeatureSet(*(name for name in FEATURE_NAMES if name != "ZONED"), device=FEATURE_NAMES)
+_WANTED: Final = FeatureSet(*FEATURE_NAMES, device=FEATURE_NAMES) - FeatureSet("ZONED", device=FEATURE_NAMES)
+_NONE: Final = FeatureSet(device=FEATURE_NAMES)
+_ZONED: Final = FeatureSet("ZONED", device=FEATURE_NAMES)
 _UNSET: Final = 0xFF
 _MAX_TRANSFER: Final = 1 << 20
 _INDIRECT_SEGMENTS: Final = 14
@@ -124,7 +126,8 @@ class BlkDriver(Driver):
 
     Args:
         registers: the device as the transport shows it.
-        wanted: features to accept; all that the driver knows, and those of the ring, when None.
+        wanted: features to accept, of the class and of the ring; all that the driver knows, when None. ZONED is never
+            accepted (5.2.5.1).
         required: features without which `initialize` fails.
         queue_size: largest size of a queue.
         indirect: put every chain into an indirect table, where INDIRECT_DESC is negotiated.
@@ -154,7 +157,7 @@ class BlkDriver(Driver):
             raise InvalidArgument(f"max_transfer is {max_transfer}; one sector of {SECTOR} bytes is the least")
         super().__init__(
             registers,
-            wanted=_WANTED | RING_FEATURES if wanted is None else wanted,
+            wanted=_WANTED | RING_FEATURES if wanted is None else (_NONE | wanted) - _ZONED,
             required=required,
             layout=ConfigLayout(*CONFIG_FIELDS),
             queue_size=queue_size,
