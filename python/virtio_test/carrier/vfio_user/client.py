@@ -75,6 +75,8 @@ class VfioUserClient:
         info: its device.
         regions: its regions, by index.
         irqs: its types of interrupt, by index.
+        msix: where it says that its MSI-X table is, or None.
+        interrupts: how its interrupts are heard.
         served: accesses to memory that the device has asked for.
         answering: whether those are answered; tests switch it off.
 
@@ -114,8 +116,8 @@ class VfioUserClient:
         self._exports: dict[int, tuple[int, bool]] = {}
         self._free = {name: low for name, (low, _) in _WINDOWS.items()}
         self._placed: dict[int, int] = {}
-        self._interrupts: ClientInterrupts | None = None
-        self._msix: MsixPlace | None = None
+        self.interrupts: ClientInterrupts | None = None
+        self.msix: MsixPlace | None = None
         self.capabilities = Capabilities()
         self.info = DeviceInfo(0)
         self.regions: dict[int, RegionInfo] = {}
@@ -163,10 +165,10 @@ class VfioUserClient:
         for index in range(min(self.info.num_irqs, len(IrqIndex))):
             asked = IrqInfo(IrqInfo.sizes()[0], 0, index)
             self.irqs[index] = self.request(Command.DEVICE_GET_IRQ_INFO, asked, IrqInfo)
-        self._msix = MsixPlace.find(self.read_config)
-        self._interrupts = ClientInterrupts(
+        self.msix = MsixPlace.find(self.read_config)
+        self.interrupts = ClientInterrupts(
             self._loop,
-            self._msix,
+            self.msix,
             set_irqs=self.set_irqs,
             counts={index: each.count for index, each in self.irqs.items()},
         )
@@ -346,10 +348,10 @@ class VfioUserClient:
         if offset + size > self._size(_CONFIG):
             return
         self._write(_CONFIG, offset, _bytes(value, size), posted=False)
-        if self._msix is not None and self._interrupts is not None:
-            control = self._msix.position + pcibus.MSIX_CONTROL
+        if self.msix is not None and self.interrupts is not None:
+            control = self.msix.position + pcibus.MSIX_CONTROL
             if offset < control + 2 and control < offset + size:
-                self._interrupts.control(self.read_config(control, 2))
+                self.interrupts.control(self.read_config(control, 2))
 
     def _size(self, region: int) -> int:
         found = self.regions.get(region)
@@ -382,15 +384,15 @@ class VfioUserClient:
         """See `PciAccess.write_bar`."""
         data = _bytes(value, size)
         self._write(bar, offset, data, posted=self._posted)
-        if self._interrupts is not None:
-            self._interrupts.written(bar, offset, data)
+        if self.interrupts is not None:
+            self.interrupts.written(bar, offset, data)
 
     def reset(self) -> None:
         """Reset the device."""
         self.request(Command.DEVICE_RESET, None, Payload)
-        if self._interrupts is not None:
-            self._interrupts.forget()
-            self._interrupts.control(0)
+        if self.interrupts is not None:
+            self.interrupts.forget()
+            self.interrupts.control(0)
 
     # --- interrupts -----------------------------------------------------------------------------------------
 
@@ -400,15 +402,15 @@ class VfioUserClient:
         Raises:
             StateError: the device has no such vector.
         """
-        vectors = 0 if self._interrupts is None else self._interrupts.vectors
+        vectors = 0 if self.interrupts is None else self.interrupts.vectors
         if not 0 <= vector < vectors:
             raise StateError(f"no message for vector {vector}: there are {vectors}")
         return _MESSAGE_ADDRESS, vector
 
     def listen(self, *, message: Callable[[int], object], line: Callable[[], object]) -> None:
         """See `PciAccess.listen`."""
-        if self._interrupts is not None:
-            self._interrupts.listen(message=message, line=line)
+        if self.interrupts is not None:
+            self.interrupts.listen(message=message, line=line)
 
     def set_irqs(
         self, index: int, flags: IrqSet, start: int, count: int, fds: Sequence[int] = (), *, data: bytes = b""
@@ -427,8 +429,8 @@ class VfioUserClient:
     def close(self) -> None:
         """Close the connection, and all fds of this client."""
         self._loop.remove_reader(self._wire.fileno())
-        if self._interrupts is not None:
-            self._interrupts.close()
+        if self.interrupts is not None:
+            self.interrupts.close()
         self._wire.close()
 
 

@@ -151,6 +151,10 @@ class Decoder:
             self._kill()
             raise violation("Truncated", f"the connection was closed after {have} bytes of a message")
 
+    def close(self) -> None:
+        """Take nothing more, and close the fds of a message that has not ended."""
+        self._kill()
+
     def _kill(self) -> None:
         self._dead = True
         self._header = None

@@ -38,6 +38,7 @@ _RULES: Final = (
     MessageRule("Direction", "Commands", "a command comes from the side that the table of commands names"),
     MessageRule("Truncated", "Socket Disconnection Behavior", "a message ends before the connection does"),
     MessageRule("FdCount", "Version", "as many fds come with a message as its command asks for, 16 at most"),
+    MessageRule("FdType", "Socket", "fds are files or eventfds, never sockets"),
     MessageRule("UnexpectedReply", "Header", "a reply carries the id of a command that waits for one"),
     MessageRule("RepliesUnread", "Command Concurrency", "a peer reads what it is sent"),
     MessageRule("TooManyCommands", "Command Concurrency", "few commands are sent while one of ours is unanswered"),

@@ -161,7 +161,8 @@ class VfioUserServer:
             return
         self.loop.remove_reader(gone.fileno())
         if error is not None:
-            self.last_error = error
+            # Without the frames in which it was raised: they hold the connection, and what that holds.
+            self.last_error = error.with_traceback(None)
             _log.warning("the connection of client %d is ended: %s", self.sessions, error)
         try:
             gone.close()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import array
+import os
 import select
 import socket
+import stat
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, Literal
 
 from .codec import Decoder, Message
@@ -70,6 +73,8 @@ class Wire:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
         messages = self._decoder.feed(data, fds)
+        for fd in fds:
+            _check_kind(fd)
         if flags & socket.MSG_CTRUNC:
             raise violation("FdCount", "more fds came than could be taken")
         if not data:
@@ -118,6 +123,24 @@ class Wire:
             sent += self._send_some(bytes(view[sent:]), () if sent else fds, flags)
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket, and fds that came with half a message."""
         self.closed = True
+        self._decoder.close()
         self._socket.close()
+
+
+def _check_kind(fd: int) -> None:
+    """Refuse what could hold a peer's own end of this connection: kept by us, it would keep the connection for ever.
+
+    Sockets can, and so can other things that are no files.
+
+    Raises:
+        MessageError: FdType.
+    """
+    mode = os.fstat(fd).st_mode
+    if stat.S_IFMT(mode) in (stat.S_IFREG, stat.S_IFCHR, stat.S_IFIFO):
+        return
+    target = str(Path(f"/proc/self/fd/{fd}").readlink())
+    if target != "anon_inode:[eventfd]":
+        # The name of a file is the peer's choice: quoted, so that it is one line of a log.
+        raise violation("FdType", f"the fd is {target!r}")
