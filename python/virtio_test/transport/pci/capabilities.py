@@ -160,7 +160,7 @@ class Notify(Virtio):
         multiplier: `notify_off_multiplier`.
     """
 
-    cfg_type: int = CapType.NOTIFY_CFG
+    cfg_type: int = int(CapType.NOTIFY_CFG)
     multiplier: int = 4
 
     def tail(self) -> bytes:
@@ -172,7 +172,7 @@ class Notify(Virtio):
 class PciCfg(Virtio):
     """``struct virtio_pci_cfg_cap`` (4.1.4.9): `bar`, `offset`, `length` and the data are writable."""
 
-    cfg_type: int = CapType.PCI_CFG
+    cfg_type: int = int(CapType.PCI_CFG)
 
     def tail(self) -> bytes:
         """See `Virtio.tail`."""
@@ -187,7 +187,7 @@ class PciCfg(Virtio):
 class SharedMemory(Virtio):
     """``struct virtio_pci_cap64`` of a shared memory region (4.1.4.7); offset and length have 64 bits."""
 
-    cfg_type: int = CapType.SHARED_MEMORY_CFG
+    cfg_type: int = int(CapType.SHARED_MEMORY_CFG)
 
     def tail(self) -> bytes:
         """See `Virtio.tail`."""

@@ -148,16 +148,21 @@ class ConfigBytes:
 
     def _chain(self, declaration: Declaration) -> None:
         placed: list[tuple[int, Capability]] = []
+        chosen = [each for each in declaration.capabilities.values() if each.at is not None]
+        taken = [(each.at or 0, 2 + len(each.body())) for each in chosen]
         free = _FIRST_CAPABILITY
         for name, capability in declaration.capabilities.items():
             body = capability.body()
-            at = free if capability.at is None else capability.at
+            if capability.at is None:
+                at = _gap(free, 2 + len(body), taken)
+                free = at + 2 + len(body) + 3 & ~3
+            else:
+                at = capability.at
             # The pointers of the list have 8 bits.
             self._room(at, 2 + len(body), f"the capability {name}", limit=_FIRST_EXTENDED)
             self._put(at, bytes((capability.cap_id & 0xFF, 0)) + body)
             self._writable[at + 2 : at + 2 + len(capability.writable())] = capability.writable()
             self._cleared[at + 2 : at + 2 + len(capability.cleared())] = capability.cleared()
-            free = max(free, at + 2 + len(body) + 3 & ~3)
             placed.append((at, capability))
             self.capabilities[name] = at
         for (at, capability), (after, _) in pairwise([*placed, (0, Capability())]):
@@ -188,3 +193,11 @@ class ConfigBytes:
         room = self.size if limit is None else limit
         if offset < 0 or offset + length > room:
             raise InvalidArgument(f"{what} at {offset:#x} with {length} bytes does not fit into {room}")
+
+
+def _gap(free: int, size: int, taken: list[tuple[int, int]]) -> int:
+    """The first multiple of 4 from `free` on with `size` bytes that nobody has taken."""
+    for start, length in sorted(taken):
+        if free < start + length and start < free + size:
+            free = start + length + 3 & ~3
+    return free

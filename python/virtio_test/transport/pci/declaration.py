@@ -124,8 +124,34 @@ class Declaration:
     registers: Mapping[str, Override] = field(default_factory=dict[str, Override])
     deaf: frozenset[str] = frozenset()
 
-    def replace(self, **changes: Any) -> Declaration:
-        """The same declaration with other attributes."""
+    def replace(
+        self,
+        *,
+        ids: Ids | None = None,
+        bars: tuple[Bar, ...] | None = None,
+        layout: Layout | None = None,
+        capabilities: Mapping[str, Capability] | None = None,
+        extended: tuple[ExtendedCapability, ...] | None = None,
+        extended_space: bool | None = None,
+        pin: int | None = None,
+        patches: Mapping[int, bytes] | None = None,
+        registers: Mapping[str, Override] | None = None,
+        deaf: frozenset[str] | None = None,
+    ) -> Declaration:
+        """The same declaration with other attributes; None leaves one as it is."""
+        given = {
+            "ids": ids,
+            "bars": bars,
+            "layout": layout,
+            "capabilities": capabilities,
+            "extended": extended,
+            "extended_space": extended_space,
+            "pin": pin,
+            "patches": patches,
+            "registers": registers,
+            "deaf": deaf,
+        }
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return replace(self, **changes)
 
     def change(self, capability: str, /, **changes: Any) -> Declaration:
