@@ -9,8 +9,9 @@ so a status that was never written is found.
 What is judged, with the error that the request then ends with:
 
 * `UsedLengthShort` (2.7.8.2): fewer bytes are said to be written than data and status have, so neither can be relied
-  on. Devices that count only the status when they refuse are common: a refusal is taken as it is where the driver's
-  policy takes impossible lengths too (`used_len_beyond`). Through the legacy interface lengths mean nothing (5.2.6.3).
+  on. Devices that count only the status when they refuse, or nothing at all, are common: an answer without data is
+  taken as it is where the driver's policy takes lengths from devices that say too little (`used_without_write`).
+  Through the legacy interface lengths mean nothing (5.2.6.3).
 * `StatusMissing`, `StatusUnknown` (5.2.6): the status byte is as it was, or of no defined value.
 * `ReservedLifetime` (5.2.6.2), and `BadNumQueues` (5.2.4) at bring-up.
 
@@ -476,7 +477,7 @@ class BlkDriver(Driver):
         short = said < len(answer) and not self.registers.legacy
         if status == _UNSET:
             blk.error = self._violation(blk, "StatusMissing", "5.2.6", "the status byte was not written")
-        elif short and ((done and data) or not self.policy.switches()["used_len_beyond"]):
+        elif short and ((done and data) or not self.policy.switches()["used_without_write"]):
             message = f"{said} bytes are said to be written, data and status have {len(answer)}"
             blk.error = self._violation(blk, "UsedLengthShort", "2.7.8.2", message)
         elif status not in set(RequestStatus):

@@ -78,7 +78,7 @@ class NetDriver(Driver):
         wanted: features of the ring to accept; those that the core can do, when None.
         queue_size: largest size of a queue.
         indirect: put every chain into an indirect table.
-        policy: tolerances towards the device. With `used_len_beyond`, num_buffers is not looked at without MRG_RXBUF.
+        policy: tolerances towards the device; with `used_without_write`, num_buffers counts with MRG_RXBUF only.
         arena: where rings and buffers lie.
         timeout: seconds of the loop's clock that waits take at most.
 
@@ -270,7 +270,7 @@ class NetDriver(Driver):
         merged = "MRG_RXBUF" in self.features
         count = last if merged else 1
         shown = last if self._header is HEADER else 1
-        lenient = not merged and self.policy.switches()["used_len_beyond"]
+        lenient = not merged and self.policy.switches()["used_without_write"]
         if not 1 <= count <= self.queues[RECEIVE_QUEUE].size or (shown != count and not lenient):
             raise self._fault("BadNumBuffers", "5.1.9.3.2", f"num_buffers is {shown}")
         if flags or gso_type != GSO_NONE:
