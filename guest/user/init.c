@@ -14,6 +14,7 @@
  *   read PATH                    log the file's lines
  *   write PATH TEXT              one write(); TEXT is the rest of the line
  *   poweroff                     takes PCI functions away first where virtio carries them
+ *   halt                         takes nothing away first
  *
  * All output goes through the kernel's log, the programs' included: so it comes out
  * in whole lines and in order with the driver's own. Lines that begin with "guest: "
@@ -354,6 +355,8 @@ int main(void)
 			continue;
 		if (!strcmp(line, "poweroff"))
 			break;
+		if (!strcmp(line, "halt"))
+			reboot(RB_HALT_SYSTEM);
 		say("end: %d %s", abs(execute(line)), line);
 	}
 	command_poweroff();
