@@ -11,9 +11,9 @@ from tests.kernel.guest import Guest, Uml
 from tests.kernel.qemu import Qemu
 from tests.kernel.transcript import driver_request
 
-RING_PACKED, IN_ORDER, NOTIFICATION_DATA = 34, 35, 38
-EVENT_IDX, INDIRECT_DESC = 29, 28
-VERSION_1, ACCESS_PLATFORM = 32, 33
+INDIRECT_DESC, EVENT_IDX = 28, 29
+VERSION_1, ACCESS_PLATFORM, RING_PACKED, IN_ORDER, ORDER_PLATFORM = 32, 33, 34, 35, 36
+NOTIFICATION_DATA, RING_RESET = 38, 40
 
 _OUT = "guest: out: "
 

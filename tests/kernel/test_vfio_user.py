@@ -17,7 +17,7 @@ from tests.kernel import checks, everything
 from tests.kernel.pci import bound, declared, interrupts, missing, virtio_name
 from tests.kernel.qemu import Qemu, root_port, vfio_user
 from tests.kernel.server import Server
-from tests.kernel.transcript import device_request
+from tests.kernel.transcript import ACK, device_request, device_tick, driver_tick
 
 pytestmark = pytest.mark.kernel
 
@@ -44,6 +44,7 @@ def _functions(machine: str) -> dict[str, tuple[list[str], str, Declaration]]:
         ),
         "everything": (["--declare", "everything"], "07", everything.declaration(device, "everything")),
     }
+    made["timer"] = (["--timer", "--first-after", "0", "--every", "0.4"], "09", declare(device))
     if machine == "q35":
         made["integrated"] = (["--declare", "integrated"], "08", everything.declaration(device, "integrated"))
         made["generic behind a port"] = (["--express"], "01:00", declare(device, behind_express_port=True))
@@ -60,8 +61,12 @@ class World:
     declarations: dict[str, Declaration]
 
     def each(self) -> list[tuple[str, str, Server]]:
-        """Name, slot and server of each function."""
-        return [(name, slot, self.servers[name]) for name, slot in self.slots.items()]
+        """Name, slot and server of each function that takes requests."""
+        return [(name, slot, self.servers[name]) for name, slot in self.slots.items() if name != "timer"]
+
+    def how(self, name: str) -> str:
+        """How its interrupts come."""
+        return "MSI-X" if self.declarations[name].layout.vectors and not self.line else "INTx"
 
 
 WORLDS = [("q35", False), ("q35", True), ("pc", False), ("pc", True)]
@@ -102,12 +107,36 @@ def test_requests_read_as_the_original_on_both_consoles(world: World) -> None:
             for number in (10, 255):
                 checks.request(world.guest, number)
             assert server.said(before + 10)[before:] == device_request(10) + device_request(255), name
-            line = world.line or not world.declarations[name].layout.vectors
-            how = "INTx" if line else "MSI-X"
             kinds = interrupts(world.guest, device)
             assert kinds, name
-            assert all(("IO-APIC" in kind) == line for kind in kinds), kinds
-            checks.ran(world.guest, transport=f"pci {name}, {how}", carrier="vfio-user", at=device)
+            assert all(("IO-APIC" in kind) == (world.how(name) == "INTx") for kind in kinds), kinds
+            checks.ran(world.guest, transport=f"pci {name}, {world.how(name)}", carrier="vfio-user", at=device)
+
+
+def test_ticks_read_as_the_original_on_both_consoles(world: World) -> None:
+    """The device has ticked since its server was started; the driver answers from its first change on."""
+    guest, server = world.guest, world.servers["timer"]
+    guest.command("rmmod virtio_test")
+    guest.load("timer=1")
+    with bound(guest, world.slots["timer"]) as device:
+        answered = guest.console.lines.count(ACK)
+        guest.console.wait_for(ACK, count=answered + 3)
+        checks.ran(
+            guest, device="test (timer)", transport=f"pci generic, {world.how('timer')}", carrier="vfio-user", at=device
+        )
+        server.console.wait_for("=========get virtio num:3")
+    guest.command("rmmod virtio_test")
+    guest.load()
+    said = [line for line in guest.console.lines if line.startswith("virttest ")]
+    assert said[:9] == driver_tick() * 3
+    lines = server.lines
+    first = lines.index("=========get virtio num:1")
+    tick = sum("set config:" in line for line in lines[:first])
+    assert lines[first - 1 : first + 5] == [line for k in range(3) for line in _tick(tick - 1 + k, 1 + k)]
+
+
+def _tick(tick: int, number: int) -> list[str]:
+    return [device_tick(tick)[0], device_tick(number - 1)[1]]
 
 
 def test_the_driver_goes_and_comes_back(world: World) -> None:
