@@ -129,6 +129,8 @@ class ConsoleDevice(ChainDevice):
         InvalidArgument: neither or both of `output` and `ports`, too many ports, or a name longer than 255 bytes.
     """
 
+    handler_errors: int
+
     def __init__(
         self,
         output: Output | None = None,
