@@ -163,6 +163,22 @@ def test_a_reset_forgets_what_is_pending_and_keeps_the_table(row: str) -> None:
     assert [world.read(world.layout.table, 4 * at, 4) for at in range(4)] == [0, 0, 0, 1]
 
 
+@row("X13")
+def test_nothing_is_pending_once_msix_is_off(row: str) -> None:
+    world = World()
+    world.msix(0, masked=(0,))
+    world.negotiate()
+    world.set("queue_msix_vector", 0)
+    queue = world.queue()
+    world.status(LIVE)
+    assert world.works(queue)
+    world.control(enabled=False)
+    assert world.pending == 0
+    world.control(enabled=True)
+    world.mask(0, masked=False)
+    assert world.sink.messages == []
+
+
 @row("X14")
 def test_no_vector_is_no_interrupt(row: str) -> None:
     world = World()

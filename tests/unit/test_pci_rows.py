@@ -242,6 +242,8 @@ def test_the_window_kicks_and_reads_the_isr(row: str) -> None:
         *((4, 0, length) for length in (3, 5, 8, 0xFFFF_FFFF)),
         *((4, offset, 4) for offset in (1, 2, 3, 0x40, 0x800, 0x4000, 0xFFFF_FFFC, 0x8000_0000)),
         (4, 0x2008, 4),
+        (4, 0x2001, 2),
+        (4, 0x2002, 4),
         (4, 0x1, 2),
         (4, 0x15, 2),
     ],
