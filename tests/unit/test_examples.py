@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+NAMES = ("echo_device", "lying_function", "sum_driver")
 
 
 def load(name: str) -> ModuleType:
@@ -26,7 +27,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"echo_device", "sum_driver"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NAMES)
 
 
 def test_echo_device(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +42,22 @@ def test_sum_driver(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == text + "\n"
 
 
-@pytest.mark.parametrize("name", ["echo_device", "sum_driver"])
+def test_lying_function(capsys: pytest.CaptureFixture[str]) -> None:
+    text = load("lying_function").main()
+    found = dict(zip(text.splitlines()[::2], text.splitlines()[1::2], strict=True))
+    assert found.pop("nothing:") == "  works: TestResponse(ret=111, arg1=112, arg2=113)"
+    assert [each.split()[0] for each in found.values()] == [
+        "RegionBeyondBar",
+        "MissingCommon",
+        "the",
+        "FeaturesRefused",
+        "BadQueueSize",
+        "ConfigNeverStable",
+    ]
+    assert capsys.readouterr().out == text + "\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_as_a_script(name: str) -> None:
     # A debug core says so on stderr; that is its right, and not the script's output.
     run = subprocess.run(
@@ -51,7 +67,7 @@ def test_as_a_script(name: str) -> None:
         timeout=60,
         check=True,
     )
-    assert run.stdout.count("\n") == 1
+    assert run.stdout
     assert run.stderr == ""
 
 
@@ -77,6 +93,6 @@ def test_the_device_is_served(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("name", ["echo_device", "sum_driver"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_page_is_a_page(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
