@@ -24,8 +24,8 @@ def said(lines: list[str]) -> list[str]:
 
 
 def shell(guest: Guest, line: str, *, timeout: float = 60) -> list[str]:
-    """What the guest's shell prints for a line that must end with 0."""
-    return said(guest.command(f"sh {line}", timeout=timeout))
+    """What the guest's shell prints for a line of which every command must end with 0."""
+    return said(guest.command(f"sh set -e; {line}", timeout=timeout))
 
 
 def features(guest: Guest, device: str = "virtio0") -> frozenset[int]:

@@ -126,12 +126,15 @@ class Uml(Guest):
         socket: of the back-end, which must be listening.
         virtio_id: the device behind it.
         arguments: further words for the kernel.
+        prefix: words before its own, of a program that starts it.
     """
 
-    def __init__(self, socket: Path, *, virtio_id: int = 45, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self, socket: Path, *, virtio_id: int = 45, arguments: Sequence[str] = (), prefix: Sequence[str] = ()
+    ) -> None:
         self.kernel = kernel = build.uml_kernel()
         super().__init__(build.files(kernel))
-        command = [str(kernel.image), "mem=64M", f"initrd={self._initrd}", f"uml_dir={self.folder}"]
+        command = [*prefix, str(kernel.image), "mem=64M", f"initrd={self._initrd}", f"uml_dir={self.folder}"]
         command += ["con=null", "con0=fd:0,fd:1", "ssl=null", "console=tty0", *ARGUMENTS.split()]
         command += [f"virtio_uml.device={socket}:{virtio_id}", *arguments]
         self._boot(command)

@@ -65,8 +65,10 @@ def root_port(name: str = "root") -> list[str]:
     return ["-device", f"pcie-root-port,id={name},chassis=1"]
 
 
-def _command(devices: Words, *, machine: str, shared: bool, iommu: bool) -> list[str]:
+def _command(devices: Words, *, machine: str, shared: bool = True, iommu: bool = False, cpus: int = 1) -> list[str]:
     command = [*build.qemu().command(), "-accel", "tcg", "-M", f"{machine},memory-backend=m0", "-m", str(MEMORY_MIB)]
+    # Random numbers of its own spare the kernel some seconds of collecting them.
+    command += ["-smp", str(cpus), "-cpu", "qemu64,+rdrand"]
     if machine == "microvm":
         command += ["-global", "virtio-mmio.force-legacy=false", "-cpu", "max"]
     # Without a file behind it memory comes to a vfio-user server without descriptors.
@@ -91,6 +93,7 @@ class Qemu(Guest):
         iommu: whether there is QEMU's IOMMU and the kernel uses it for all devices.
         parameters: of modules, by name, such as ``{"virtio_pci": "force_legacy=1"}``.
         tools: whether the guest has lspci and busybox.
+        cpus: processors.
 
     Attributes:
         machine: as it was asked for.
@@ -109,6 +112,7 @@ class Qemu(Guest):
         iommu: bool = False,
         parameters: Mapping[str, str] | None = None,
         tools: bool = False,
+        cpus: int = 1,
     ) -> None:
         self.machine = machine
         self.kernel = kernel = kernel or build.debian_kernel()
@@ -118,7 +122,7 @@ class Qemu(Guest):
         words = ["console=ttyS0", _clock(machine), ARGUMENTS, "intel_iommu=on iommu=nopt" if iommu else "", append]
         # What is built in takes its parameters here, and what is loaded ignores them here.
         words += [f"{name}.{value}" for name, value in (parameters or {}).items()]
-        command = _command(devices, machine=machine, shared=shared, iommu=iommu)
+        command = _command(devices, machine=machine, shared=shared, iommu=iommu, cpus=cpus)
         command += ["-kernel", str(kernel.image), "-initrd", str(self._initrd), "-append", " ".join(words)]
         self._boot(command, env=build.qemu().environment())
         try:
@@ -138,7 +142,7 @@ class Firmware(Console):
     """
 
     def __init__(self, devices: Words, *, machine: str = "q35") -> None:
-        super().__init__(_command(devices, machine=machine, shared=True, iommu=False), env=build.qemu().environment())
+        super().__init__(_command(devices, machine=machine), env=build.qemu().environment())
 
 
 def _clock(machine: str) -> str:

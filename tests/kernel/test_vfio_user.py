@@ -13,7 +13,7 @@ from virtio_test.devices.test import TestDevice
 from virtio_test.transport.pci.declaration import Declaration
 from virtio_test.transport.pci.flavours import declare
 
-from tests.kernel import checks, everything
+from tests.kernel import checks, own
 from tests.kernel.pci import bound, declared, interrupts, missing, virtio_name
 from tests.kernel.qemu import Qemu, root_port, vfio_user
 from tests.kernel.server import Server
@@ -42,11 +42,11 @@ def _functions(machine: str) -> dict[str, tuple[list[str], str, Declaration]]:
             "06",
             declare(device, flavour="non-transitional"),
         ),
-        "everything": (["--declare", "everything"], "07", everything.declaration(device, "everything")),
+        "everything": (["--declare", "everything"], "07", own.declaration(device, "everything")),
     }
     made["timer"] = (["--timer", "--first-after", "0", "--every", "0.4"], "09", declare(device))
     if machine == "q35":
-        made["integrated"] = (["--declare", "integrated"], "08", everything.declaration(device, "integrated"))
+        made["integrated"] = (["--declare", "integrated"], "08", own.declaration(device, "integrated"))
         made["generic behind a port"] = (["--express"], "01:00", declare(device, behind_express_port=True))
     return {name: (asked, slot if ":" in slot else f"00:{slot}", of) for name, (asked, slot, of) in made.items()}
 
@@ -80,7 +80,7 @@ def world(request: pytest.FixtureRequest, serve_all: Callable[..., Server], boot
     functions = _functions(machine)
     for name, (asked, slot, _) in functions.items():
         if name in DECLARED:
-            servers[name] = serve_all(*asked, program=("-m", "tests.kernel.everything"))
+            servers[name] = serve_all(*asked, program=("-m", "tests.kernel.own"))
         else:
             servers[name] = serve_all(*FUNCTION, *asked)
         bus, device = slot.split(":")

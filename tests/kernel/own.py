@@ -6,6 +6,8 @@ import sys
 
 from virtio_test._core import GuestMemory
 from virtio_test.carrier.vfio_user.server import serve
+from virtio_test.device import Device
+from virtio_test.devices.console import ConsoleDevice, ConsolePort
 from virtio_test.devices.test import TestDevice
 from virtio_test.loop import OwnerLoop
 from virtio_test.transport.pci.capabilities import VendorData
@@ -16,16 +18,19 @@ from virtio_test.transport.pci.function import VirtioPci
 VENDOR = VendorData(0x1B36, b"everything")
 
 
-def declaration(device: TestDevice, name: str) -> Declaration:
-    """One of the two functions.
+def declaration(device: Device, name: str) -> Declaration:
+    """One of the functions.
 
     Args:
         device: what is behind it.
         name: ``everything``: shared memory, vendor data, a notification page for each queue, a 32-bit BAR, another
-            class; ``integrated``: an Express endpoint integrated into the root complex, without MSI-X.
+            class; ``integrated``: an Express endpoint integrated into the root complex, without MSI-X;
+            ``console``: that of `echo`, with nothing special.
     """
     if name == "integrated":
         return declare(device, flavour="non-transitional", express=True, vectors=0)
+    if name == "console":
+        return declare(device)
     return declare(
         device,
         flavour="non-transitional",
@@ -38,9 +43,23 @@ def declaration(device: TestDevice, name: str) -> Declaration:
     )
 
 
+def echo() -> ConsoleDevice:
+    """A console with two ports: what port 0 gets is printed, and port 1 answers all with the same."""
+
+    def answer(data: bytes) -> None:
+        device.feed(data, port=1)
+
+    ports = [
+        ConsolePort(lambda data: print(data.decode().rstrip(), flush=True)),
+        ConsolePort(answer, "echo", console=False),
+    ]
+    device = ConsoleDevice(ports=ports, size=(132, 43))
+    return device
+
+
 def main() -> None:
     path, name = (sys.argv[sys.argv.index(option) + 1] for option in ("--socket", "--declare"))
-    device = TestDevice(console=lambda line: print(line, flush=True))
+    device = echo() if name == "console" else TestDevice(console=lambda line: print(line, flush=True))
     function = VirtioPci(device, declaration=declaration(device, name), loop=OwnerLoop(), memory=GuestMemory())
     serve(function, path, ready=lambda _: print(f"virtio-test: serving {name}", file=sys.stderr, flush=True))
 
