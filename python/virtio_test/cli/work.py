@@ -183,6 +183,7 @@ class BlkWork(Work[BlkDriver]):
             raise InvalidArgument("the device has no capacity: there is nothing to read")
         self._sectors = sectors
         self._blocks = self.driver.capacity // sectors
+        self._queues = self.driver.num_queues
         if self._write:
             self._run_writes(count)
         else:
@@ -191,7 +192,7 @@ class BlkWork(Work[BlkDriver]):
             self._pump((place % span for place in range(count)), self._read, self._check_same)
 
     def _queue(self, block: int) -> int:
-        return block % self.driver.num_queues
+        return block % self._queues
 
     def _read(self, block: int) -> _Answer:
         return self.driver.submit_read(block * self._sectors, self._sectors, queue=self._queue(block))

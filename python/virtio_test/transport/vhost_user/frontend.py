@@ -228,8 +228,12 @@ class FrontEnd:
     def open_channel(self) -> None:
         """Make a socket pair and give one end to the back-end."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            self.request(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        try:
+            with theirs:
+                self.request(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        except BaseException:
+            ours.close()
+            raise
         if self.channel is not None:
             self.channel.close()
         self.channel = Wire(ours, Decoder(BACKEND_REQUESTS), timeout=self.timeout)
@@ -353,7 +357,7 @@ class FrontEnd:
 
         Args:
             timeout: seconds to wait for the first.
-            answer: 0 for success, or what tells it of each request.
+            answer: 0 for success, or what looks at each request and says so.
 
         Raises:
             MessageError: a request is malformed, or the back-end does not read its answers.
@@ -375,8 +379,8 @@ class FrontEnd:
             if message is None:
                 break
             found.append(message)
+            value = answer(message) if callable(answer) else answer
             if message.need_reply:
-                value = answer(message) if callable(answer) else answer
                 channel.answer(encode_reply(message.request, U64(value)))
         return found
 

@@ -219,7 +219,6 @@ class VhostUserRegisters:
         self._kept = False
         for ring in self._rings.running.values():
             ring.kick.notify()
-        self._loop.pend((self, "calls"), self._rings.call_all)
         return True
 
     def _check_same(self, link: Link) -> None:
