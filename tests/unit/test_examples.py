@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NAMES = ("echo_device", "lying_function", "sum_driver")
+NAMES = ("blk_device", "echo_device", "lying_function", "sum_driver")
 
 
 def load(name: str) -> ModuleType:
@@ -28,6 +28,12 @@ def load(name: str) -> ModuleType:
 
 def test_every_example_is_run_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NAMES)
+
+
+def test_blk_device(capsys: pytest.CaptureFixture[str]) -> None:
+    text = load("blk_device").main([])
+    assert text == "in a page: hello; sector 1 was written 9 times, 2 were at all"
+    assert capsys.readouterr().out == text + "\n"
 
 
 def test_echo_device(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,9 +77,10 @@ def test_as_a_script(name: str) -> None:
     assert run.stderr == ""
 
 
-def test_the_device_is_served(tmp_path: Path) -> None:
-    path = tmp_path / "echo"
-    program = [sys.executable, "-W", "ignore::UserWarning", EXAMPLES / "echo_device.py", path]
+@pytest.mark.parametrize("name", ["blk_device", "echo_device"])
+def test_the_device_is_served(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "served"
+    program = [sys.executable, "-W", "ignore::UserWarning", EXAMPLES / f"{name}.py", path]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             deadline = time.monotonic() + 30

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import virtio_test.spec
-from virtio_test.spec import clauses, features, ids, mmio, pci, status
+from virtio_test.spec import blk, clauses, console, features, ids, mmio, net, pci, rng, status
 
 SPEC_FILES = sorted(Path(next(iter(virtio_test.spec.__path__))).glob("*.py"))
 
@@ -144,3 +146,24 @@ def test_mmio_registers_are_aligned_words() -> None:
     for low in [name for name in mmio.REGISTERS if name.endswith("Low")]:
         high = low.removesuffix("Low") + "High"
         assert mmio.REGISTERS[high].offset == mmio.REGISTERS[low].offset + 4
+
+
+@pytest.mark.parametrize("module", [blk, console, net, rng])
+def test_class_features_keep_to_their_ranges(module: ModuleType) -> None:
+    names: Mapping[str, int] = module.FEATURE_NAMES
+    assert len(set(names.values())) == len(names)
+    assert all(any(bit in each for each in features.DEVICE_TYPE_RANGES) for bit in names.values())
+    assert not set(names) & set(features.FEATURE_BY_NAME)
+    requires: Mapping[str, tuple[str, ...]] = getattr(module, "REQUIRES", {})
+    for name, needs in requires.items():
+        assert {name}.union(*(need.split("|") for need in needs)) <= set(names)
+
+
+def test_class_structures() -> None:
+    assert (blk.HEADER.size, blk.SEGMENT.size, blk.LIFETIME.size) == (16, 16, 6)
+    assert (console.CONTROL.size, console.RESIZE.size) == (8, 4)
+    assert (net.HEADER_LEGACY.size, net.HEADER.size) == (10, 12)
+    assert [int(each) for each in blk.RequestType] == [0, 1, 4, 8, 10, 11, 13, 14]
+    assert [int(each) for each in console.ControlEvent] == list(range(8))
+    assert set(blk.FIELD_FEATURES) <= {each[0] for each in blk.CONFIG_FIELDS}
+    assert set(blk.FIELD_FEATURES.values()) <= set(blk.FEATURE_NAMES)
