@@ -89,7 +89,6 @@ class MmioRegisters:
         self._call: Callable[[int], object] = lambda _: None
         self._changed: Callable[[], object] = lambda: None
         self._features = 0
-        self._words = _WORDS
         self._ready: set[int] = set()
         magic = access.read(REGISTERS["MagicValue"].offset, 4)
         if magic != MAGIC:
@@ -147,10 +146,7 @@ class MmioRegisters:
         """See `Registers.device_features`."""
         if self.legacy:
             return self._feature_word("Host", 0)
-        words = [self._feature_word("Device", select) for select in range(_WORDS)]
-        # Most devices know two words; what has never offered anything is never written.
-        self._words = max([2, *(select + 1 for select, word in enumerate(words) if word)])
-        return sum(word << 32 * select for select, word in enumerate(words))
+        return sum(self._feature_word("Device", select) << 32 * select for select in range(_WORDS))
 
     def _feature_word(self, prefix: str, select: int) -> int:
         self.write(f"{prefix}FeaturesSel", select)
@@ -159,7 +155,10 @@ class MmioRegisters:
     def write_driver_features(self, features: int) -> None:
         """See `Registers.write_driver_features`."""
         prefix = "Guest" if self.legacy else "Driver"
-        for select in range(1 if self.legacy else self._words):
+        # Beyond the second word only what is accepted: QEMU takes any selector above 0 for 1, and a word of zeros there
+        # would take the second one back.
+        words = 1 if self.legacy else max(2, (features.bit_length() + 31) // 32)
+        for select in range(words):
             self.write(f"{prefix}FeaturesSel", select)
             self.write(f"{prefix}Features", features >> 32 * select & _WORD)
         self._features = features
