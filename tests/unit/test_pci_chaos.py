@@ -15,8 +15,9 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from virtio_test._core import DriverQueue, GuestMemory, Notifier, QueueConfig, RingLayout
 from virtio_test.devices.base import BaseDevice, kept
-from virtio_test.errors import UsageError
+from virtio_test.errors import RuleViolation, UsageError
 from virtio_test.features import FeatureSet
+from virtio_test.spec.clauses import CLAUSES
 from virtio_test.spec.pci import COMMON
 from virtio_test.transport.bank import TRANSPORT_FEATURES
 from virtio_test.transport.pci.flavours import declare
@@ -234,6 +235,10 @@ def test_no_program_breaks_the_function(
     for each in [*(USUAL if usual else []), *steps]:
         machine.check(each)
     machine.turn()
+    for error in machine.bank.errors:
+        # Everything that is held against a driver stands somewhere.
+        assert isinstance(error, RuleViolation)
+        assert error.clause in CLAUSES, error
     event(f"live: {machine.bank.live}")
     event(f"interrupted: {bool(machine.sink.messages or machine.sink.levels)}")
     # Whatever it was, a reset makes the function new.

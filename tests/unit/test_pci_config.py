@@ -262,6 +262,14 @@ def test_structures_lie_apart_and_notifications_on_pages_of_their_own(multiplier
     assert world.answer(queue) == b"HELLO"
 
 
+def test_a_legacy_driver_sees_the_start_of_a_long_configuration_space() -> None:
+    space = ConfigSpace(ConfigLayout(("all", "bytes(5000)")), all=bytes(range(250)) * 20)
+    world = World(upper(config=space), flavour="transitional")
+    assert world.layout.legacy == (0, 0, 256)
+    assert world.read(world.layout.legacy, 255, 1) == 235
+    assert world.read(world.layout.config, 4999, 1) == 249
+
+
 @pytest.mark.parametrize("vectors", [1, 2, 64, 65, 128, 129, 2048])
 def test_table_and_pending_bits_do_not_meet(vectors: int) -> None:
     world = World(vectors=vectors)

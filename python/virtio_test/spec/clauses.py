@@ -12,6 +12,7 @@ EDITION: Final = "VIRTIO 1.4"
 
 CLAUSES: Final = MappingProxyType(
     {
+        "1.3.1": "A transitional device serves drivers of the legacy interface too.",
         # 2.1 to 2.5: status, features, notifications, reset, configuration space
         "2.1": "The device status starts at 0 and shows the completed steps of the initialization; a reset makes it 0.",
         "2.1.1": "The driver sets status bits step by step and never clears one; after FAILED it resets first.",
@@ -129,12 +130,14 @@ CLAUSES: Final = MappingProxyType(
         "4.1.4.7.1": "A shared memory region lies inside its BAR, and its id is unique.",
         "4.1.4.8.1": "Vendor data is not of vendor 0x1AF4 and a multiple of 4 bytes long.",
         "4.1.4.9.1": "There is a window to the BARs in the configuration space.",
+        "4.1.4.9.2": "The driver aims the window at what another virtio structure describes, aligned.",
         "4.1.4.10": "The legacy interface reaches feature bits 0 to 31 only.",
         "4.1.5.1.1.1": "A transitional device has the legacy interface in I/O space in BAR 0.",
         "4.1.5.1.2.1": "Any event can be mapped to any vector of the MSI-X table; reading back gives the vector, or "
         "NO_VECTOR where it failed; a reset unmaps all.",
         "4.1.5.1.2.2": "The driver copes with any table size and reads every mapping back.",
         "4.1.5.1.3.1": "A legacy queue is placed by its address divided by 4096; its size is the device's.",
+        "4.1.5.2.1": "A notification has 16 bits, or 32 with NOTIFICATION_DATA, and names its queue.",
         "4.2.2": "The MMIO registers, each 32 bits wide.",
         "4.2.2.1": "What the device presents in its MMIO registers.",
         "4.2.2.2": "How the driver accesses MMIO registers: 32 bits wide and aligned.",

@@ -351,7 +351,7 @@ class RegisterBank:
         """A legacy driver places its queue at `address` and so enables it; 0 takes it away (4.1.5.1.3, 4.2.4)."""
         slot = self.slot(index)
         if slot is None:
-            self._note_queue("NoSuchQueue", "4.1.5.1.3", f"placed, but there are {len(self._slots)} queues", index)
+            self._note_queue("NoSuchQueue", "4.1.5.1.3.1", f"placed, but there are {len(self._slots)} queues", index)
         elif address == 0:
             self.disable_queue(index)
         elif slot.enabled:

@@ -200,7 +200,8 @@ def _layout(
         pba = Place(_MSIX_BAR, bits, (vectors + 63) // 64 * 8)
         bars.append(Bar(_MSIX_BAR, _power_of_two(max(_PAGE, pba.offset + pba.length))))
     if transitional:
-        legacy = Place(0, 0, _power_of_two(max(32, HEADER_MSIX + size)))
+        # An I/O BAR has 256 bytes at most: a legacy driver sees no more of a longer configuration space.
+        legacy = Place(0, 0, min(256, _power_of_two(max(32, HEADER_MSIX + size))))
         bars.append(Bar(0, legacy.length, "io"))
     shared: dict[int, Place] = {}
     at = 0

@@ -51,7 +51,7 @@ class IsrStatus:
     def write(self, offset: int, data: bytes) -> RuleViolation | None:
         """See `Region.write`: a driver only reads."""
         message = f"ISR status written with {len(data)} bytes at {offset:#x}"
-        return StatusViolation("ReadOnlyRegister", "4.1.4.5", message)
+        return StatusViolation("ReadOnlyRegister", "4.1.4.5.1", message)
 
 
 class DeviceConfig:
