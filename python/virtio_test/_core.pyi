@@ -14,27 +14,10 @@ from typing_extensions import Buffer
 from .errors import QueueViolation
 
 __all__ = [
-    "Access",
-    "Batch",
-    "Chain",
-    "Counters",
-    "DeviceQueue",
-    "DriverQueue",
-    "GuestMemory",
-    "Notifier",
-    "Policy",
-    "Poller",
-    "QueueConfig",
-    "QueueState",
-    "Region",
-    "RingLayout",
-    "Rule",
-    "Trace",
-    "__version__",
-    "build_info",
-    "need_event",
-    "rules",
-]
+    "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DriverQueue", "GuestMemory", "Notifier", "Policy",
+    "Poller", "QueueConfig", "QueueState", "Region", "RingLayout", "Rule", "Trace", "__version__", "build_info",
+    "need_event", "rules",
+]  # fmt: skip
 
 __version__: Final[str]
 
@@ -101,7 +84,7 @@ class Policy:
 
 @final
 class Region:
-    """One stretch of guest memory: `size` bytes at `address`, backed by `fd` (or None when anonymous) at `offset`."""
+    """One stretch of guest memory: `size` bytes at `address`, backed by `fd` at `offset`; None: anonymous or remote."""
 
     @property
     def address(self) -> int: ...
@@ -113,6 +96,9 @@ class Region:
     def offset(self) -> int: ...
     @property
     def writable(self) -> bool: ...
+    @property
+    def remote(self) -> bool:
+        """Whether it is reached through the functions of `GuestMemory.add_remote`."""
 
 @final
 class Access:
@@ -173,8 +159,23 @@ class GuestMemory:
         """Map `size` bytes of `fd` from `offset` (duplicated; ours stays open), or fresh memory when `fd` is None.
 
         Raises:
-            InvalidArgument: overlap, more than 509 regions, a size of 0, a wrap of the address space, or a file
-                shorter than `offset + size`.
+            InvalidArgument: overlap, more than 509 regions, a size of 0, a wrap, or a file shorter than the region.
+        """
+    def add_remote(
+        self,
+        address: int,
+        size: int,
+        *,
+        read: Callable[[int, int], Buffer],
+        write: Callable[[int, bytes], object] | None,
+    ) -> None:
+        """Memory that cannot be mapped: `read(address, length)` gives its bytes, `write(address, data)` takes them.
+
+        `write=None` is read-only; `address` and `size` are multiples of 8. Each access is one call, of 1 MiB at most;
+        that of a ring word, of 2, 4 or 8 bytes, must be made whole. Calls come from any thread, may wait, and must not
+        use queues or this memory (`StateError`). What they raise, or a wrong length, makes the access fail as unmapped
+        memory does, and is the `__cause__`; what is no `Exception` (KeyboardInterrupt) makes all later accesses of the
+        operation fail too, and is raised in place of its result.
         """
     def remove_region(self, address: int, size: int) -> None:
         """Unmap exactly that region; returns after running copies have ended."""
@@ -187,11 +188,12 @@ class GuestMemory:
     def fill(self, address: int, length: int, value: int = 0) -> None: ...
     def copy(self, destination: int, source: int, length: int) -> None:
         """Copy inside guest memory; overlapping ranges behave as if `source` was read whole first."""
-    def is_mapped(self, address: int, length: int) -> bool: ...
+    def is_mapped(self, address: int, length: int) -> bool:
+        """Whether regions, remote ones included, hold all of it."""
     def live_view(self, address: int, length: int, *, writable: bool = False) -> memoryview:
         """A view of the bytes themselves, which the other side can change at any time; keeps the mapping alive.
 
-        The range must be mapped by one region, else `InvalidArgument`.
+        The range must lie in one region that is not remote, else `InvalidArgument`.
         """
 
 @final
@@ -206,8 +208,7 @@ class RingLayout:
         """The three areas one after another from `base` on (a multiple of 16), each aligned as 2.7 and 2.8 ask."""
     @staticmethod
     def legacy(size: int, base: int, *, align: int = 4096) -> RingLayout:
-        """The split layout of the legacy interface (2.7.2): the used ring begins at a multiple of `align`, a power of
-        two from 16 on, which `base` is a multiple of too."""
+        """The layout of 2.7.2: the used ring at a multiple of `align`, a power of two >= 16; `base` is one too."""
     @property
     def size(self) -> int: ...
     @property
@@ -413,12 +414,9 @@ class DeviceQueue:
 
     Args:
         memory: where the rings and buffers lie.
-        config: sizes, addresses, features and policy.
+        config: sizes, addresses, features and policy; `QueueViolation` when it, or `state`, is impossible.
         state: where to go on; a fresh ring when None.
         call: wakes the driver when chains were used.
-
-    Raises:
-        QueueViolation: the configuration is impossible (size, alignment, unmapped ring), or the state is.
     """
 
     def __new__(

@@ -228,7 +228,9 @@ impl<'a, A: Access> Walk<'a, A> {
         let rule = match error {
             MemoryError::Wraps { .. } => Rule::AddressWraps,
             MemoryError::ReadOnly { .. } => Rule::ReadOnlyAddress,
-            MemoryError::Unmapped { .. } | MemoryError::Misaligned { .. } => Rule::UnmappedAddress,
+            MemoryError::Unmapped { .. } | MemoryError::Misaligned { .. } | MemoryError::Transfer { .. } => {
+                Rule::UnmappedAddress
+            }
         };
         self.fault(
             rule,

@@ -118,7 +118,7 @@ fn a09_a_strict_decrease_behind_a_good_chain_is_not_forgotten() {
     let config = config(8, 0, Policy::STRICT);
     let idx = config.driver + 2;
     let pin = mem.pin();
-    let mem = &pin.traced().unwrap();
+    let mem = &pin.mediated().unwrap();
     let mut driver = DriverQueue::new(mem, config, None, None).unwrap();
     let mut device = DeviceQueue::new(mem, config, None).unwrap();
     for _ in 0..4 {

@@ -291,7 +291,7 @@ fn p28_flags_of_the_first_come_last_at_both_ends() {
     let mem = GuestMemory::new(vec![region(0, 0x10_0000)], Some(Arc::clone(&trace))).unwrap();
     let config = config(8, PACKED, Policy::STRICT);
     let pin = mem.pin();
-    let traced = pin.traced().unwrap();
+    let traced = pin.mediated().unwrap();
     let mut driver = DriverQueue::new(&traced, config, None, None).unwrap();
     let mut device = DeviceQueue::new(&traced, config, None).unwrap();
     let stores = |trace: &Trace| -> Vec<u64> {

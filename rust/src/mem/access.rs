@@ -5,8 +5,8 @@
 //! Everything above this trait (`ring`, `chain`, `iov`, `queue`) reads and writes guest memory through
 //! [`Access`] and through nothing else. An `Access` value is a *pinned view*: while it lives, the region
 //! table cannot change, so an address that was resolved through it stays valid for as long as it does.
-//! `Mapped` is raw pointers and costs nothing; `Traced` records and can change memory between two
-//! accesses, as a racing other side would.
+//! `Mapped` is raw pointers and costs nothing; `Mediated` reaches remote memory as well, records, and can change memory
+//! between two accesses, as a racing other side would.
 //!
 //! A ring word is a naturally aligned 2, 4 or 8 byte word that both sides access at the same time: it is
 //! always an atomic access. Bulk data is copied by [`Access::read`] and [`Access::write`] without

@@ -7,14 +7,18 @@
 //! what "answered only after running copies have ended" means, for unmap, a new memory table and reset alike.
 //!
 //! Two rules for whoever holds a pin: do not pin the same memory again in the same thread (a writer that waits in
-//! between would block both for ever), and run no foreign code (a Python callback may do exactly that).
+//! between would block both for ever), and run no foreign code (a Python callback may do exactly that). The one exception
+//! is a transfer of remote memory, inside of which this thread is known to be (see `transfer`).
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 
 use super::mapped::Mapped;
+use super::mediated::Mediated;
 use super::region::{Backing, Mapping, Region, RegionError};
 use super::table::Table;
-use super::traced::{Trace, Traced};
+use super::traced::Trace;
+use super::transfer::inside;
 use super::{Access, At, MemoryError, Want};
 
 /// A region to be made: guest address, size, where its bytes come from.
@@ -63,9 +67,14 @@ impl Live {
     }
 }
 
+/// Number of the next memory of this process.
+static NEXT_MEMORY: AtomicU64 = AtomicU64::new(0);
+
 /// Guest memory; see the module's head.
 #[derive(Debug)]
 pub struct GuestMemory {
+    /// As transfers know it.
+    number: u64,
     table: RwLock<Table>,
     trace: Option<Arc<Trace>>,
 }
@@ -76,8 +85,30 @@ impl GuestMemory {
     /// # Errors
     /// When a region cannot be made, two overlap, or there are too many.
     pub fn new(regions: Vec<RegionSpec>, trace: Option<Arc<Trace>>) -> Result<Self, RegionError> {
-        let table = RwLock::new(Table::new(0, map_all(regions)?)?);
-        Ok(Self { table, trace })
+        let number = NEXT_MEMORY.fetch_add(1, Ordering::Relaxed);
+        let table = RwLock::new(Table::new(number, 0, map_all(regions)?)?);
+        Ok(Self { number, table, trace })
+    }
+
+    /// Whether this thread is inside a transfer of this memory, and must neither pin nor change it.
+    #[must_use]
+    pub fn in_transfer(&self) -> bool {
+        inside(self.number)
+    }
+
+    /// As [`GuestMemory::pin`], if nobody changes the table or waits to change it.
+    #[inline]
+    #[must_use]
+    pub fn try_pin(&self) -> Option<Pin<'_>> {
+        let table = match self.table.try_read() {
+            Ok(table) => table,
+            Err(TryLockError::Poisoned(table)) => table.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Pin {
+            table,
+            trace: self.trace.as_deref(),
+        })
     }
 
     /// Hold the table still; see the module's head for what not to do meanwhile.
@@ -115,8 +146,11 @@ impl GuestMemory {
         &self,
         regions: impl FnOnce(&[Arc<Region>]) -> Result<Vec<Arc<Region>>, RegionError>,
     ) -> Result<(), RegionError> {
+        if self.in_transfer() {
+            return Err(RegionError::InTransfer);
+        }
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        let next = Table::new(table.epoch().saturating_add(1), regions(table.regions())?)?;
+        let next = Table::new(self.number, table.epoch().saturating_add(1), regions(table.regions())?)?;
         let old = std::mem::replace(&mut *table, next);
         // Unmapping large regions takes long: nobody need wait for it but our caller.
         drop(table);
@@ -127,7 +161,7 @@ impl GuestMemory {
     /// Add one region.
     ///
     /// # Errors
-    /// When it cannot be made, overlaps, or is one too many.
+    /// When it cannot be made, overlaps, or is one too many; `InTransfer`.
     pub fn add(&self, region: RegionSpec) -> Result<(), RegionError> {
         let region = region.map()?;
         self.exchange(|present| Ok(present.iter().cloned().chain([region]).collect()))
@@ -136,7 +170,7 @@ impl GuestMemory {
     /// Remove exactly the region of `size` bytes at `gpa`; returns after running copies have ended.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`, `InTransfer`.
     pub fn remove(&self, gpa: u64, size: u64) -> Result<(), RegionError> {
         self.exchange(|present| {
             let others = present
@@ -154,7 +188,7 @@ impl GuestMemory {
     /// Put a whole new table in place; returns after running copies have ended.
     ///
     /// # Errors
-    /// As [`GuestMemory::new`]; then nothing has changed.
+    /// As [`GuestMemory::new`], and `InTransfer`; then nothing has changed.
     pub fn replace(&self, regions: Vec<RegionSpec>) -> Result<(), RegionError> {
         let regions = map_all(regions)?;
         self.exchange(|_| Ok(regions))
@@ -165,7 +199,7 @@ impl GuestMemory {
     /// # Errors
     /// When a byte of the range is not mapped.
     pub fn read(&self, gpa: u64, dst: &mut [u8]) -> Result<(), MemoryError> {
-        self.pin().mapped().read(At::unresolved(gpa), 0, dst)
+        self.pin().whole().read(At::unresolved(gpa), 0, dst)
     }
 
     /// Copy `src` to `gpa`; not traced.
@@ -173,7 +207,7 @@ impl GuestMemory {
     /// # Errors
     /// When a byte of the range is not mapped or not writable; then nothing was written.
     pub fn write(&self, gpa: u64, src: &[u8]) -> Result<(), MemoryError> {
-        self.pin().mapped().write(At::unresolved(gpa), 0, src)
+        self.pin().whole().write(At::unresolved(gpa), 0, src)
     }
 
     /// Copy `len` bytes at `gpa` to `dst`; not traced.
@@ -186,7 +220,7 @@ impl GuestMemory {
     pub unsafe fn read_raw(&self, gpa: u64, dst: *mut u8, len: usize) -> Result<(), MemoryError> {
         let pin = self.pin();
         // SAFETY: our caller's promise is the one that is asked for.
-        unsafe { pin.mapped().read_raw(At::unresolved(gpa), 0, dst, len) }
+        unsafe { pin.whole().read_raw(At::unresolved(gpa), 0, dst, len) }
     }
 
     /// Copy `len` bytes from `src` to `gpa`; not traced.
@@ -199,7 +233,7 @@ impl GuestMemory {
     pub unsafe fn write_raw(&self, gpa: u64, src: *const u8, len: usize) -> Result<(), MemoryError> {
         let pin = self.pin();
         // SAFETY: our caller's promise is the one that is asked for.
-        unsafe { pin.mapped().write_raw(At::unresolved(gpa), 0, src, len) }
+        unsafe { pin.whole().write_raw(At::unresolved(gpa), 0, src, len) }
     }
 
     /// Set `len` bytes at `gpa` to `value`; not traced.
@@ -207,7 +241,7 @@ impl GuestMemory {
     /// # Errors
     /// As [`GuestMemory::write`].
     pub fn fill(&self, gpa: u64, len: u64, value: u8) -> Result<(), MemoryError> {
-        self.pin().mapped().fill(At::unresolved(gpa), 0, len, value)
+        self.pin().whole().fill(At::unresolved(gpa), 0, len, value)
     }
 
     /// Copy `len` bytes from `src` to `dst`, as if all were read before the first is written; not traced.
@@ -215,18 +249,18 @@ impl GuestMemory {
     /// # Errors
     /// When a byte of either range is not mapped, or one of `dst` is not writable; then nothing was written.
     pub fn copy(&self, dst: u64, src: u64, len: u64) -> Result<(), MemoryError> {
-        self.pin().mapped().copy_within(dst, src, len)
+        self.pin().whole().copy_within(dst, src, len)
     }
 
-    /// Check that all `len` bytes at `gpa` are mapped, and writable if so wanted.
+    /// Check that all `len` bytes at `gpa` are in regions, and writable if so wanted.
     ///
     /// # Errors
     /// As [`Access::resolve`].
     pub fn check(&self, gpa: u64, len: u64, want: Want) -> Result<(), MemoryError> {
-        self.pin().table.check(gpa, len, want)
+        self.pin().check(gpa, len, want)
     }
 
-    /// Whether all `len` bytes at `gpa` are mapped.
+    /// Whether all `len` bytes at `gpa` are in regions, remote ones included.
     #[must_use]
     pub fn is_mapped(&self, gpa: u64, len: u64) -> bool {
         self.check(gpa, len, Want::Read).is_ok()
@@ -235,9 +269,9 @@ impl GuestMemory {
     /// The bytes themselves, kept mapped.
     ///
     /// # Errors
-    /// `Unmapped` with the first address that the region of `gpa` does not hold, or `ReadOnly`.
+    /// `Unmapped` with the first address that the region of `gpa` does not hold, or `gpa` when that is remote; `ReadOnly`.
     pub fn live(&self, gpa: u64, len: u64, want: Want) -> Result<Live, MemoryError> {
-        self.pin().table.live(gpa, len, want)
+        self.pin().live(gpa, len, want)
     }
 }
 
@@ -262,6 +296,22 @@ impl Pin<'_> {
         &self.table
     }
 
+    /// Check that all `len` bytes at `gpa` are in regions, and writable if so wanted.
+    ///
+    /// # Errors
+    /// As [`Access::resolve`].
+    pub fn check(&self, gpa: u64, len: u64, want: Want) -> Result<(), MemoryError> {
+        self.whole().check(gpa, len, want)
+    }
+
+    /// The bytes themselves, kept mapped; see [`GuestMemory::live`].
+    ///
+    /// # Errors
+    /// As [`GuestMemory::live`].
+    pub fn live(&self, gpa: u64, len: u64, want: Want) -> Result<Live, MemoryError> {
+        self.table.live(gpa, len, want)
+    }
+
     /// Number of the pinned table.
     #[inline]
     #[must_use]
@@ -269,35 +319,44 @@ impl Pin<'_> {
         self.table.epoch()
     }
 
-    /// Memory through raw pointers.
+    /// Mapped memory through raw pointers; remote regions are not there.
     #[inline]
     #[must_use]
     pub fn mapped(&self) -> Mapped<'_> {
         Mapped::new(&self.table)
     }
 
-    /// Memory that records accesses, if this memory is traced; prefer `with_access!`, which takes either.
+    /// Memory of every kind, and its trace; None when mapped memory is all that there is. Prefer `with_access!`, which
+    /// takes either.
     #[inline]
     #[must_use]
-    pub fn traced(&self) -> Option<Traced<'_>> {
-        self.trace.map(|trace| Traced::new(&self.table, trace))
+    pub fn mediated(&self) -> Option<Mediated<'_>> {
+        let needed = self.trace.is_some() || self.table.has_remotes();
+        needed.then(|| Mediated::new(&self.table, self.trace))
+    }
+
+    /// Memory of every kind, not traced.
+    #[must_use]
+    pub fn whole(&self) -> Mediated<'_> {
+        Mediated::new(&self.table, None)
     }
 }
 
-/// Run `$body` with `$mem` bound to `&impl Access`: `Traced` if the memory of `$pin` is traced, else `Mapped`.
+/// Run `$body` with `$mem` bound to `&impl Access`: `Mediated` if the memory of `$pin` is traced or partly remote, else
+/// `Mapped`.
 ///
 /// The body is compiled once for each, so it may call functions that are generic over `Access`.
 #[cfg(any(feature = "python", test))]
 macro_rules! with_access {
     ($pin:expr, |$mem:ident| $body:expr) => {{
         let pin: &$crate::mem::Pin<'_> = &$pin;
-        match pin.traced() {
+        match pin.mediated() {
             None => {
                 let $mem = &pin.mapped();
                 $body
             }
-            Some(traced) => {
-                let $mem = &traced;
+            Some(mediated) => {
+                let $mem = &mediated;
                 $body
             }
         }

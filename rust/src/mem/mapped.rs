@@ -1,4 +1,4 @@
-//! `Mapped`: guest memory through raw pointers, at no cost beyond the access.
+//! `Mapped`: guest memory through raw pointers, at no cost beyond the access; of remote regions it knows nothing.
 //!
 //! # Theory
 //!
@@ -28,7 +28,7 @@ impl<'a> Mapped<'a> {
     ///
     /// M2: what this returns is valid for `len` bytes (for writes too if `want` is `Write`) while the table lives.
     #[inline]
-    fn direct(self, at: At, off: u64, len: u64, want: Want) -> Option<*mut u8> {
+    pub(super) fn direct(self, at: At, off: u64, len: u64, want: Want) -> Option<*mut u8> {
         let stamp = if want == Want::Write { at.stamp } else { at.stamp | 1 };
         let fits = at.len.checked_sub(off).is_some_and(|left| left >= len);
         (stamp == self.0.stamp() && fits).then(|| at.ptr.wrapping_add(host_size(off)))
@@ -41,43 +41,6 @@ impl<'a> Mapped<'a> {
             Some(ptr) if ptr.addr() & host_size(size - 1) == 0 => Ok(ptr),
             _ => self.word_anew(at, off, size, want),
         }
-    }
-
-    /// Copy `len` bytes from `src` to `dst`, as if all were read before the first is written.
-    ///
-    /// # Errors
-    /// When a byte of either range is not mapped, or one of `dst` is not writable; then nothing was written.
-    pub fn copy_within(self, dst: u64, src: u64, len: u64) -> Result<(), MemoryError> {
-        self.0.check(src, len, Want::Read)?;
-        self.0.check(dst, len, Want::Write)?;
-        let mut left = host_size(len);
-        while left > 0 {
-            let done = len - left as u64;
-            // From whichever end the bytes still to be read are not overwritten; pieces themselves may overlap.
-            let (to, from) = if dst <= src {
-                (self.0.piece_from(dst + done, left), self.0.piece_from(src + done, left))
-            } else {
-                (
-                    self.0.piece_before(dst + left as u64, left),
-                    self.0.piece_before(src + left as u64, left),
-                )
-            };
-            let (Some(to), Some(from)) = (to, from) else {
-                return Err(MemoryError::Unmapped { gpa: src });
-            };
-            let step = to.len.min(from.len);
-            let (to_skip, from_skip) = if dst <= src {
-                (0, 0)
-            } else {
-                (to.len - step, from.len - step)
-            };
-            let source = from.ptr.cast_const().wrapping_add(from_skip);
-            // SAFETY: both pieces are valid for their lengths (M1), of which `step` bytes at the chosen end are
-            // taken; the destination was checked to be writable; M4 for races.
-            unsafe { source.copy_to(to.ptr.wrapping_add(to_skip), step) };
-            left -= step;
-        }
-        Ok(())
     }
 
     #[cold]
@@ -93,7 +56,7 @@ impl<'a> Mapped<'a> {
 }
 
 /// `at + off`, if that is an address.
-fn address(at: At, off: u64) -> Result<u64, MemoryError> {
+pub(super) fn address(at: At, off: u64) -> Result<u64, MemoryError> {
     at.gpa
         .checked_add(off)
         .ok_or(MemoryError::Wraps { gpa: at.gpa, len: off })

@@ -6,21 +6,25 @@ compile_error!("guest addresses are 64-bit and are mapped into the host's: a 64-
 mod access;
 mod guest;
 mod mapped;
+mod mediated;
 mod region;
 mod table;
 #[cfg(test)]
 mod tests;
 mod traced;
+mod transfer;
 
 pub use access::{Access, At, Want};
-// Only the Python face does not know at compile time whether a memory is traced.
+// Only the Python face does not know at compile time what kind of memory it has.
 #[cfg(any(feature = "python", test))]
 pub(crate) use guest::with_access;
 pub use guest::{GuestMemory, Live, Pin, RegionSpec};
 pub use mapped::Mapped;
+pub use mediated::Mediated;
 pub use region::{Backing, Mapping, OWN_ALIGN, RECEIVED_ALIGN, Region, RegionError};
 pub use table::{MAX_REGIONS, Table};
-pub use traced::{AccessKind, Record, Trace, Traced};
+pub use traced::{AccessKind, Record, Trace};
+pub use transfer::{MAX_TRANSFER, Transfer, TransferFailed, transferring};
 
 /// A number of bytes as the host counts them.
 #[expect(
@@ -63,6 +67,12 @@ pub enum MemoryError {
         /// Alignment that it needs, in bytes.
         align: u64,
     },
+    /// Memory that cannot be mapped, and the other side did not do what it was asked.
+    #[error("the transfer at {gpa:#x} failed")]
+    Transfer {
+        /// First guest address of the transfer.
+        gpa: u64,
+    },
 }
 
 impl MemoryError {
@@ -73,7 +83,8 @@ impl MemoryError {
             Self::Wraps { gpa, .. }
             | Self::Unmapped { gpa }
             | Self::ReadOnly { gpa }
-            | Self::Misaligned { gpa, .. } => gpa,
+            | Self::Misaligned { gpa, .. }
+            | Self::Transfer { gpa } => gpa,
         }
     }
 }

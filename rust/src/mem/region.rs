@@ -8,6 +8,8 @@
 //! region and is aligned in the host as well (M3). Any page alignment is this module's own business: it maps from the
 //! page below.
 //!
+//! Or it is remote: no bytes of ours at all, but somebody who reads and writes them for us (see `transfer`).
+//!
 //! What is mapped must exist: a file that ends before `offset + size` would kill the process with SIGBUS at the first
 //! access, so it is refused. Our own memfds are sealed against shrinking before anybody else can hold them.
 
@@ -19,7 +21,7 @@ use rustix::fs::{FileType, MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftrunc
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-use super::host_size;
+use super::{Transfer, host_size};
 
 /// Alignment of memory that we make ourselves, in bytes.
 pub const OWN_ALIGN: u64 = 4096;
@@ -95,6 +97,9 @@ pub enum RegionError {
         /// Bytes that it has.
         actual: u64,
     },
+    /// The thread that asks is inside a transfer of this memory, which the change would wait for.
+    #[error("memory cannot change from inside a transfer of its own")]
+    InTransfer,
     /// The operating system refused.
     #[error("cannot {what} for the region of {size:#x} bytes at {gpa:#x}: {errno}")]
     System {
@@ -123,6 +128,13 @@ pub enum Backing {
         /// Offset of the region's first byte in the file.
         offset: u64,
         /// Whether it is mapped for writing.
+        writable: bool,
+    },
+    /// Somebody else's memory, which cannot be mapped.
+    Remote {
+        /// Who reads and writes it for us.
+        transfer: Arc<dyn Transfer>,
+        /// Whether it may be written.
         writable: bool,
     },
 }
@@ -168,7 +180,14 @@ pub struct Region {
     fd: Option<Arc<OwnedFd>>,
     writable: bool,
     own: bool,
-    mapping: Arc<Mapping>,
+    bytes: Bytes,
+}
+
+/// Where the bytes of a region are.
+#[derive(Debug)]
+enum Bytes {
+    Mapped(Arc<Mapping>),
+    Remote(Arc<dyn Transfer>),
 }
 
 impl Backing {
@@ -202,10 +221,9 @@ impl Region {
                 size,
             });
         }
-        let align = if matches!(backing, Backing::Received { .. }) {
-            RECEIVED_ALIGN
-        } else {
-            OWN_ALIGN
+        let align = match backing {
+            Backing::Memfd | Backing::Anonymous => OWN_ALIGN,
+            Backing::Received { .. } | Backing::Remote { .. } => RECEIVED_ALIGN,
         };
         check_align("address", gpa, align, gpa)?;
         check_align("size", size, align, gpa)?;
@@ -214,15 +232,16 @@ impl Region {
             Backing::Memfd => {
                 let fd = at.memfd()?;
                 let mapping = at.map_file(fd.as_fd(), 0, true, OWN_ALIGN)?;
-                Ok(at.region(Some(fd), 0, true, true, mapping))
+                Ok(at.region(Some(fd), 0, true, true, Bytes::mapped(mapping)))
             }
-            Backing::Anonymous => Ok(at.region(None, 0, true, true, at.map_anonymous()?)),
+            Backing::Anonymous => Ok(at.region(None, 0, true, true, Bytes::mapped(at.map_anonymous()?))),
             Backing::Received { fd, offset, writable } => {
                 check_align("offset", offset, align, gpa)?;
                 let granule = at.check_file(fd.as_fd(), offset)?;
                 let mapping = at.map_file(fd.as_fd(), offset, writable, granule)?;
-                Ok(at.region(Some(fd), offset, writable, false, mapping))
+                Ok(at.region(Some(fd), offset, writable, false, Bytes::mapped(mapping)))
             }
+            Backing::Remote { transfer, writable } => Ok(at.region(None, 0, writable, false, Bytes::Remote(transfer))),
         }
     }
 
@@ -244,7 +263,7 @@ impl Region {
         self.gpa.saturating_add(self.size)
     }
 
-    /// The file behind it, unless anonymous; holding it keeps the file open and not the mapping.
+    /// The file behind it, unless anonymous or remote; holding it keeps the file open and not the mapping.
     #[must_use]
     pub const fn fd(&self) -> Option<&Arc<OwnedFd>> {
         self.fd.as_ref()
@@ -268,10 +287,28 @@ impl Region {
         self.own
     }
 
-    /// The host mapping.
+    /// The host mapping, unless it is remote.
     #[must_use]
-    pub const fn mapping(&self) -> &Arc<Mapping> {
-        &self.mapping
+    pub const fn mapping(&self) -> Option<&Arc<Mapping>> {
+        match &self.bytes {
+            Bytes::Mapped(mapping) => Some(mapping),
+            Bytes::Remote(_) => None,
+        }
+    }
+
+    /// Who reads and writes it, if it is remote.
+    #[must_use]
+    pub const fn remote(&self) -> Option<&Arc<dyn Transfer>> {
+        match &self.bytes {
+            Bytes::Mapped(_) => None,
+            Bytes::Remote(transfer) => Some(transfer),
+        }
+    }
+}
+
+impl Bytes {
+    fn mapped(mapping: Mapping) -> Self {
+        Self::Mapped(Arc::new(mapping))
     }
 }
 
@@ -296,8 +333,7 @@ struct Place {
 }
 
 impl Place {
-    fn region(self, fd: Option<OwnedFd>, offset: u64, writable: bool, own: bool, mapping: Mapping) -> Region {
-        let mapping = Arc::new(mapping);
+    fn region(self, fd: Option<OwnedFd>, offset: u64, writable: bool, own: bool, bytes: Bytes) -> Region {
         Region {
             gpa: self.gpa,
             size: self.size,
@@ -305,7 +341,7 @@ impl Place {
             fd: fd.map(Arc::new),
             writable,
             own,
-            mapping,
+            bytes,
         }
     }
 

@@ -7,11 +7,15 @@
 //! carries, so that an address resolved by one table is never used directly under another, whosever it is (M2).
 //!
 //! Few regions are the rule, so up to 16 are scanned from the first on; more are searched by halving.
+//!
+//! Remote regions have a list of their own. What is resolved, and all of [`Mapped`](super::Mapped), knows nothing of it:
+//! only [`Mediated`](super::Mediated) looks there, when nothing is mapped at an address.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::region::{Region, RegionError};
+use super::transfer::{Inside, Transfer};
 use super::{At, Live, MemoryError, Want, host_size};
 
 /// Regions that one table holds at most: what the kernel's vhost and QEMU use (509 memory slots).
@@ -23,19 +27,46 @@ const SCAN_LIMIT: usize = 16;
 /// an unresolved address (0) would then match.
 static NEXT_STAMP: AtomicU64 = AtomicU64::new(3);
 
-/// What translation needs of a region, side by side.
+/// What translation needs of a mapped region, side by side.
 #[derive(Clone, Copy, Debug)]
-struct Slot {
-    gpa: u64,
-    size: u64,
-    ptr: *mut u8,
-    writable: bool,
+pub(super) struct Slot {
+    pub(super) gpa: u64,
+    pub(super) size: u64,
+    pub(super) ptr: *mut u8,
+    pub(super) writable: bool,
 }
 
 // SAFETY: a slot is numbers and an address; only `Mapped` dereferences it, while the table keeps the mapping (M1).
 unsafe impl Send for Slot {}
 // SAFETY: as above.
 unsafe impl Sync for Slot {}
+
+/// What is known of a remote region, and the way to it.
+#[derive(Debug)]
+pub(super) struct Remote {
+    pub(super) gpa: u64,
+    pub(super) size: u64,
+    pub(super) writable: bool,
+    /// Whose it is: as transfers know it that this thread is inside of.
+    memory: u64,
+    transfer: Arc<dyn Transfer>,
+}
+
+impl Remote {
+    /// One transfer from guest address `gpa` on.
+    pub(super) fn read(&self, gpa: u64, dst: &mut [u8]) -> Result<(), MemoryError> {
+        let _inside = Inside::of(self.memory);
+        let read = self.transfer.read(gpa, dst);
+        read.map_err(|_| MemoryError::Transfer { gpa })
+    }
+
+    /// One transfer to guest address `gpa` on.
+    pub(super) fn write(&self, gpa: u64, src: &[u8]) -> Result<(), MemoryError> {
+        let _inside = Inside::of(self.memory);
+        let written = self.transfer.write(gpa, src);
+        written.map_err(|_| MemoryError::Transfer { gpa })
+    }
+}
 
 /// Bytes of guest memory that lie side by side in the host.
 #[derive(Clone, Copy, Debug)]
@@ -52,15 +83,16 @@ pub struct Table {
     epoch: u64,
     stamp: u64,
     slots: Vec<Slot>,
+    remotes: Vec<Remote>,
     regions: Vec<Arc<Region>>,
 }
 
 impl Table {
-    /// The table of `regions`, in any order.
+    /// The table of `regions`, in any order, of the memory with the number `memory`.
     ///
     /// # Errors
     /// `TooMany` or `Overlap`.
-    pub fn new(epoch: u64, mut regions: Vec<Arc<Region>>) -> Result<Self, RegionError> {
+    pub fn new(memory: u64, epoch: u64, mut regions: Vec<Arc<Region>>) -> Result<Self, RegionError> {
         Self::check_count(regions.len())?;
         regions.sort_by_key(|region| region.gpa());
         for (low, high) in regions.iter().zip(regions.iter().skip(1)) {
@@ -74,18 +106,31 @@ impl Table {
                 });
             }
         }
-        let slot = |region: &Arc<Region>| Slot {
-            gpa: region.gpa(),
-            size: region.size(),
-            ptr: region.mapping().ptr(),
-            writable: region.writable(),
+        let slot = |region: &Arc<Region>| {
+            Some(Slot {
+                gpa: region.gpa(),
+                size: region.size(),
+                ptr: region.mapping()?.ptr(),
+                writable: region.writable(),
+            })
         };
-        let slots = regions.iter().map(slot).collect();
+        let remote = |region: &Arc<Region>| {
+            Some(Remote {
+                gpa: region.gpa(),
+                size: region.size(),
+                writable: region.writable(),
+                memory,
+                transfer: Arc::clone(region.remote()?),
+            })
+        };
+        let slots = regions.iter().filter_map(slot).collect();
+        let remotes = regions.iter().filter_map(remote).collect();
         let stamp = NEXT_STAMP.fetch_add(2, Ordering::Relaxed);
         Ok(Self {
             epoch,
             stamp,
             slots,
+            remotes,
             regions,
         })
     }
@@ -134,7 +179,9 @@ impl Table {
         if len > region.size().wrapping_sub(skip) {
             return Err(MemoryError::Unmapped { gpa: region.end() });
         }
-        let mapping = Arc::clone(region.mapping());
+        // A remote region has no bytes to be alive: nothing is *mapped* there.
+        let mapping = region.mapping().ok_or(MemoryError::Unmapped { gpa })?;
+        let mapping = Arc::clone(mapping);
         Ok(Live {
             mapping,
             skip: host_size(skip),
@@ -148,8 +195,23 @@ impl Table {
         self.stamp
     }
 
+    /// Whether there are remote regions.
     #[inline]
-    fn find(&self, gpa: u64) -> Option<&Slot> {
+    pub(super) fn has_remotes(&self) -> bool {
+        !self.remotes.is_empty()
+    }
+
+    /// The remote region that holds `gpa`.
+    pub(super) fn find_remote(&self, gpa: u64) -> Option<&Remote> {
+        let next = self.remotes.partition_point(|remote| remote.gpa <= gpa);
+        self.remotes
+            .get(next.checked_sub(1)?)
+            .filter(|remote| gpa.wrapping_sub(remote.gpa) < remote.size)
+    }
+
+    /// The mapped region that holds `gpa`.
+    #[inline]
+    pub(super) fn find(&self, gpa: u64) -> Option<&Slot> {
         if self.slots.len() <= SCAN_LIMIT {
             self.slots.iter().find(|slot| gpa.wrapping_sub(slot.gpa) < slot.size)
         } else {
@@ -194,23 +256,12 @@ impl Table {
     }
 
     /// The longest piece that starts at `gpa` and has at most `limit` bytes.
-    pub(super) fn piece_from(&self, gpa: u64, limit: usize) -> Option<Piece> {
+    fn piece_from(&self, gpa: u64, limit: usize) -> Option<Piece> {
         let slot = self.find(gpa)?;
         let skip = host_size(gpa.wrapping_sub(slot.gpa));
         let len = limit.min(host_size(slot.size).saturating_sub(skip));
         Some(Piece {
             ptr: slot.ptr.wrapping_add(skip),
-            len,
-        })
-    }
-
-    /// The longest piece that ends before `end` (exclusive) and has at most `limit` bytes.
-    pub(super) fn piece_before(&self, end: u64, limit: usize) -> Option<Piece> {
-        let slot = self.find(end.checked_sub(1)?)?;
-        let upto = host_size(end.wrapping_sub(slot.gpa));
-        let len = limit.min(upto);
-        Some(Piece {
-            ptr: slot.ptr.wrapping_add(upto.saturating_sub(len)),
             len,
         })
     }

@@ -430,14 +430,14 @@ fn a_trace_numbers_accesses_and_changes_memory_before_one() {
     ];
     assert_eq!(trace.log(), log);
     assert_eq!((trace.count(), trace.missed()), (8, 0));
-    let view = pin.traced().unwrap();
+    let view = pin.mediated().unwrap();
     view.fence();
     view.fence();
     assert_eq!(trace.missed(), 1);
     trace.clear();
     assert_eq!((trace.count(), trace.missed()), (0, 0));
     drop(pin);
-    assert!(memory(&[]).pin().traced().is_none());
+    assert!(memory(&[]).pin().mediated().is_none());
 }
 
 /// Lines of the process's memory map that name the address.

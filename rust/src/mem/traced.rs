@@ -1,4 +1,4 @@
-//! `Traced`: `Mapped` memory whose every access is recorded, and that can change between two accesses.
+//! `Trace`: every access to a memory recorded, and changes of it between two accesses.
 //!
 //! # Theory
 //!
@@ -11,9 +11,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::mapped::Mapped;
-use super::table::Table;
-use super::{Access, At, MemoryError, Want};
+use super::{Access, At};
 
 /// What an access was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,112 +110,19 @@ impl Trace {
     }
 
     /// Record an access and make the changes planned for it.
-    fn before(&self, mem: Mapped<'_>, record: Record) {
-        let mut state = self.state();
-        let number = state.log.len() as u64;
-        state.log.push(record);
-        for (gpa, data) in state.changes.remove(&number).unwrap_or_default() {
+    pub(super) fn before<A: Access>(&self, mem: &A, record: Record) {
+        let changes = {
+            let mut state = self.state();
+            let number = state.log.len() as u64;
+            state.log.push(record);
+            state.changes.remove(&number)
+        };
+        // Without the lock: a change of remote memory runs foreign code.
+        for (gpa, data) in changes.unwrap_or_default() {
             if mem.write(At::unresolved(gpa), 0, &data).is_err() {
+                let mut state = self.state();
                 state.missed = state.missed.saturating_add(1);
             }
         }
-    }
-}
-
-/// A pinned view of guest memory that records what is done through it.
-#[derive(Clone, Copy, Debug)]
-pub struct Traced<'a> {
-    mem: Mapped<'a>,
-    trace: &'a Trace,
-}
-
-impl<'a> Traced<'a> {
-    /// View memory through `table`, recording in `trace`.
-    #[must_use]
-    pub const fn new(table: &'a Table, trace: &'a Trace) -> Self {
-        Self {
-            mem: Mapped::new(table),
-            trace,
-        }
-    }
-
-    fn note(&self, kind: AccessKind, at: At, off: u64, len: u64) {
-        self.trace.before(
-            self.mem,
-            Record {
-                kind,
-                gpa: at.gpa.saturating_add(off),
-                len,
-            },
-        );
-    }
-}
-
-macro_rules! load {
-    ($name:ident, $word:ty) => {
-        fn $name(&self, at: At, off: u64) -> Result<$word, MemoryError> {
-            self.note(AccessKind::Load, at, off, size_of::<$word>() as u64);
-            self.mem.$name(at, off)
-        }
-    };
-}
-
-macro_rules! store {
-    ($name:ident, $word:ty) => {
-        fn $name(&self, at: At, off: u64, value: $word) -> Result<(), MemoryError> {
-            self.note(AccessKind::Store, at, off, size_of::<$word>() as u64);
-            self.mem.$name(at, off, value)
-        }
-    };
-}
-
-impl Access for Traced<'_> {
-    fn epoch(&self) -> u64 {
-        self.mem.epoch()
-    }
-
-    fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError> {
-        self.mem.resolve(gpa, len, want)
-    }
-
-    load!(load_u16, u16);
-    load!(load_u16_acquire, u16);
-    load!(load_u32, u32);
-    load!(load_u64, u64);
-    store!(store_u16, u16);
-    store!(store_u16_release, u16);
-    store!(store_u32, u32);
-    store!(store_u64, u64);
-
-    fn fence(&self) {
-        self.note(AccessKind::Fence, At::unresolved(0), 0, 0);
-        self.mem.fence();
-    }
-
-    fn read(&self, at: At, off: u64, dst: &mut [u8]) -> Result<(), MemoryError> {
-        self.note(AccessKind::Read, at, off, dst.len() as u64);
-        self.mem.read(at, off, dst)
-    }
-
-    fn write(&self, at: At, off: u64, src: &[u8]) -> Result<(), MemoryError> {
-        self.note(AccessKind::Write, at, off, src.len() as u64);
-        self.mem.write(at, off, src)
-    }
-
-    unsafe fn read_raw(&self, at: At, off: u64, dst: *mut u8, len: usize) -> Result<(), MemoryError> {
-        self.note(AccessKind::Read, at, off, len as u64);
-        // SAFETY: our caller's promise is the one that is asked for.
-        unsafe { self.mem.read_raw(at, off, dst, len) }
-    }
-
-    unsafe fn write_raw(&self, at: At, off: u64, src: *const u8, len: usize) -> Result<(), MemoryError> {
-        self.note(AccessKind::Write, at, off, len as u64);
-        // SAFETY: our caller's promise is the one that is asked for.
-        unsafe { self.mem.write_raw(at, off, src, len) }
-    }
-
-    fn fill(&self, at: At, off: u64, len: u64, value: u8) -> Result<(), MemoryError> {
-        self.note(AccessKind::Write, at, off, len);
-        self.mem.fill(at, off, len, value)
     }
 }

@@ -18,14 +18,6 @@ use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
 use super::errors::InvalidArgument;
 
-/// Copies of more bytes than this release the GIL: coming back beside a busy thread can take 5 ms.
-const DETACH_ABOVE: usize = 64 * 1024;
-
-/// Do `work` on `bytes` bytes, without the GIL if that is worth it.
-pub(crate) fn detached<T: Send>(py: Python<'_>, bytes: usize, work: impl FnOnce() -> T + Send) -> T {
-    if bytes > DETACH_ABOVE { py.detach(work) } else { work() }
-}
-
 /// A refusal of the operating system, as Python knows it.
 pub(crate) fn os_error(errno: Errno, text: String) -> PyErr {
     PyOSError::new_err((errno.raw_os_error(), text))
@@ -129,10 +121,19 @@ impl Input<'_> {
     /// A copy of its bytes.
     pub(crate) fn to_vec(&self) -> Vec<u8> {
         let mut out = vec![0; self.raw.len];
-        // SAFETY: the source is valid for reads of `len` bytes while `self` holds the buffer (M6), the target was
-        // just made with that length.
-        unsafe { out.as_mut_ptr().copy_from(self.raw.ptr, self.raw.len) };
+        self.copy_to(&mut out);
         out
+    }
+
+    /// Copy its bytes to `out`, if they are as many.
+    pub(crate) fn copy_to(&self, out: &mut [u8]) -> bool {
+        if out.len() != self.raw.len {
+            return false;
+        }
+        // SAFETY: the source is valid for reads of `len` bytes while `self` holds the buffer (M6), the target has that
+        // length and is ours.
+        unsafe { out.as_mut_ptr().copy_from(self.raw.ptr, self.raw.len) };
+        true
     }
 }
 

@@ -7,9 +7,11 @@ use pyo3::prelude::*;
 use pyo3::types::PyByteArray;
 
 use super::args::{Input, Int, Output, Raw};
-use super::chain::{Rows, Shared, with_queue};
+use super::chain::{Rows, Shared};
 use super::device::PyDeviceQueue;
 use super::errors::{InvalidArgument, StaleChain, either, raise};
+use super::guard::{lock, with_queue};
+use super::remote::{pending, pressing};
 use crate::chain::{Element, Segment};
 use crate::error::QueueError;
 use crate::mem::Access;
@@ -26,15 +28,20 @@ impl Popped {
     /// Pop up to `limit` chains.
     pub(crate) fn take(py: Python<'_>, shared: &Shared, limit: usize) -> PyResult<Self> {
         let mut popped = Self::default();
-        let Self { elements, segments } = &mut popped;
-        with_queue!(shared, |mem, queue| queue.pop_many(mem, limit, segments, elements))
-            .map_err(|fault| raise(py, &fault))?;
+        let done = with_queue!(Some(py), shared, |mem, queue| {
+            let Self { elements, segments } = &mut popped;
+            let done = queue.pop_many(mem, limit, segments, elements);
+            if pending() {
+                popped.put_back(queue, 0);
+            }
+            done
+        });
+        done?.map_err(|fault| raise(py, &fault))?;
         Ok(popped)
     }
 
     /// Put the chains from `first` on back into the ring, newest first.
-    pub(crate) fn put_back(&mut self, shared: &Shared, first: usize) {
-        let mut queue = shared.lock();
+    pub(crate) fn put_back(&mut self, queue: &mut DeviceQueue, first: usize) {
         while self.elements.len() > first {
             let Some(element) = self.elements.pop() else { break };
             let segments = self.segments.get(element.first..).unwrap_or_default();
@@ -64,9 +71,9 @@ impl Popped {
         PyByteArray::new_with(py, total, |bytes| {
             let target = Raw::of(bytes);
             let mut each = kept.iter().enumerate();
-            let gathered = with_queue!(shared, |mem, queue| each
+            let gathered = with_queue!(Some(py), shared, |mem, queue| each
                 .try_for_each(|(row, element)| rows.gather(mem, queue, element, target, row)));
-            Ok(gathered?)
+            Ok(gathered??)
         })
     }
 
@@ -80,8 +87,9 @@ impl Popped {
         itemsize: usize,
         keep: impl Fn(&Element) -> bool,
     ) -> PyResult<Responded> {
-        let answered = with_queue!(shared, |mem, queue| self.answer(mem, queue, source, itemsize, keep));
-        answered.map_err(|error| either(py, error))
+        let answered = with_queue!(Some(py), shared, |mem, queue| self
+            .answer(mem, queue, source, itemsize, keep));
+        answered?.map_err(|error| either(py, error))
     }
 
     fn answer<A: Access>(
@@ -159,8 +167,9 @@ impl PyBatch {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, Option<State>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Held while requests are read, so also while functions of Python's read remote memory.
+    fn state(&self, py: Python<'_>) -> PyResult<MutexGuard<'_, Option<State>>> {
+        lock(Some(py), &self.state)
     }
 }
 
@@ -170,14 +179,14 @@ fn spent() -> PyErr {
 
 #[pymethods]
 impl PyBatch {
-    fn __len__(&self) -> usize {
-        self.state().as_ref().map_or(0, State::rows)
+    fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.state(py)?.as_ref().map_or(0, State::rows))
     }
 
     fn requests<'py>(&self, py: Python<'py>, itemsize: Int<usize>) -> PyResult<Bound<'py, PyAny>> {
         let itemsize = itemsize.0;
         let bytes = {
-            let mut state = self.state();
+            let mut state = self.state(py)?;
             let state = state.as_mut().ok_or_else(spent)?;
             let least = itemsize as u64;
             let bytes = state
@@ -196,7 +205,7 @@ impl PyBatch {
     fn respond(&self, py: Python<'_>, responses: Input<'_>, itemsize: Option<Int<usize>>) -> PyResult<usize> {
         let source = responses.raw();
         let (taken, itemsize) = {
-            let mut state = self.state();
+            let mut state = self.state(py)?;
             let rows = state.as_ref().ok_or_else(spent)?.rows();
             let itemsize = match itemsize {
                 Some(itemsize) => itemsize.0,
@@ -212,23 +221,30 @@ impl PyBatch {
         let responded = popped.respond(py, self.queue.get().shared(), source, itemsize, |element| {
             element.readable >= least
         });
-        self.queue.get().signal(py)?;
-        Ok(responded?.good)
+        match (responded, self.queue.get().signal(py)) {
+            (Ok(responded), Ok(_)) => Ok(responded.good),
+            (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
+            (Err(first), Err(second)) => Err(pressing(py, second, first)),
+        }
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.queue)
     }
 
-    fn __repr__(&self) -> String {
-        format!("<Batch of {} chains>", self.__len__())
+    fn __repr__(&self, py: Python<'_>) -> String {
+        self.__len__(py).map_or_else(
+            |_| "<Batch in a transfer>".to_owned(),
+            |chains| format!("<Batch of {chains} chains>"),
+        )
     }
 }
 
 impl Drop for PyBatch {
     fn drop(&mut self) {
-        if let Some(mut state) = self.state().take() {
-            state.popped.put_back(self.queue.get().shared(), 0);
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(state) = state.take() {
+            self.queue.get().shared().give_back(state.popped);
         }
     }
 }

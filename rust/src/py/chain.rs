@@ -1,8 +1,7 @@
 //! `Chain`: one popped chain in Python's hands, and what it shares with its queue.
 //!
 //! A chain may be touched while its generation is current and its queue is not latched; each copy checks that
-//! under the queue's lock, so that a reset is answered only after running copies have ended. The lock is never
-//! held while Python code runs.
+//! under the queue's lock, so that a reset is answered only after running copies have ended.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,51 +10,75 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use smallvec::SmallVec;
 
-use super::args::{Input, Int, Output, Raw, detached};
+use super::args::{Input, Int, Output, Raw};
+use super::batch::Popped;
 use super::errors::StaleChain;
+use super::guard::{Gil, Guarded, detached, with_queue};
 use crate::chain::{Element, Segment};
 use crate::error::Misuse;
 use crate::iov::Iov;
-use crate::mem::{Access, GuestMemory};
+use crate::mem::{Access, GuestMemory, Pin};
 use crate::queue::{DeviceQueue, Ticket};
 
-/// A device queue and its memory, shared with the chains that were popped from it. Holds nothing of Python's, so
-/// that a chain keeps no cycle alive.
+/// A device queue and its memory, shared with the chains that were popped from it. Holds nothing of Python's but what
+/// reads and writes remote memory, so that a chain keeps no cycle alive.
 pub(crate) struct Shared {
-    pub(crate) guest: Arc<GuestMemory>,
-    queue: Mutex<DeviceQueue>,
+    guarded: Guarded<DeviceQueue>,
+    /// Chains of dropped batches, which go back into the ring before the queue is used again: an object may be dropped
+    /// anywhere, also where the lock is held.
+    orphans: Mutex<Vec<Popped>>,
+    orphaned: AtomicBool,
 }
 
 impl Shared {
     pub(crate) fn new(guest: Arc<GuestMemory>, queue: DeviceQueue) -> Self {
         Self {
-            guest,
-            queue: Mutex::new(queue),
+            guarded: Guarded::new(guest, queue),
+            orphans: Mutex::new(Vec::new()),
+            orphaned: AtomicBool::new(false),
         }
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, DeviceQueue> {
-        // A panic under the lock is a bug of ours that was reported; the queue's state is still consistent,
-        // since every operation validates before it changes anything.
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The queue, for what needs no memory.
+    pub(crate) fn lock(&self, gil: Gil<'_>) -> PyResult<MutexGuard<'_, DeviceQueue>> {
+        let mut queue = self.guarded.lock(gil)?;
+        self.adopt(&mut queue);
+        Ok(queue)
+    }
+
+    /// The memory pinned and the queue locked.
+    pub(crate) fn enter(&self, gil: Gil<'_>) -> PyResult<(Pin<'_>, MutexGuard<'_, DeviceQueue>)> {
+        let (pin, mut queue) = self.guarded.enter(gil)?;
+        self.adopt(&mut queue);
+        Ok((pin, queue))
+    }
+
+    /// Put all chains of `popped` back now, or before the queue is used again; never waits.
+    pub(crate) fn give_back(&self, mut popped: Popped) {
+        if let Some(mut queue) = self.guarded.try_lock() {
+            self.adopt(&mut queue);
+            popped.put_back(&mut queue, 0);
+        } else {
+            self.orphans().push(popped);
+            self.orphaned.store(true, Ordering::Release);
+        }
+    }
+
+    fn orphans(&self) -> MutexGuard<'_, Vec<Popped>> {
+        self.orphans.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[inline]
+    fn adopt(&self, queue: &mut DeviceQueue) {
+        if self.orphaned.load(Ordering::Acquire) {
+            self.orphaned.store(false, Ordering::Relaxed);
+            let orphans = std::mem::take(&mut *self.orphans());
+            for mut popped in orphans {
+                popped.put_back(queue, 0);
+            }
+        }
     }
 }
-
-/// Run `$body` with the memory of `$shared` pinned as `$mem` and its queue locked as `$queue`.
-///
-/// Always in this order: a change of the memory table waits for pins and holds newer ones back, so a thread that
-/// held the lock and asked for a pin could wait for one that has a pin and asks for the lock. No Python code runs
-/// inside; making the exception for a broken rule is Python code, so errors are raised outside.
-macro_rules! with_queue {
-    ($shared:expr, |$mem:ident, $queue:ident| $body:expr) => {{
-        let shared: &$crate::py::chain::Shared = $shared;
-        let pin = shared.guest.pin();
-        let mut guard = shared.lock();
-        let $queue = &mut *guard;
-        $crate::mem::with_access!(pin, |$mem| $body)
-    }};
-}
-pub(crate) use with_queue;
 
 /// One validated descriptor chain.
 #[pyclass(frozen, module = "virtio_test._core", name = "Chain")]
@@ -112,16 +135,16 @@ impl PyChain {
     }
 
     fn gather(&self, py: Python<'_>, offset: u64, target: Raw) -> PyResult<usize> {
-        let copied = detached(py, target.len, move || {
+        let copied = detached(py, target.len, move |gil| {
             let Raw { ptr, len } = { target };
-            with_queue!(&self.shared, |mem, queue| {
+            with_queue!(gil, self.shared, |mem, queue| {
                 let iov = self.current(queue)?;
                 // SAFETY: `target` comes from a buffer of Python's that its owner keeps alive over this call, or
                 // from memory that we allocated (M6).
                 unsafe { iov.gather(mem, offset, ptr, len) }.map_err(Misuse::StaleMemory)
             })
         });
-        Ok(copied?)
+        Ok(copied??)
     }
 
     /// Note how far a copy to `offset` went: under the lock of the copy, so that a completion after it knows.
@@ -141,8 +164,8 @@ impl PyChain {
     }
 
     #[getter]
-    fn queue_index(&self) -> u16 {
-        self.shared.lock().config().index
+    fn queue_index(&self, py: Python<'_>) -> PyResult<u16> {
+        Ok(self.shared.lock(Some(py))?.config().index)
     }
 
     #[getter]
@@ -199,9 +222,9 @@ impl PyChain {
     #[allow(clippy::needless_pass_by_value, reason = "held until the copy has ended")]
     fn write(&self, py: Python<'_>, data: Input<'_>, offset: Int<u64>) -> PyResult<usize> {
         let (source, offset) = (data.raw(), offset.0);
-        let copied = detached(py, source.len, || {
+        let copied = detached(py, source.len, |gil| {
             let Raw { ptr, len } = { source };
-            with_queue!(&self.shared, |mem, queue| {
+            with_queue!(gil, self.shared, |mem, queue| {
                 let iov = self.current(queue)?;
                 // SAFETY: `source` comes from a buffer that `data` keeps alive (M6).
                 let copied = unsafe { iov.scatter(mem, offset, ptr, len) };
@@ -210,7 +233,7 @@ impl PyChain {
                     .map_err(Misuse::StaleMemory)
             })
         });
-        Ok(copied?)
+        Ok(copied??)
     }
 
     #[pyo3(signature = (value = Int(0), *, offset = Int(0), length = None))]
@@ -219,13 +242,13 @@ impl PyChain {
         let (value, offset, length) = (value.0, offset.0, length.map(|length| length.0));
         let rest = self.element.writable.saturating_sub(offset);
         let length = usize::try_from(length.unwrap_or(rest).min(rest)).unwrap_or(usize::MAX);
-        let set = detached(py, length, || {
-            with_queue!(&self.shared, |mem, queue| {
+        let set = detached(py, length, |gil| {
+            with_queue!(gil, self.shared, |mem, queue| {
                 let set = self.current(queue)?.fill(mem, offset, length, value);
                 set.map(|set| self.note(offset, set)).map_err(Misuse::StaleMemory)
             })
         });
-        Ok(set?)
+        Ok(set??)
     }
 
     fn __repr__(&self) -> String {

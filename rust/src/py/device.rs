@@ -1,6 +1,7 @@
 //! `DeviceQueue`: the device end in Python.
 //!
-//! Python code (handlers, notifier callbacks) never runs while the queue's lock or a pin of the memory is held.
+//! Python code (handlers, notifier callbacks) never runs while the queue's lock or a pin of the memory is held, but that
+//! which reads and writes remote memory (see `guard`).
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,14 +11,14 @@ use pyo3::types::PyType;
 
 use super::args::Int;
 use super::batch::{Popped, PyBatch};
-use super::chain::{PyChain, Shared, with_queue};
+use super::chain::{PyChain, Shared};
 use super::counters::PyCounters;
 use super::errors::{self, InvalidArgument, either, raise};
+use super::guard::{with_memory, with_queue};
 use super::layout::{PyQueueConfig, PyQueueState, PyRingLayout};
 use super::mem::PyGuestMemory;
 use super::notify::PyNotifier;
 use crate::error::{Misuse, QueueError};
-use crate::mem::with_access;
 use crate::queue::DeviceQueue;
 
 /// The device end of one virtqueue.
@@ -38,8 +39,8 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl PyDeviceQueue {
     /// Run `f` on the queue, which needs no memory for it.
-    pub(super) fn with<T>(&self, f: impl FnOnce(&mut DeviceQueue, &Shared) -> T) -> T {
-        f(&mut self.shared.lock(), &self.shared)
+    pub(super) fn with<T>(&self, py: Python<'_>, f: impl FnOnce(&mut DeviceQueue) -> T) -> PyResult<T> {
+        Ok(f(&mut *self.shared.lock(Some(py))?))
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -82,10 +83,12 @@ impl PyDeviceQueue {
         call: Option<Py<PyNotifier>>,
     ) -> PyResult<Self> {
         let guest = memory.get().inner().clone();
-        let pin = guest.pin();
-        let queue = with_access!(pin, |mem| DeviceQueue::new(mem, config.0, state.map(|state| state.0)));
-        drop(pin);
-        let queue = queue.map_err(|fault| raise(py, &fault))?;
+        let queue = with_memory!(Some(py), &guest, |mem| DeviceQueue::new(
+            mem,
+            config.0,
+            state.map(|state| state.0)
+        ));
+        let queue = queue?.map_err(|fault| raise(py, &fault))?;
         let shared = Arc::new(Shared::new(guest, queue));
         Ok(Self {
             memory,
@@ -102,28 +105,28 @@ impl PyDeviceQueue {
     }
 
     #[getter]
-    fn config(&self) -> PyQueueConfig {
-        self.with(|queue, _| PyQueueConfig(*queue.config()))
+    fn config(&self, py: Python<'_>) -> PyResult<PyQueueConfig> {
+        self.with(py, |queue| PyQueueConfig(*queue.config()))
     }
 
     #[getter]
-    fn index(&self) -> u16 {
-        self.with(|queue, _| queue.config().index)
+    fn index(&self, py: Python<'_>) -> PyResult<u16> {
+        self.with(py, |queue| queue.config().index)
     }
 
     #[getter]
-    fn size(&self) -> u16 {
-        self.with(|queue, _| queue.layout().size)
+    fn size(&self, py: Python<'_>) -> PyResult<u16> {
+        self.with(py, |queue| queue.layout().size)
     }
 
     #[getter]
-    fn generation(&self) -> u64 {
-        self.with(|queue, _| queue.generation())
+    fn generation(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with(py, |queue| queue.generation())
     }
 
     #[getter]
-    fn in_flight(&self) -> u32 {
-        self.with(|queue, _| queue.in_flight())
+    fn in_flight(&self, py: Python<'_>) -> PyResult<u32> {
+        self.with(py, |queue| queue.in_flight())
     }
 
     #[getter]
@@ -131,37 +134,37 @@ impl PyDeviceQueue {
         if let Some(error) = locked(&self.broken).as_ref() {
             return Ok(Some(error.clone_ref(py)));
         }
-        let fault = self.with(|queue, _| queue.latched().cloned());
+        let fault = self.with(py, |queue| queue.latched().cloned())?;
         fault.map(|fault| errors::instance(py, &fault)).transpose()
     }
 
     #[getter]
-    fn stopped(&self) -> bool {
-        self.with(|queue, _| queue.stopped())
+    fn stopped(&self, py: Python<'_>) -> PyResult<bool> {
+        self.with(py, |queue| queue.stopped())
     }
 
     #[getter]
-    fn state(&self) -> PyQueueState {
-        self.with(|queue, _| PyQueueState(queue.state()))
+    fn state(&self, py: Python<'_>) -> PyResult<PyQueueState> {
+        self.with(py, |queue| PyQueueState(queue.state()))
     }
 
     #[getter]
-    fn counters(&self) -> PyCounters {
-        self.with(|queue, _| PyCounters(*queue.counters()))
+    fn counters(&self, py: Python<'_>) -> PyResult<PyCounters> {
+        self.with(py, |queue| PyCounters(*queue.counters()))
     }
 
-    fn layout(&self) -> PyRingLayout {
-        self.with(|queue, _| PyRingLayout(*queue.layout()))
+    fn layout(&self, py: Python<'_>) -> PyResult<PyRingLayout> {
+        self.with(py, |queue| PyRingLayout(*queue.layout()))
     }
 
-    fn has_work(&self) -> bool {
-        with_queue!(&self.shared, |mem, queue| queue.has_work(mem))
+    fn has_work(&self, py: Python<'_>) -> PyResult<bool> {
+        with_queue!(Some(py), self.shared, |mem, queue| queue.has_work(mem))
     }
 
     fn pop(&self, py: Python<'_>) -> PyResult<Option<PyChain>> {
         let mut segments = Vec::new();
-        let popped = with_queue!(&self.shared, |mem, queue| queue.pop(mem, &mut segments));
-        let element = popped.map_err(|fault| raise(py, &fault))?;
+        let popped = with_queue!(Some(py), self.shared, |mem, queue| queue.pop(mem, &mut segments));
+        let element = popped?.map_err(|fault| raise(py, &fault))?;
         Ok(element.map(|element| PyChain::new(self.shared.clone(), element, &segments)))
     }
 
@@ -180,14 +183,14 @@ impl PyDeviceQueue {
         }
         let ticket = chain.ticket();
         chain.close()?;
-        let done = with_queue!(&self.shared, |mem, queue| {
+        let done = with_queue!(Some(py), self.shared, |mem, queue| {
             let written = written.map_or_else(|| chain.high_water(), |written| written.0);
             queue.complete(mem, &ticket, written).and_then(|done| {
                 queue.publish(mem)?;
                 Ok(done)
             })
         });
-        done.map_err(|error| {
+        done.inspect_err(|_| chain.reopen())?.map_err(|error| {
             if matches!(error, QueueError::Misuse(_)) {
                 chain.reopen();
             }
@@ -195,17 +198,15 @@ impl PyDeviceQueue {
         })
     }
 
-    fn unpop(&self, chain: &Bound<'_, PyChain>) -> PyResult<()> {
+    fn unpop(&self, py: Python<'_>, chain: &Bound<'_, PyChain>) -> PyResult<()> {
         let chain = chain.get();
         if !chain.belongs_to(&self.shared) {
             return Err(Misuse::ForeignChain.into());
         }
         // Closed first: nobody completes what is being put back.
         chain.close()?;
-        self.with(|queue, _| queue.unpop(&chain.ticket())).map_err(|misuse| {
-            chain.reopen();
-            misuse.into()
-        })
+        let put = self.with(py, |queue| queue.unpop(&chain.ticket()));
+        put.and_then(|put| Ok(put?)).inspect_err(|_| chain.reopen())
     }
 
     #[pyo3(signature = (handler, *, limit = Int(32768), max_request = Int(16 << 20)))]
@@ -245,8 +246,8 @@ impl PyDeviceQueue {
 
     /// The lock and the pin are free again when the notifier runs: it may be a function of Python's.
     pub(crate) fn signal(&self, py: Python<'_>) -> PyResult<bool> {
-        let wants = with_queue!(&self.shared, |mem, queue| queue.wants_call(mem));
-        let wants = wants.map_err(|fault| raise(py, &fault))?;
+        let wants = with_queue!(Some(py), self.shared, |mem, queue| queue.wants_call(mem));
+        let wants = wants?.map_err(|fault| raise(py, &fault))?;
         let call = locked(&self.call).as_ref().map(|call| call.clone_ref(py));
         if let Some(call) = call.filter(|_| wants) {
             call.get().notify(py)?;
@@ -255,11 +256,13 @@ impl PyDeviceQueue {
     }
 
     fn enable_kicks(&self, py: Python<'_>) -> PyResult<bool> {
-        with_queue!(&self.shared, |mem, queue| queue.enable_kicks(mem)).map_err(|fault| raise(py, &fault))
+        let done = with_queue!(Some(py), self.shared, |mem, queue| queue.enable_kicks(mem));
+        done?.map_err(|fault| raise(py, &fault))
     }
 
     fn disable_kicks(&self, py: Python<'_>) -> PyResult<()> {
-        with_queue!(&self.shared, |mem, queue| queue.disable_kicks(mem)).map_err(|fault| raise(py, &fault))
+        let done = with_queue!(Some(py), self.shared, |mem, queue| queue.disable_kicks(mem));
+        done?.map_err(|fault| raise(py, &fault))
     }
 
     fn latch(&self, violation: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -269,35 +272,36 @@ impl PyDeviceQueue {
                 "a queue is latched with a QueueViolation that says why",
             ));
         }
-        let fresh = self.with(|queue, _| {
+        let fresh = self.with(violation.py(), |queue| {
             let fresh = queue.latched().is_none() && !queue.broken();
             queue.break_down();
             fresh
-        });
+        })?;
         if fresh {
             *locked(&self.broken) = Some(violation.clone().unbind());
         }
         Ok(())
     }
 
-    fn stop(&self) -> PyQueueState {
-        self.with(|queue, _| PyQueueState(queue.stop()))
+    fn stop(&self, py: Python<'_>) -> PyResult<PyQueueState> {
+        self.with(py, |queue| PyQueueState(queue.stop()))
     }
 
-    fn resume(&self) {
-        self.with(|queue, _| queue.resume());
+    fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, DeviceQueue::resume)
     }
 
     #[pyo3(signature = (config = None, *, state = None))]
     fn reset(&self, py: Python<'_>, config: Option<PyQueueConfig>, state: Option<PyQueueState>) -> PyResult<()> {
         let (config, state) = (config.map(|config| config.0), state.map(|state| state.0));
-        let done = with_queue!(&self.shared, |mem, queue| queue.reset(mem, config, state));
-        done.map_err(|fault| raise(py, &fault))?;
+        let done = with_queue!(Some(py), self.shared, |mem, queue| queue.reset(mem, config, state));
+        done?.map_err(|fault| raise(py, &fault))?;
         self.forget();
         Ok(())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.memory)?;
         // Waiting for a lock here could wait for ourselves; what is not visited is merely kept alive.
         if let Ok(call) = self.call.try_lock() {
             visit.call(&*call)?;
@@ -319,8 +323,8 @@ impl PyDeviceQueue {
         self.forget();
     }
 
-    fn __repr__(&self) -> String {
-        self.with(|queue, _| {
+    fn __repr__(&self, py: Python<'_>) -> String {
+        let text = self.with(py, |queue| {
             let state = if queue.broken() {
                 "latched"
             } else if queue.stopped() {
@@ -334,6 +338,7 @@ impl PyDeviceQueue {
                 "<DeviceQueue {index} {format} of {size}, {state}, {} in flight>",
                 queue.in_flight()
             )
-        })
+        });
+        text.unwrap_or_else(|_| "<DeviceQueue in a transfer>".to_owned())
     }
 }

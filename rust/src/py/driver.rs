@@ -1,6 +1,6 @@
 //! `DriverQueue`: the driver end in Python.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -8,27 +8,25 @@ use pyo3::prelude::*;
 use super::args::Int;
 use super::counters::PyCounters;
 use super::errors::{self, InvalidArgument, either, raise};
+use super::guard::{Guarded, with_memory, with_queue};
 use super::layout::{PyQueueConfig, PyQueueState, PyRingLayout};
 use super::mem::PyGuestMemory;
 use super::notify::PyNotifier;
-use crate::mem::{GuestMemory, with_access};
+use super::remote::pending;
 use crate::queue::{DriverQueue, IndirectArea};
 
 /// The driver end of one virtqueue.
 #[pyclass(frozen, module = "virtio_test._core", name = "DriverQueue")]
 pub struct PyDriverQueue {
     memory: Py<PyGuestMemory>,
-    guest: Arc<GuestMemory>,
     kick: Mutex<Option<Py<PyNotifier>>>,
-    queue: Mutex<DriverQueue>,
+    guarded: Guarded<DriverQueue>,
 }
 
 impl PyDriverQueue {
-    /// Taken after the pin of the memory, and let go with it before any code of Python's runs, as `with_queue!` of
-    /// the device end does; making the exception for a broken rule is such code.
-    fn lock(&self) -> MutexGuard<'_, DriverQueue> {
-        // As for the device end: every operation validates before it changes anything.
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Run `f` on the queue, which needs no memory for it.
+    fn with<T>(&self, py: Python<'_>, f: impl FnOnce(&mut DriverQueue) -> T) -> PyResult<T> {
+        Ok(f(&mut *self.guarded.lock(Some(py))?))
     }
 
     fn notifier(&self) -> MutexGuard<'_, Option<Py<PyNotifier>>> {
@@ -72,20 +70,17 @@ impl PyDriverQueue {
             entries: indirect_entries.0,
         });
         let guest = memory.get().inner().clone();
-        let pin = guest.pin();
-        let queue = with_access!(pin, |mem| DriverQueue::new(
+        let queue = with_memory!(Some(py), &guest, |mem| DriverQueue::new(
             mem,
             config.0,
             state.map(|state| state.0),
             area
         ));
-        drop(pin);
-        let queue = Mutex::new(queue.map_err(|fault| raise(py, &fault))?);
+        let queue = queue?.map_err(|fault| raise(py, &fault))?;
         Ok(Self {
             memory,
-            guest,
             kick: Mutex::new(kick),
-            queue,
+            guarded: Guarded::new(guest, queue),
         })
     }
 
@@ -95,53 +90,53 @@ impl PyDriverQueue {
     }
 
     #[getter]
-    fn config(&self) -> PyQueueConfig {
-        PyQueueConfig(*self.lock().config())
+    fn config(&self, py: Python<'_>) -> PyResult<PyQueueConfig> {
+        self.with(py, |queue| PyQueueConfig(*queue.config()))
     }
 
     #[getter]
-    fn index(&self) -> u16 {
-        self.lock().config().index
+    fn index(&self, py: Python<'_>) -> PyResult<u16> {
+        self.with(py, |queue| queue.config().index)
     }
 
     #[getter]
-    fn size(&self) -> u16 {
-        self.lock().layout().size
+    fn size(&self, py: Python<'_>) -> PyResult<u16> {
+        self.with(py, |queue| queue.layout().size)
     }
 
     #[getter]
-    fn generation(&self) -> u64 {
-        self.lock().generation()
+    fn generation(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with(py, |queue| queue.generation())
     }
 
     #[getter]
-    fn in_flight(&self) -> u32 {
-        self.lock().in_flight()
+    fn in_flight(&self, py: Python<'_>) -> PyResult<u32> {
+        self.with(py, |queue| queue.in_flight())
     }
 
     #[getter]
-    fn free(&self) -> u16 {
-        self.lock().free()
+    fn free(&self, py: Python<'_>) -> PyResult<u16> {
+        self.with(py, |queue| queue.free())
     }
 
     #[getter]
     fn latched(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
-        let fault = self.lock().latched().cloned();
+        let fault = self.with(py, |queue| queue.latched().cloned())?;
         fault.map(|fault| errors::instance(py, &fault)).transpose()
     }
 
     #[getter]
-    fn state(&self) -> PyQueueState {
-        PyQueueState(self.lock().state())
+    fn state(&self, py: Python<'_>) -> PyResult<PyQueueState> {
+        self.with(py, |queue| PyQueueState(queue.state()))
     }
 
     #[getter]
-    fn counters(&self) -> PyCounters {
-        PyCounters(*self.lock().counters())
+    fn counters(&self, py: Python<'_>) -> PyResult<PyCounters> {
+        self.with(py, |queue| PyCounters(*queue.counters()))
     }
 
-    fn layout(&self) -> PyRingLayout {
-        PyRingLayout(*self.lock().layout())
+    fn layout(&self, py: Python<'_>) -> PyResult<PyRingLayout> {
+        self.with(py, |queue| PyRingLayout(*queue.layout()))
     }
 
     #[pyo3(signature = (readable, writable = Vec::new(), *, indirect = false))]
@@ -154,29 +149,21 @@ impl PyDriverQueue {
         indirect: bool,
     ) -> PyResult<u64> {
         let (readable, writable) = (buffers(readable)?, buffers(writable)?);
-        let token = {
-            let pin = self.guest.pin();
-            with_access!(pin, |mem| self.lock().add(mem, &readable, &writable, indirect))
-        };
-        token.map_err(|error| either(py, error))
+        let token = with_queue!(Some(py), self.guarded, |mem, queue| queue
+            .add(mem, &readable, &writable, indirect));
+        token?.map_err(|error| either(py, error))
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<u16> {
-        let done = {
-            let pin = self.guest.pin();
-            with_access!(pin, |mem| self.lock().publish(mem))
-        };
-        done.map_err(|fault| raise(py, &fault))
+        let done = with_queue!(Some(py), self.guarded, |mem, queue| queue.publish(mem));
+        done?.map_err(|fault| raise(py, &fault))
     }
 
     fn signal(&self, py: Python<'_>) -> PyResult<bool> {
-        let pin = self.guest.pin();
-        let wants = with_access!(pin, |mem| {
-            let mut queue = self.lock();
+        let wants = with_queue!(Some(py), self.guarded, |mem, queue| {
             queue.publish(mem).and_then(|_| queue.wants_kick(mem))
         });
-        drop(pin);
-        let wants = wants.map_err(|fault| raise(py, &fault))?;
+        let wants = wants?.map_err(|fault| raise(py, &fault))?;
         let kick = self.notifier().as_ref().map(|kick| kick.clone_ref(py));
         if let Some(kick) = kick.filter(|_| wants) {
             kick.get().notify(py)?;
@@ -184,60 +171,54 @@ impl PyDriverQueue {
         Ok(wants)
     }
 
-    fn has_used(&self) -> bool {
-        let pin = self.guest.pin();
-        with_access!(pin, |mem| self.lock().has_used(mem))
+    fn has_used(&self, py: Python<'_>) -> PyResult<bool> {
+        with_queue!(Some(py), self.guarded, |mem, queue| queue.has_used(mem))
     }
 
     fn get_used(&self, py: Python<'_>) -> PyResult<Option<(u64, u32)>> {
-        let done = {
-            let pin = self.guest.pin();
-            with_access!(pin, |mem| self.lock().get_used(mem))
-        };
-        done.map_err(|fault| raise(py, &fault))
+        let done = with_queue!(Some(py), self.guarded, |mem, queue| queue.get_used(mem));
+        done?.map_err(|fault| raise(py, &fault))
     }
 
     #[pyo3(signature = (limit = Int(32768)))]
     #[pyo3(text_signature = "($self, limit=32768)")]
     fn get_used_many(&self, py: Python<'_>, limit: Int<usize>) -> PyResult<Vec<(u64, u32)>> {
-        let done = {
-            let pin = self.guest.pin();
-            with_access!(pin, |mem| self.lock().get_used_many(mem, limit.0))
-        };
-        done.map_err(|fault| raise(py, &fault))
+        let done = with_queue!(Some(py), self.guarded, |mem, queue| {
+            let taken = queue.get_used_many(mem, limit.0);
+            match taken {
+                Ok(taken) if pending() => {
+                    queue.give_back(taken);
+                    Ok(Vec::new())
+                }
+                taken => taken,
+            }
+        });
+        done?.map_err(|fault| raise(py, &fault))
     }
 
-    fn detach(&self) -> Vec<u64> {
-        self.lock().detach()
+    fn detach(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        self.with(py, DriverQueue::detach)
     }
 
     fn enable_calls(&self, py: Python<'_>) -> PyResult<bool> {
-        let done = {
-            let pin = self.guest.pin();
-            with_access!(pin, |mem| self.lock().enable_calls(mem))
-        };
-        done.map_err(|fault| raise(py, &fault))
+        let done = with_queue!(Some(py), self.guarded, |mem, queue| queue.enable_calls(mem));
+        done?.map_err(|fault| raise(py, &fault))
     }
 
     fn disable_calls(&self, py: Python<'_>) -> PyResult<()> {
-        let done = {
-            let pin = self.guest.pin();
-            with_access!(pin, |mem| self.lock().disable_calls(mem))
-        };
-        done.map_err(|fault| raise(py, &fault))
+        let done = with_queue!(Some(py), self.guarded, |mem, queue| queue.disable_calls(mem));
+        done?.map_err(|fault| raise(py, &fault))
     }
 
     #[pyo3(signature = (config = None, *, state = None))]
     fn reset(&self, py: Python<'_>, config: Option<PyQueueConfig>, state: Option<PyQueueState>) -> PyResult<()> {
         let (config, state) = (config.map(|config| config.0), state.map(|state| state.0));
-        let done = {
-            let pin = self.guest.pin();
-            with_access!(pin, |mem| self.lock().reset(mem, config, state))
-        };
-        done.map_err(|fault| raise(py, &fault))
+        let done = with_queue!(Some(py), self.guarded, |mem, queue| queue.reset(mem, config, state));
+        done?.map_err(|fault| raise(py, &fault))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.memory)?;
         // Waiting for the lock here could wait for ourselves; what is not visited is merely kept alive.
         self.kick.try_lock().map_or(Ok(()), |kick| visit.call(&*kick))
     }
@@ -247,18 +228,20 @@ impl PyDriverQueue {
         drop(kick);
     }
 
-    fn __repr__(&self) -> String {
-        let queue = self.lock();
-        let state = if queue.latched().is_some() {
-            "latched"
-        } else {
-            "running"
-        };
-        let format = if queue.layout().packed { "packed" } else { "split" };
-        let (index, size) = (queue.config().index, queue.layout().size);
-        format!(
-            "<DriverQueue {index} {format} of {size}, {state}, {} in flight>",
-            queue.in_flight()
-        )
+    fn __repr__(&self, py: Python<'_>) -> String {
+        let text = self.with(py, |queue| {
+            let state = if queue.latched().is_some() {
+                "latched"
+            } else {
+                "running"
+            };
+            let format = if queue.layout().packed { "packed" } else { "split" };
+            let (index, size) = (queue.config().index, queue.layout().size);
+            format!(
+                "<DriverQueue {index} {format} of {size}, {state}, {} in flight>",
+                queue.in_flight()
+            )
+        });
+        text.unwrap_or_else(|_| "<DriverQueue in a transfer>".to_owned())
     }
 }

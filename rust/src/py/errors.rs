@@ -3,7 +3,10 @@
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyDict, PyType};
 
+use super::remote::caused;
 use crate::error::{Fault, Misuse, QueueError, Violation};
+use crate::mem::MemoryError;
+use crate::rule::Rule;
 
 mod classes {
     pyo3::import_exception!(virtio_test.errors, InvalidArgument);
@@ -48,8 +51,24 @@ pub(crate) fn violation_type(py: Python<'_>) -> Bound<'_, PyType> {
 /// The exception for a broken rule.
 pub(crate) fn raise(py: Python<'_>, fault: &Fault) -> PyErr {
     match violation(py, fault) {
+        Ok(instance) if matches!(fault.rule, Rule::RingUnmapped | Rule::IndirectUnmapped) => {
+            caused(py, PyErr::from_value(instance))
+        }
         Ok(instance) => PyErr::from_value(instance),
         Err(error) => error,
+    }
+}
+
+/// An address that our caller gave cannot be used.
+pub(crate) fn memory_error(error: MemoryError) -> PyErr {
+    after(error, classes::InvalidArgument::new_err(error.to_string()))
+}
+
+/// `raised` for a memory error: if a transfer failed, with its cause.
+fn after(error: MemoryError, raised: PyErr) -> PyErr {
+    match error {
+        MemoryError::Transfer { .. } => Python::attach(|py| caused(py, raised)),
+        _ => raised,
     }
 }
 
@@ -65,7 +84,7 @@ impl From<Misuse> for PyErr {
             Misuse::WrittenTooBig { .. } | Misuse::Invalid(_) => classes::InvalidArgument::new_err(text),
             Misuse::ForeignChain => classes::ForeignChain::new_err(text),
             Misuse::StaleChain => classes::StaleChain::new_err(text),
-            Misuse::StaleMemory(_) => classes::StaleMemory::new_err(text),
+            Misuse::StaleMemory(error) => after(error, classes::StaleMemory::new_err(text)),
             Misuse::QueueFull { .. } => classes::QueueFull::new_err(text),
             Misuse::NoIndirect => classes::NoFeature::new_err(text),
             Misuse::NotNewest | Misuse::Latched => classes::StateError::new_err(text),

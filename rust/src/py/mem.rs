@@ -1,27 +1,27 @@
 //! Python's `GuestMemory`, `Region`, `Trace` and `Access`.
 //!
-//! No pin lives across a call into Python: each method pins, copies and unpins, and what waits for pins (a change of
-//! the table) does so without the GIL.
+//! Each method pins, copies and unpins; no code of Python's runs meanwhile but that of remote memory. What waits for pins
+//! (a change of the table) does so without the GIL, and what waits for a change does too (see `guard`).
 
 #![allow(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
 
 use std::ffi::c_int;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
-use pyo3::{PyRef, ffi};
+use pyo3::{PyRef, PyTraverseError, PyVisit, ffi};
 use rustix::io::Errno;
 
-use super::args::{Input, Int, Output, Raw, detached, duplicate, invalid, os_error};
-use crate::mem::{Backing, GuestMemory, Live, MemoryError, Record, Region, RegionError, RegionSpec, Trace, Want};
-
-/// An address that our caller gave cannot be used.
-pub(crate) fn memory_error(error: MemoryError) -> PyErr {
-    invalid(error)
-}
+use super::args::{Input, Int, Output, Raw, duplicate, invalid, os_error};
+use super::errors::{StateError, memory_error};
+use super::guard::{Gil, detached, pin};
+use super::remote::{self, Callbacks};
+use crate::mem::{
+    Access, At, Backing, GuestMemory, Live, Mediated, MemoryError, Record, Region, RegionError, RegionSpec, Trace, Want,
+};
 
 fn region_error(error: RegionError) -> PyErr {
     match error {
@@ -32,6 +32,7 @@ fn region_error(error: RegionError) -> PyErr {
             ..
         } => invalid(error),
         RegionError::System { errno, .. } => os_error(errno, error.to_string()),
+        RegionError::InTransfer => StateError::new_err(error.to_string()),
         _ => invalid(error),
     }
 }
@@ -47,6 +48,8 @@ pub struct PyRegion {
     offset: u64,
     #[pyo3(get)]
     writable: bool,
+    #[pyo3(get)]
+    remote: bool,
     /// Keeps the fd open, and not the mapping.
     file: Option<Arc<OwnedFd>>,
 }
@@ -58,6 +61,7 @@ impl From<&Arc<Region>> for PyRegion {
             size: region.size(),
             offset: region.offset(),
             writable: region.writable(),
+            remote: region.remote().is_some(),
             file: region.fd().cloned(),
         }
     }
@@ -74,11 +78,13 @@ impl PyRegion {
         let Self {
             address, size, offset, ..
         } = self;
-        let fd = self
-            .fd()
-            .map_or_else(|| "anonymous".to_owned(), |fd| format!("fd {fd} at {offset:#x}"));
+        let bytes = match self.fd() {
+            Some(fd) => format!("fd {fd} at {offset:#x}"),
+            None if self.remote => "remote".to_owned(),
+            None => "anonymous".to_owned(),
+        };
         let mode = if self.writable { "" } else { ", read-only" };
-        format!("<Region {address:#x} + {size:#x}, {fd}{mode}>")
+        format!("<Region {address:#x} + {size:#x}, {bytes}{mode}>")
     }
 }
 
@@ -177,12 +183,38 @@ pub struct PyGuestMemory {
     inner: Arc<GuestMemory>,
     trace: Option<Py<PyTrace>>,
     own: Own,
+    /// Of the remote regions, for the garbage collector: what they call may hold this memory.
+    callbacks: Mutex<Vec<Arc<Callbacks>>>,
 }
 
 impl PyGuestMemory {
     /// The memory itself, for the queues.
     pub(crate) const fn inner(&self) -> &Arc<GuestMemory> {
         &self.inner
+    }
+
+    /// Do `work` on the memory; not traced.
+    fn reach<T>(&self, gil: Gil<'_>, work: impl FnOnce(&Mediated<'_>) -> Result<T, MemoryError>) -> PyResult<T> {
+        remote::begin()?;
+        let pin = pin(gil, &self.inner)?;
+        let done = work(&pin.whole());
+        drop(pin);
+        remote::interrupted()?;
+        done.map_err(memory_error)
+    }
+
+    /// Change the table; regions that went take their callbacks with them.
+    fn change(&self, py: Python<'_>, work: impl FnOnce() -> Result<(), RegionError> + Send) -> PyResult<()> {
+        py.detach(work).map_err(region_error)?;
+        let gone: Vec<_> = {
+            let mut callbacks = self.callbacks.lock().unwrap_or_else(PoisonError::into_inner);
+            let (kept, gone) = callbacks.drain(..).partition(|one| Arc::strong_count(one) > 1);
+            *callbacks = kept;
+            gone
+        };
+        // Without the lock: the last reference to an object may run any code of Python's.
+        drop(gone);
+        Ok(())
     }
 }
 
@@ -206,17 +238,23 @@ impl PyGuestMemory {
         let regions = regions.into_iter().map(spec).collect();
         let record = trace.as_ref().map(|trace| Arc::clone(&trace.bind(py).get().0));
         let inner = Arc::new(GuestMemory::new(regions, record).map_err(region_error)?);
-        Ok(Self { inner, trace, own })
+        Ok(Self {
+            inner,
+            trace,
+            own,
+            callbacks: Mutex::new(Vec::new()),
+        })
     }
 
     #[getter]
-    fn epoch(&self) -> u64 {
-        self.inner.epoch()
+    fn epoch(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(pin(Some(py), &self.inner)?.epoch())
     }
 
     #[getter]
-    fn regions(&self) -> Vec<PyRegion> {
-        self.inner.regions().iter().map(PyRegion::from).collect()
+    fn regions(&self, py: Python<'_>) -> PyResult<Vec<PyRegion>> {
+        let pin = pin(Some(py), &self.inner)?;
+        Ok(pin.table().regions().iter().map(PyRegion::from).collect())
     }
 
     #[getter]
@@ -246,12 +284,30 @@ impl PyGuestMemory {
             None if writable => self.own.backing(),
             None => Backing::fresh_read_only(gpa, size).map_err(region_error)?,
         };
-        py.detach(|| self.inner.add(RegionSpec { gpa, size, backing }))
-            .map_err(region_error)
+        self.change(py, || self.inner.add(RegionSpec { gpa, size, backing }))
+    }
+
+    #[pyo3(signature = (address, size, *, read, write))]
+    fn add_remote(
+        &self,
+        py: Python<'_>,
+        address: Int<u64>,
+        size: Int<u64>,
+        read: Bound<'_, PyAny>,
+        write: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let (gpa, size, writable) = (address.0, size.0, write.is_some());
+        let callbacks = Arc::new(Callbacks::new(read, write)?);
+        let transfer = Arc::clone(&callbacks) as _;
+        let backing = Backing::Remote { transfer, writable };
+        self.change(py, || self.inner.add(RegionSpec { gpa, size, backing }))?;
+        let mut known = self.callbacks.lock().unwrap_or_else(PoisonError::into_inner);
+        known.push(callbacks);
+        Ok(())
     }
 
     fn remove_region(&self, py: Python<'_>, address: Int<u64>, size: Int<u64>) -> PyResult<()> {
-        py.detach(|| self.inner.remove(address.0, size.0)).map_err(region_error)
+        self.change(py, || self.inner.remove(address.0, size.0))
     }
 
     fn replace(&self, py: Python<'_>, regions: Vec<Received>) -> PyResult<()> {
@@ -268,52 +324,60 @@ impl PyGuestMemory {
             })
         });
         let specs = specs.collect::<PyResult<Vec<_>>>()?;
-        py.detach(|| self.inner.replace(specs)).map_err(region_error)
+        self.change(py, || self.inner.replace(specs))
     }
 
     fn read<'py>(&self, py: Python<'py>, address: Int<u64>, length: Int<usize>) -> PyResult<Bound<'py, PyBytes>> {
         let (gpa, len) = (address.0, length.0);
         // Before that much memory is asked for.
-        self.inner.check(gpa, len as u64, Want::Read).map_err(memory_error)?;
+        self.reach(Some(py), |mem| mem.check(gpa, len as u64, Want::Read))?;
         PyBytes::new_with(py, len, |out| {
-            detached(py, len, || self.inner.read(gpa, out)).map_err(memory_error)
+            detached(py, len, |gil| {
+                self.reach(gil, |mem| mem.read(At::unresolved(gpa), 0, out))
+            })
         })
     }
 
     fn read_into(&self, py: Python<'_>, address: Int<u64>, buffer: Output) -> PyResult<()> {
         let raw = buffer.raw();
-        detached(py, raw.len, || {
+        detached(py, raw.len, |gil| {
             let Raw { ptr, len } = { raw };
-            // SAFETY: `buffer` is held over the copy, so its `len` bytes are valid for writes (M6).
-            unsafe { self.inner.read_raw(address.0, ptr, len) }
+            self.reach(gil, |mem| {
+                // SAFETY: `buffer` is held over the copy, so its `len` bytes are valid for writes (M6).
+                unsafe { mem.read_raw(At::unresolved(address.0), 0, ptr, len) }
+            })
         })
-        .map_err(memory_error)
     }
 
     fn write(&self, py: Python<'_>, address: Int<u64>, data: Input<'_>) -> PyResult<()> {
         let raw = data.raw();
-        detached(py, raw.len, || {
+        detached(py, raw.len, |gil| {
             let Raw { ptr, len } = { raw };
-            // SAFETY: `data` is held over the copy, so its `len` bytes are valid for reads (M6).
-            unsafe { self.inner.write_raw(address.0, ptr, len) }
+            self.reach(gil, |mem| {
+                // SAFETY: `data` is held over the copy, so its `len` bytes are valid for reads (M6).
+                unsafe { mem.write_raw(At::unresolved(address.0), 0, ptr, len) }
+            })
         })
-        .map_err(memory_error)
     }
 
     #[pyo3(signature = (address, length, value=Int(0)))]
     #[pyo3(text_signature = "($self, address, length, value=0)")]
     fn fill(&self, py: Python<'_>, address: Int<u64>, length: Int<usize>, value: Int<u8>) -> PyResult<()> {
-        let fill = || self.inner.fill(address.0, length.0 as u64, value.0);
-        detached(py, length.0, fill).map_err(memory_error)
+        let at = At::unresolved(address.0);
+        detached(py, length.0, |gil| {
+            self.reach(gil, |mem| mem.fill(at, 0, length.0 as u64, value.0))
+        })
     }
 
     fn copy(&self, py: Python<'_>, destination: Int<u64>, source: Int<u64>, length: Int<usize>) -> PyResult<()> {
-        let copy = || self.inner.copy(destination.0, source.0, length.0 as u64);
-        detached(py, length.0, copy).map_err(memory_error)
+        detached(py, length.0, |gil| {
+            self.reach(gil, |mem| mem.copy_within(destination.0, source.0, length.0 as u64))
+        })
     }
 
-    fn is_mapped(&self, address: Int<u64>, length: Int<u64>) -> bool {
-        self.inner.is_mapped(address.0, length.0)
+    fn is_mapped(&self, py: Python<'_>, address: Int<u64>, length: Int<u64>) -> PyResult<bool> {
+        let pin = pin(Some(py), &self.inner)?;
+        Ok(pin.check(address.0, length.0, Want::Read).is_ok())
     }
 
     #[pyo3(signature = (address, length, *, writable=false))]
@@ -325,25 +389,48 @@ impl PyGuestMemory {
         writable: bool,
     ) -> PyResult<Bound<'py, PyMemoryView>> {
         let want = if writable { Want::Write } else { Want::Read };
-        let live = self.inner.live(address.0, length.0, want).map_err(|error| {
-            let crossing = self.inner.check(address.0, length.0, want).is_ok();
-            if crossing {
-                invalid("a live view must lie in one region")
-            } else {
-                memory_error(error)
-            }
-        })?;
+        let (gpa, len) = (address.0, length.0);
+        let live = {
+            let pin = pin(Some(py), &self.inner)?;
+            pin.live(gpa, len, want).map_err(|error| {
+                let region = pin.table().region_of(gpa);
+                if region.is_some_and(|region| region.remote().is_some()) {
+                    invalid(format_args!(
+                        "the memory at {gpa:#x} is remote: its bytes can be copied, not viewed"
+                    ))
+                } else if pin.check(gpa, len, want).is_ok() {
+                    invalid("a live view must lie in one region")
+                } else {
+                    memory_error(error)
+                }
+            })?
+        };
         PyMemoryView::from(Bound::new(py, LiveBytes { live, writable })?.as_any())
     }
 
-    fn __repr__(&self) -> String {
-        let regions = self.inner.regions();
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.trace)?;
+        // Waiting for the lock here could wait for ourselves; what is not visited is merely kept alive.
+        let Ok(callbacks) = self.callbacks.try_lock() else {
+            return Ok(());
+        };
+        callbacks.iter().try_for_each(|one| one.traverse(&visit))
+    }
+
+    fn __clear__(&self) {
+        let callbacks = std::mem::take(&mut *self.callbacks.lock().unwrap_or_else(PoisonError::into_inner));
+        for one in &callbacks {
+            one.clear();
+        }
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> String {
+        let Ok(pin) = pin(Some(py), &self.inner) else {
+            return "<GuestMemory in a transfer>".to_owned();
+        };
+        let regions = pin.table().regions();
         if !regions.iter().all(|region| region.own()) {
-            return format!(
-                "<GuestMemory of {} regions, epoch {}>",
-                regions.len(),
-                self.inner.epoch()
-            );
+            return format!("<GuestMemory of {} regions, epoch {}>", regions.len(), pin.epoch());
         }
         let pairs: Vec<_> = regions.iter().map(|region| (region.gpa(), region.size())).collect();
         let backing = if self.own == Own::Memfd {

@@ -7,11 +7,13 @@ mod counters;
 mod device;
 mod driver;
 mod errors;
+mod guard;
 mod layout;
 mod mem;
 mod notify;
 mod poller;
 mod process;
+mod remote;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;

@@ -8,9 +8,11 @@ use pyo3::types::{PyByteArray, PyBytes, PyMemoryView};
 
 use super::args::{Input, Raw};
 use super::batch::{Popped, zeroed};
-use super::chain::{PyChain, Rows, with_queue};
+use super::chain::{PyChain, Rows};
 use super::device::PyDeviceQueue;
 use super::errors::{HandlerError, either, raise};
+use super::guard::with_queue;
+use super::remote::pressing;
 use crate::chain::Element;
 use crate::error::QueueError;
 
@@ -49,10 +51,11 @@ impl PyDeviceQueue {
             }
         };
         // What was answered before a failure is announced all the same.
-        let signalled = self.signal(py);
-        outcome?;
-        signalled?;
-        Ok(done)
+        match (outcome, self.signal(py)) {
+            (Ok(()), Ok(_)) => Ok(done),
+            (Err(error), Ok(_)) | (Ok(()), Err(error)) => Err(error),
+            (Err(first), Err(second)) => Err(pressing(py, first, second)),
+        }
     }
 
     /// Call `handler(requests, responses)` once for up to `limit` chains, with rows of the two `sizes`; the number
@@ -65,7 +68,7 @@ impl PyDeviceQueue {
         limit: usize,
     ) -> PyResult<usize> {
         let (request_size, response_size) = sizes;
-        let mut popped = Popped::take(py, self.shared(), limit)?;
+        let popped = Popped::take(py, self.shared(), limit)?;
         if popped.elements.is_empty() {
             return Ok(0);
         }
@@ -84,13 +87,16 @@ impl PyDeviceQueue {
         let (_bytes, view) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
-                popped.put_back(self.shared(), 0);
+                self.shared().give_back(popped);
                 return Err(error);
             }
         };
         let responded = popped.respond(py, self.shared(), view.raw(), response_size, keep);
-        self.signal(py)?;
-        Ok(responded?.completed)
+        match (responded, self.signal(py)) {
+            (Ok(responded), Ok(_)) => Ok(responded.completed),
+            (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
+            (Err(first), Err(second)) => Err(pressing(py, second, first)),
+        }
     }
 
     /// Complete chain `index` of `popped` with what became of it; whether it was not dropped.
@@ -109,7 +115,7 @@ impl PyDeviceQueue {
             segments: &popped.segments,
             itemsize: length,
         };
-        let done = with_queue!(self.shared(), |mem, queue| {
+        let done = with_queue!(Some(py), self.shared(), |mem, queue| {
             let response = response.filter(|_| queue.is_current(&ticket));
             let copied = response.map_or(Ok(()), |raw| rows.scatter(mem, element, raw, 0));
             copied.map_err(QueueError::from).and_then(|()| {
@@ -121,17 +127,20 @@ impl PyDeviceQueue {
                 Ok(done)
             })
         });
-        done.map_err(|error| either(py, error))
+        done?.map_err(|error| either(py, error))
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<()> {
-        with_queue!(self.shared(), |mem, queue| queue.publish(mem)).map_err(|fault| raise(py, &fault))
+        let done = with_queue!(Some(py), self.shared(), |mem, queue| queue.publish(mem));
+        done?.map_err(|fault| raise(py, &fault))
     }
 
     /// Whether chain `index` of `popped` may still be handled: its queue was not reset or latched meanwhile.
-    fn is_current(&self, popped: &Popped, index: usize) -> bool {
+    fn is_current(&self, py: Python<'_>, popped: &Popped, index: usize) -> PyResult<bool> {
         let element = popped.elements.get(index);
-        element.is_some_and(|element| self.with(|queue, _| queue.is_current(&element.ticket())))
+        element.map_or(Ok(false), |element| {
+            self.with(py, |queue| queue.is_current(&element.ticket()))
+        })
     }
 
     /// Requests of as many of the chains as fit `max_request` bytes together; the others are put back. None
@@ -160,12 +169,13 @@ impl PyDeviceQueue {
             };
             let request = PyBytes::new_with(py, length, |bytes| {
                 let target = Raw::of(bytes);
-                let gathered = with_queue!(self.shared(), |mem, queue| rows.gather(mem, queue, element, target, 0));
-                Ok(gathered?)
+                let gathered = with_queue!(Some(py), self.shared(), |mem, queue| rows
+                    .gather(mem, queue, element, target, 0));
+                Ok(gathered??)
             })?;
             requests.push(Some(request));
         }
-        popped.put_back(self.shared(), requests.len());
+        self.with(py, |queue| popped.put_back(queue, requests.len()))?;
         Ok(requests)
     }
 
@@ -183,14 +193,16 @@ impl PyDeviceQueue {
         let requests = match self.gather(py, &mut popped, max_request) {
             Ok(requests) => requests,
             Err(error) => {
-                popped.put_back(self.shared(), 0);
+                self.shared().give_back(popped);
                 return Err(error);
             }
         };
         let count = requests.len();
         for (index, request) in requests.into_iter().enumerate() {
             let answered = match request {
-                Some(request) if self.is_current(&popped, index) => self.answer(py, handler, &popped, index, request),
+                Some(request) if self.is_current(py, &popped, index)? => {
+                    self.answer(py, handler, &popped, index, request)
+                }
                 // Too long by itself, or only to be counted as dropped.
                 _ => self.complete(py, &popped, index, Answer::Refused),
             };
@@ -199,7 +211,10 @@ impl PyDeviceQueue {
                 Err(error) => {
                     let published = self.publish(py);
                     self.keep_failed(py, &mut popped, index)?;
-                    return published.and(Err(error));
+                    return Err(match published {
+                        Ok(()) => error,
+                        Err(violation) => pressing(py, violation, error),
+                    });
                 }
             }
         }
@@ -229,7 +244,7 @@ impl PyDeviceQueue {
 
     /// A handler raised at chain `index`: later chains go back, the chain is kept for `take_failed`.
     fn keep_failed(&self, py: Python<'_>, popped: &mut Popped, index: usize) -> PyResult<()> {
-        popped.put_back(self.shared(), index + 1);
+        self.with(py, |queue| popped.put_back(queue, index + 1))?;
         if let Some(element) = popped.elements.get(index) {
             let segments = popped
                 .segments

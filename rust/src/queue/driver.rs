@@ -362,6 +362,12 @@ impl DriverQueue {
         Ok(taken)
     }
 
+    /// Put used buffers back that were just taken, as if they had not been: the next calls take them.
+    pub fn give_back(&mut self, taken: Vec<(u64, u32)>) {
+        self.counters.popped = self.counters.popped.saturating_sub(taken.len() as u64);
+        taken.into_iter().rev().for_each(|used| self.ready.push_front(used));
+    }
+
     fn take_used<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
         if !self.look_or_arm(mem)? {
             return Ok(());
