@@ -348,7 +348,7 @@ class RegisterBank:
         setattr(slot, area, value)
 
     def place_legacy_queue(self, index: int, address: int, *, align: int = 4096) -> None:
-        """A legacy driver places its queue at `address` and so enables it; 0 takes it away (4.1.5.1.3, 4.2.4)."""
+        """A legacy driver places its queue at `address` and so enables it; 0 takes it away (4.1.5.1.3.1, 4.2.4)."""
         slot = self.slot(index)
         if slot is None:
             self._note_queue("NoSuchQueue", "4.1.5.1.3.1", f"placed, but there are {len(self._slots)} queues", index)
