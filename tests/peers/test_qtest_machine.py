@@ -97,6 +97,21 @@ def test_several_devices_interrupt_one_loop(world: Callable[..., World]) -> None
         access.close()
 
 
+def test_words_for_messages_are_used_again() -> None:
+    """A machine that lives long is opened more often than it has words."""
+    with machine(device("vectors=2")) as here:
+        seen: set[int] = set()
+        for _ in range(20):
+            access = here.pci(5)
+            driver = RngDriver(open_pci(access, interrupts="msix"))
+            driver.initialize()
+            assert len(driver.read(4)) == 4
+            driver.detach()
+            seen |= {access.message(vector)[0] for vector in (0, 1)}
+            access.close()
+        assert len(seen) == 2
+
+
 # --- configuration changes ------------------------------------------------------------------------------------
 
 

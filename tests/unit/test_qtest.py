@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from virtio_test.carrier.qtest import QemuProcess, Qtest, QtestMachine, halting_firmware
+from virtio_test.clock import VirtualClock
 from virtio_test.errors import InvalidArgument, PeerDisconnected, PeerError, PeerTimeout, StateError
+from virtio_test.loop import OwnerLoop
 
 
 class Scripted:
@@ -246,3 +248,5 @@ def test_what_cannot_be_started() -> None:
             QemuProcess(ram=ram)
     with pytest.raises(PeerDisconnected, match="cannot be started"):
         QemuProcess(["/nonexistent/qemu"])
+    with pytest.raises(InvalidArgument, match="virtual clock"):
+        QtestMachine(loop=OwnerLoop(clock=VirtualClock()))

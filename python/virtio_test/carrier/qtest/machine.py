@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from virtio_test._core import GuestMemory
-from virtio_test.clock import Timer
-from virtio_test.errors import StateError, VirtioTestError
+from virtio_test.clock import Timer, VirtualClock
+from virtio_test.errors import InvalidArgument, StateError, VirtioTestError
 from virtio_test.loop import OwnerLoop
 
 from .mmio import QtestMmio
@@ -44,7 +44,7 @@ class QtestMachine:
         machine: ``q35``, ``pc`` or ``microvm``.
         env: its environment; ours when None.
         ram: bytes of RAM.
-        loop: the loop that interrupts arrive in; one of its own in real time, when None.
+        loop: the loop that interrupts arrive in, in real time as QEMU itself; one of its own when None.
         timeout: real seconds that one access takes at most.
         exit_with_parent: see `QemuProcess`.
 
@@ -55,6 +55,7 @@ class QtestMachine:
         loop: the owner loop of its drivers.
 
     Raises:
+        InvalidArgument: a loop with a virtual clock, or what `QemuProcess` refuses.
         PeerDisconnected, PeerTimeout: it does not come up; with its last words.
     """
 
@@ -70,11 +71,13 @@ class QtestMachine:
         timeout: float = 10.0,
         exit_with_parent: bool = True,
     ) -> None:
+        if loop is not None and isinstance(loop.clock, VirtualClock):
+            raise InvalidArgument("the loop has a virtual clock, but QEMU lives in real time: use a MonotonicClock")
         self.loop = OwnerLoop() if loop is None else loop
         self._raised: set[int] = set()
         self._lines: dict[object, tuple[Callable[[], bool], Callable[[], object]]] = {}
         self._words: dict[int, Callable[[], object]] = {}
-        self._next_word = ram - _WORDS
+        self._free_words = list(range(ram - 4, ram - _WORDS - 4, -4))
         self._look: Timer | None = None
         self._reading = False
         self.process = QemuProcess(
@@ -161,10 +164,9 @@ class QtestMachine:
         Raises:
             StateError: all are taken.
         """
-        if self._next_word >= self.process.ram:
+        if not self._free_words:
             raise StateError(f"all {_WORDS // 4} words for messages are taken")
-        address = self._next_word
-        self._next_word += 4
+        address = self._free_words.pop()
         self.memory.write(address, bytes(4))
         self._words[address] = arrived
         if self._look is None:
@@ -172,8 +174,9 @@ class QtestMachine:
         return address
 
     def drop_word(self, address: int) -> None:
-        """Nobody waits for the message at `address` any more."""
-        self._words.pop(address, None)
+        """Nobody waits for the message at `address` any more, and another may use the word."""
+        if self._words.pop(address, None) is not None:
+            self._free_words.append(address)
         if not self._words and self._look is not None:
             self._look.stop()
             self._look = None

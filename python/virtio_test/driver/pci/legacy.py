@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from virtio_test._core import GuestMemory, Notifier, QueueConfig
+from virtio_test._core import GuestMemory, Notifier, QueueConfig, RingLayout
 from virtio_test.errors import InvalidArgument, NoFeature, StatusViolation
 from virtio_test.loop import OwnerLoop
 from virtio_test.spec.pci import LEGACY, LEGACY_CONFIG, LEGACY_CONFIG_MSIX, LEGACY_QUEUE_ALIGN
@@ -154,14 +154,21 @@ class LegacyPciRegisters:
         Raises:
             InvalidArgument: the address is no multiple of 4096 or has more than 44 bits, or the areas do not lie as
                 4.1.5.1.3.1 says.
-            StatusViolation: `QueueEnabledOnReset`, `QueueNotEnabled` (4.1.5.1.3.1), `VectorRefused`,
-                `VectorMismatch` (4.1.5.1.2.1).
+            StatusViolation: `QueueEnabledOnReset`, `QueueSizeRefused`, `QueueNotEnabled` (4.1.5.1.3.1),
+                `VectorRefused`, `VectorMismatch` (4.1.5.1.2.1).
         """
         index, page = config.index, config.desc // LEGACY_QUEUE_ALIGN
         if config.desc % LEGACY_QUEUE_ALIGN or not 0 < page < 1 << 32:
             text = f"queue {index} lies at {config.desc:#x}; a legacy queue lies at a multiple of 4096 below 2**44"
             raise InvalidArgument(text)
+        layout = RingLayout.legacy(config.size, config.desc, align=LEGACY_QUEUE_ALIGN)
+        if (config.driver, config.device) != (layout.driver, layout.device):
+            text = f"queue {index} has its areas at {config.driver:#x} and {config.device:#x}; the layout of a legacy "
+            raise InvalidArgument(text + f"queue puts them at {layout.driver:#x} and {layout.device:#x}")
         self.write("queue_select", index)
+        if (size := self.read("queue_size")) != config.size:
+            text = f"queue_size is {size}, and was {config.size} when the queue was laid out"
+            raise StatusViolation("QueueSizeRefused", "4.1.5.1.3.1", text, queue=index)
         if (before := self.read("queue_address")) != 0:
             text = f"queue_address is {before:#x} before the driver has placed the queue"
             raise StatusViolation("QueueEnabledOnReset", "4.1.5.1.3.1", text, queue=index)
