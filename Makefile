@@ -28,7 +28,7 @@ export PYO3_PYTHON := $(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test lint lint-rust lint-python test-rust test-asan test-python test-kernel guest-uml stubtest bench fuzz wheel clean \
+.PHONY: help demo test begin combinations lint lint-rust lint-python test-rust test-asan test-python test-kernel guest-uml stubtest bench fuzz wheel clean \
 	clean-guests toolchain guest-packages
 
 help: ## this list
@@ -40,7 +40,15 @@ demo: $(VENV)/.core ## build, install in .venv and run one request from the driv
 	@echo
 	@$(BIN)/virtio-test request 10
 
-test: test-rust test-asan stubtest test-python test-kernel ## every test, those with real Linux kernels included
+test: begin test-rust test-asan stubtest test-python test-kernel ## every test, those with real kernels and real devices included
+	$(BIN)/python -m tests.combinations check
+
+# What ran with what is written down from here on.
+begin: | $(BIN)/python
+	@$(BIN)/python -m tests.combinations clean
+
+combinations: begin test-python test-kernel ## write docs/combinations.md from a run of the tests
+	$(BIN)/python -m tests.combinations write
 
 # ------------------------------------------------------------------------------------------------------- in parts
 
@@ -69,12 +77,12 @@ test-asan: | toolchain ## the same under AddressSanitizer
 		cargo test --locked --no-default-features --target "$$(rustc -vV | sed -n 's/^host: //p')"
 
 test-python: $(VENV)/.core $(VENV)/.dev ## the Python tests that need no guest
-	$(BIN)/pytest -n $(JOBS) -m "not kernel" --hypothesis-profile=virtio-ci
+	$(BIN)/pytest -n $(JOBS) -m "not kernel and not peers" --hypothesis-profile=virtio-ci
 
 # Kernels and QEMU are built and fetched before pytest starts, so that no test's time limit runs meanwhile.
-test-kernel: $(VENV)/.core $(VENV)/.dev guest-packages ## real Linux as the guest: user-mode Linux and QEMU
+test-kernel: $(VENV)/.core $(VENV)/.dev guest-packages ## real Linux as the guest, and real devices before our drivers
 	$(BIN)/python -m tests.kernel.build all
-	$(BIN)/pytest -m kernel --hypothesis-profile=virtio-ci
+	$(BIN)/pytest -m "kernel or peers" --hypothesis-profile=virtio-ci
 
 guest-uml: $(BIN)/python guest-packages ## the user-mode Linux kernel and our driver module, cached
 	$(BIN)/python -m tests.kernel.build uml

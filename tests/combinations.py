@@ -2,18 +2,28 @@
 
 A test that has seen a request answered calls `record`, with what was negotiated and not with what it asked for. Each
 call adds one line of JSON to the file that ``VIRTIO_TEST_COMBINATIONS`` names, else to one in pytest's cache folder.
-``python -m tests.combinations`` prints the table for the docs; ``python -m tests.combinations clean`` begins anew.
+``python -m tests.combinations`` prints the page for the docs; with ``clean`` it begins anew, with ``write`` it writes
+the page, and with ``check`` it fails unless the page says what ran since the last ``clean``, whatever the versions are
+of what Debian has today.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "combinations.md"
+HEAD = """# What ran with what
+
+Written by the tests (`make combinations`), and compared with what really ran by each `make test`. A row is here only
+if a request was answered and its bytes were checked; the rings are what was negotiated, not what was asked for.
+
+"""
 COLUMNS = ("device", "transport", "carrier", "ring", "peer")
 
 
@@ -64,20 +74,41 @@ def recorded() -> list[Combination]:
 
 
 def table() -> str:
-    """The table in Markdown."""
-    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *recorded()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    """The page for the docs: a row for each device, transport, carrier and peer, with the rings that ran there."""
+    rings: dict[tuple[str, str, str, str], list[str]] = {}
+    for each in recorded():
+        rings.setdefault((each.device, each.transport, each.carrier, each.peer), []).append(each.ring)
+    rows = [
+        (device, transport, carrier, peer, "; ".join(ran)) for (device, transport, carrier, peer), ran in rings.items()
+    ]
+    head = [("device", "transport", "carrier", "peer", "rings"), ("---",) * 5]
+    return HEAD + "".join("| " + " | ".join(row) + " |\n" for row in [*head, *rows])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the table, or removes the records; the exit status."""
-    if list(arguments) == ["clean"]:
+    """Does what the module's head says; the exit status."""
+    if arguments == ["clean"]:
         path().unlink(missing_ok=True)
-        return 0
-    if arguments:
-        print("usage: python -m tests.combinations [clean]", file=sys.stderr)
+    elif arguments == ["write"]:
+        DOCS.parent.mkdir(exist_ok=True)
+        DOCS.write_text(table())
+    elif arguments == ["check"]:
+        # Versions are Debian's and move on; that is no reason for a test to fail.
+        old, new = (set(re.sub(r"\d+(\.\d+)+", "N", text).splitlines()) for text in (DOCS.read_text(), table()))
+        for line in sorted(old - new):
+            print(f"in the docs, and did not run like that: {line}", file=sys.stderr)
+        for line in sorted(new - old):
+            print(f"ran, and is not in the docs: {line}", file=sys.stderr)
+        if old != new:
+            print(
+                f"{DOCS.name} is not what ran: look at the lines above, then run 'make combinations'", file=sys.stderr
+            )
+            return 1
+    elif arguments:
+        print("usage: python -m tests.combinations [clean | write | check]", file=sys.stderr)
         return 2
-    print(table())
+    else:
+        print(table(), end="")
     return 0
 
 
