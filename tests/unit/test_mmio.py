@@ -574,3 +574,15 @@ def test_a_write_becomes_what_it_is_told_to() -> None:
     assert machine.get("Status") == S.ACKNOWLEDGE
     machine.put("QueueSel", 0)
     assert machine.mmio.queue_sel == 1
+
+
+def test_nothing_is_kept_for_queues_that_do_not_exist() -> None:
+    machine = Machine(version=1)
+    machine.put("GuestPageSize", 4096)
+    for index in range(2, 500):
+        machine.put("QueueSel", index)
+        machine.put("QueueAlign", 8192)
+        machine.put("QueuePFN", index)
+    assert machine.mmio.aligns == {}
+    assert machine.mmio.pages == {}
+    assert machine.rules() == {"NoSuchQueue": 2 * 498}

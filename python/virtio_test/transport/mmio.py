@@ -374,7 +374,9 @@ class VirtioMmio:
         """QueueAlign (Q17)."""
         if value == 0 or value & (value - 1):
             self._note_queue("BadQueueAlign", "4.2.4", f"QueueAlign = {value:#x}, which is no power of two")
-        elif self.slot is not None and self.slot.enabled:
+        elif self.slot is None:
+            self._note_queue("NoSuchQueue", "4.2.4", f"QueueAlign written, but there are {len(self.bank.slots)} queues")
+        elif self.slot.enabled:
             self._note_queue("EnabledQueueWritten", "4.2.4", "QueueAlign written while the queue is in use")
         else:
             self.aligns[self.queue_sel] = value
@@ -389,7 +391,8 @@ class VirtioMmio:
         if value and not self.guest_page_size:
             self._note_queue("NoGuestPageSize", "4.2.4", "QueuePFN written, and GuestPageSize never was")
             return
-        if not self.read_page():
+        # Nothing is kept for queues that do not exist: a driver can name four thousand million of them.
+        if self.slot is not None and not self.slot.enabled:
             self.pages[self.queue_sel] = value
         align = self.aligns.get(self.queue_sel, _DEFAULT_ALIGN)
         self.bank.place_legacy_queue(self.queue_sel, value * self.guest_page_size, align=align)
