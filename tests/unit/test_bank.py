@@ -347,3 +347,26 @@ def test_a_bank_over_memory_of_its_owner() -> None:
     assert bank.memory is memory
     assert bank.loop is loop
     assert bank.clock is loop.clock
+
+
+# --- interrupts that come too late --------------------------------------------------------------------------
+
+
+def test_a_call_that_waits_is_not_delivered_once_the_device_is_broken() -> None:
+    machine = Machine()
+    machine.live()
+    machine.bank.call(0)
+    machine.bank.broken(ValueError("the device's own"))
+    machine.run()
+    assert machine.calls == []
+    assert len(machine.changes) == 1
+
+
+def test_a_call_that_a_thread_pends_beside_a_queue_reset_is_not_delivered() -> None:
+    machine = Machine()
+    machine.live()
+    machine.bank.reset_queue(0)
+    # The thread has seen a live device, and pends only now.
+    machine.bank.call(0)
+    machine.run()
+    assert machine.calls == []

@@ -29,7 +29,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, Literal
 
-from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig, QueueState, RingLayout
+from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueState, RingLayout
 from virtio_test.clock import Clock, VirtualClock
 from virtio_test.device import Device
 from virtio_test.errors import (
@@ -135,7 +135,7 @@ class RegisterBank:
     def call(self, queue_index: int) -> None:
         """See `Bus.call`."""
         if self.live:
-            self._loop.pend((self, "call", queue_index), lambda: self.on_call(queue_index))
+            self._loop.pend((self, "call", queue_index), lambda: self._deliver_call(queue_index))
 
     def config_changed(self) -> None:
         """See `Bus.config_changed`."""
@@ -154,6 +154,12 @@ class RegisterBank:
                 )
         if notify:
             self._loop.pend((self, "config"), self._deliver_config)
+
+    def _deliver_call(self, index: int) -> None:
+        # Asked again: since it was pended (by a thread, perhaps) the device may have broken, or the queue been reset.
+        slot = self.slot(index)
+        if self.live and slot is not None and slot.enabled:
+            self.on_call(index)
 
     def _deliver_config(self) -> None:
         self.on_config()
@@ -274,8 +280,7 @@ class RegisterBank:
 
     def _reset(self) -> None:
         for slot in self._slots:
-            if slot.queue is not None:
-                self._revoke(slot.queue)
+            slot.revoke()
             self._loop.unpend((self, "kick", slot.index))
             self._loop.unpend((self, "call", slot.index))
         self._loop.unpend((self, "config"))
@@ -287,16 +292,6 @@ class RegisterBank:
         with self._guarded():
             self.device.reset()
         self.on_reset()
-
-    @staticmethod
-    def _revoke(queue: DeviceQueue) -> None:
-        """A new generation: whoever still holds a chain of this queue can write nothing any more."""
-        try:
-            queue.reset()
-        except QueueViolation as error:
-            # Its memory has gone before it: nothing is written into that, and a latched queue takes nothing either.
-            queue.latch(error)
-        queue.stop()
 
     # --- queues ---------------------------------------------------------------------------------------------
 
@@ -381,9 +376,8 @@ class RegisterBank:
         slot = self.slot(index)
         if slot is None or not slot.enabled:
             return
-        if slot.queue is not None:
-            # A new generation first: what the device lets go of while it stops must not reach the driver's ring.
-            self._revoke(slot.queue)
+        # A new generation first: what the device lets go of while it stops must not reach the driver's ring.
+        slot.revoke()
         self._stop(slot)
         self._loop.unpend((self, "kick", index))
         self._loop.unpend((self, "call", index))
@@ -430,16 +424,8 @@ class RegisterBank:
 
     def _make(self, slot: QueueSlot, state: QueueState | None) -> DeviceQueue:
         index = slot.index
-        config = QueueConfig(
-            slot.size,
-            desc=slot.desc,
-            driver=slot.driver,
-            device=slot.device,
-            index=index,
-            features=self._accepted.bits & 0xFFFF_FFFF_FFFF_FFFF,
-            policy=self.policy,
-        )
-        return DeviceQueue(self._memory, config, state=state, call=Notifier.callback(lambda: self.call(index)))
+        call = Notifier.callback(lambda: self.call(index))
+        return slot.make(self._memory, self._accepted, policy=self.policy, state=state, call=call)
 
     def _start(self, slot: QueueSlot) -> None:
         if slot.queue is None:
@@ -580,8 +566,7 @@ class RegisterBank:
             self._accepted = before
             raise SavedStateError(f"the saved queues do not fit: {error}") from error
         for slot in self._slots:
-            if slot.queue is not None:
-                self._revoke(slot.queue)
+            slot.revoke()
         self.device.reset()
         if device is self.device:
             # Its reset may have taken something back; the same state was accepted a moment ago.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from virtio_test._core import DeviceQueue
+from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig, QueueState
+from virtio_test.errors import QueueViolation
+from virtio_test.features import FeatureSet
 
 __all__ = ["Area", "QueueSlot"]
 
@@ -37,3 +39,39 @@ class QueueSlot:
     enabled: bool = False
     queue: DeviceQueue | None = None
     started: bool = False
+
+    def make(
+        self,
+        memory: GuestMemory,
+        features: FeatureSet,
+        *,
+        policy: Policy,
+        state: QueueState | None,
+        call: Notifier,
+    ) -> DeviceQueue:
+        """The device end of a queue as the registers say.
+
+        Raises:
+            PeerError: they cannot be a queue.
+        """
+        config = QueueConfig(
+            self.size,
+            desc=self.desc,
+            driver=self.driver,
+            device=self.device,
+            index=self.index,
+            features=features.bits & 0xFFFF_FFFF_FFFF_FFFF,
+            policy=policy,
+        )
+        return DeviceQueue(memory, config, state=state, call=call)
+
+    def revoke(self) -> None:
+        """A new generation: whoever still holds a chain of the queue can write nothing any more."""
+        if self.queue is None:
+            return
+        try:
+            self.queue.reset()
+        except QueueViolation as error:
+            # Its memory has gone before it: nothing is written into that, and a latched queue takes nothing either.
+            self.queue.latch(error)
+        self.queue.stop()
