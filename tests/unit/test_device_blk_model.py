@@ -194,6 +194,7 @@ class World:
         assert self.device.counters.host_errors == 0
 
 
+@pytest.mark.timeout(900)  # a deep run takes minutes
 @pytest.mark.parametrize("ring", ["split", "packed"])
 @pytest.mark.parametrize("read_only", [False, True])
 @given(content=st.integers(0, 2**32), sent=st.lists(chains(), min_size=1, max_size=6))
