@@ -53,7 +53,7 @@ def drive(
         device: what it serves, which the protocol cannot tell.
         ring: format of the virtqueues.
         indirect: put every chain into an indirect table, where the back-end can.
-        count: how many requests, from 1.
+        count: how many requests, from 1; with `write` one more if it is odd, as what is written is also read.
         depth: how many in flight at once, from 1.
         timeout: seconds that any answer may take.
         write: of a block device, overwrite its first blocks too; they are put back at the end.
