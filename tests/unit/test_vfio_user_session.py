@@ -320,13 +320,18 @@ def test_what_cannot_be_unmapped_stays(server: Server, client: VfioUserClient, n
     assert bring_up(client).request(1).ret == 102
 
 
-def test_no_more_regions_than_were_negotiated(server: Server, client: VfioUserClient) -> None:
+def test_no_more_regions_than_were_negotiated(
+    server: Server, client: VfioUserClient, caplog: pytest.LogCaptureFixture
+) -> None:
     fd = a_file()
     for number in range(508):
         client.export((1 << 30) + number * PAGE, PAGE, fd=fd)
     assert failed(client, Command.DMA_MAP, DmaMap(32, 3, 0, 1 << 40, PAGE), (fd,)) == errno.ENOSPC
+    assert "DmaSlots" in caplog.text
     os.close(fd)
     assert len(regions(server)) == 509
+    assert failed(client, Command.DMA_UNMAP, unmap((1 << 30) + 8, PAGE)) == errno.EINVAL
+    assert "UnmapSplit" in caplog.text
     client.request(Command.DMA_UNMAP, unmap(1 << 30, 1 << 30), DmaUnmap)
     assert len(regions(server)) == 1
 

@@ -110,8 +110,12 @@ class Server:
 
     def idle(self) -> bool:
         """Wait until no client is connected; whether that came, with nothing of a client left."""
-        gone = eventually(lambda: self.server.session is None)
-        return gone and not self.endpoint.memory.regions and not self.endpoint.external_table
+
+        def nothing_left() -> bool:
+            gone = self.server.session is None and not self.endpoint.memory.regions
+            return gone and not self.endpoint.external_table
+
+        return eventually(nothing_left)
 
     def close(self) -> None:
         self.loop.stop()

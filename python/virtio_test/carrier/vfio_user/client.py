@@ -68,6 +68,7 @@ class VfioUserClient:
         memory: the guest's memory; 16 MiB at address 0 when None. All its regions are exported.
         share: send its files along; without them the device must ask for each byte.
         posted: write to BARs without waiting for an answer, as QEMU does.
+        transfer: bytes that the device may ask for in one message, at most 1 MiB.
         timeout: seconds that the server may take for an answer.
 
     Attributes:
@@ -78,10 +79,10 @@ class VfioUserClient:
         msix: where it says that its MSI-X table is, or None.
         interrupts: how its interrupts are heard.
         served: accesses to memory that the device has asked for.
-        answering: whether those are answered; tests switch it off.
+        serve: answers them; `serve_memory`, unless a test has other plans.
 
     Raises:
-        InvalidArgument: neither or both of path and connection.
+        InvalidArgument: neither or both of path and connection, or an impossible transfer size.
         OSError: nobody listens there.
         PeerDisconnected, PeerTimeout, MessageError: the server ends the connection, is silent, or breaks a rule.
     """
@@ -95,8 +96,11 @@ class VfioUserClient:
         memory: GuestMemory | None = None,
         share: bool = True,
         posted: bool = True,
+        transfer: int = MAX_DATA,
         timeout: float = 5.0,
     ) -> None:
+        if not 1 <= transfer <= MAX_DATA:
+            raise InvalidArgument(f"transfers of {transfer} bytes: 1 to {MAX_DATA} are possible")
         if (path is None) == (connection is None):
             raise InvalidArgument("a client needs either a socket path or a connection")
         if connection is None:
@@ -111,6 +115,7 @@ class VfioUserClient:
         self._memory = GuestMemory([(0, _MEMORY_SIZE)]) if memory is None else memory
         self._wire = Wire(connection, "client")
         self._posted = posted
+        self._transfer = transfer
         self._timeout = timeout
         self._number = 0
         self._exports: dict[int, tuple[int, bool]] = {}
@@ -123,7 +128,7 @@ class VfioUserClient:
         self.regions: dict[int, RegionInfo] = {}
         self.irqs: dict[int, IrqInfo] = {}
         self.served = 0
-        self.answering = True
+        self.serve: Callable[[Message], object] = self.serve_memory
         self._loop.add_reader(self._wire.fileno(), self._readable)
         try:
             self._open(share=share)
@@ -143,6 +148,7 @@ class VfioUserClient:
     def _open(self, *, share: bool) -> None:
         ours = Capabilities(
             max_msg_fds=MAX_FDS,
+            max_data_xfer_size=self._transfer,
             named=frozenset({"max_msg_fds", "max_data_xfer_size", "max_dma_maps", "pgsizes", "write_multiple"}),
             write_multiple=True,
         )
@@ -219,7 +225,7 @@ class VfioUserClient:
                 raise PeerTimeout(f"no reply to {_name(command)} in {self._timeout:g} s")
             for message in self._receive():
                 if not message.reply:
-                    self._serve(message)
+                    self.serve(message)
                 elif (message.id, message.command) == (number, command):
                     return message
                 else:
@@ -248,7 +254,7 @@ class VfioUserClient:
                 _log.warning("a reply to %s, which nobody waits for", message.name)
                 self._wire.closed = True
             else:
-                self._serve(message)
+                self.serve(message)
         if self._wire.closed:
             self._loop.remove_reader(self._wire.fileno())
 
@@ -273,15 +279,13 @@ class VfioUserClient:
                 del self._exports[start]
 
     def _exported(self, address: int, count: int, *, write: bool) -> bool:
-        return 1 <= count <= MAX_DATA and any(
+        return 1 <= count <= self._transfer and any(
             start <= address and address + count <= start + size and (writable or not write)
             for start, (size, writable) in self._exports.items()
         )
 
-    def _serve(self, message: Message) -> None:
-        """Answer an access of the device to memory."""
-        if not self.answering:
-            return
+    def serve_memory(self, message: Message) -> None:
+        """Answer an access of the device to memory, which may lie in what was exported only."""
         self.served += 1
         reply: Payload | None = None
         asked = message.payload

@@ -27,7 +27,11 @@ __all__ = ["Decoder", "Message", "OwnedFd", "Unknown", "encode", "encode_error",
 
 _HEADER: Final = struct.Struct("=HHIII")
 _TYPE: Final = 0xF
-_FLAGS: Final = _TYPE | int(Flag.NO_REPLY) | int(Flag.ERROR)
+# Plain numbers: each message meets them several times, and an `IntFlag` makes an object of each result.
+_REPLY: Final = int(Flag.REPLY)
+_NO_REPLY: Final = int(Flag.NO_REPLY)
+_ERROR: Final = int(Flag.ERROR)
+_FLAGS: Final = _TYPE | _NO_REPLY | _ERROR
 
 
 @dataclass(frozen=True)
@@ -77,17 +81,17 @@ def _name(command: int) -> str:
 
 def encode(command: int, number: int, payload: Payload | None = None, *, no_reply: bool = False) -> bytes:
     """The bytes of a command with the id `number`; its fds go beside them."""
-    return _encode(number, command, int(Flag.NO_REPLY) if no_reply else 0, 0, payload)
+    return _encode(number, command, _NO_REPLY if no_reply else 0, 0, payload)
 
 
 def encode_reply(command: int, number: int, payload: Payload | None = None) -> bytes:
     """The bytes of the reply to the command with the id `number`."""
-    return _encode(number, command, int(Flag.REPLY), 0, payload)
+    return _encode(number, command, _REPLY, 0, payload)
 
 
 def encode_error(command: int, number: int, errno: int) -> bytes:
     """The bytes of a reply that says that the command failed."""
-    return _encode(number, command, int(Flag.REPLY | Flag.ERROR), errno, None)
+    return _encode(number, command, _REPLY | _ERROR, errno, None)
 
 
 def _encode(number: int, command: int, flags: int, errno: int, payload: Payload | None) -> bytes:
@@ -196,18 +200,18 @@ class Decoder:
             id=number,
             command=command if row is None else row.command,
             payload=payload,
-            reply=flags & _TYPE == Flag.REPLY,
-            no_reply=bool(flags & Flag.NO_REPLY),
-            errno=errno if flags & Flag.ERROR else None,
+            reply=flags & _TYPE == _REPLY,
+            no_reply=bool(flags & _NO_REPLY),
+            errno=errno if flags & _ERROR else None,
             fds=fds,
         )
 
     def _check_header(self, command: int, size: int, flags: int) -> None:
         name, kind = _name(command), flags & _TYPE
-        if kind > Flag.REPLY:
+        if kind > _REPLY:
             raise violation("MessageType", f"{name} has type {kind} in its flags {flags:#x}")
-        reply = kind == Flag.REPLY
-        if flags & ~_FLAGS or flags & (Flag.NO_REPLY if reply else Flag.ERROR):
+        reply = kind == _REPLY
+        if flags & ~_FLAGS or flags & (_NO_REPLY if reply else _ERROR):
             raise violation("ReservedFlags", f"a {'reply to' if reply else 'command'} {name} has flags {flags:#x}")
         if size > MAX_MESSAGE:
             raise violation("MessageTooLong", f"{name} announces {size} bytes")
@@ -220,7 +224,7 @@ class Decoder:
             if row.from_server != (reply == (self._reader == "server")):
                 what = "reply to" if reply else "command"
                 raise violation("Direction", f"a {what} {name} came to the {self._reader}")
-            kinds = Empty if flags & Flag.ERROR else row.reply if reply else row.payload
+            kinds = Empty if flags & _ERROR else row.reply if reply else row.payload
             least, largest = (HEADER_BYTES + bound for bound in kinds.sizes())
         if not least <= size <= largest:
             expected = f"{least}" if least == largest else f"{least} to {largest}"
@@ -233,8 +237,8 @@ class Decoder:
                 fd.close()
             self._fds.clear()
             return Unknown(body)
-        reply = flags & _TYPE == Flag.REPLY
-        kind = Empty if flags & Flag.ERROR else row.reply if reply else row.payload
+        reply = flags & _TYPE == _REPLY
+        kind = Empty if flags & _ERROR else row.reply if reply else row.payload
         try:
             payload = kind.parse(body)
         except ValueError as error:
@@ -243,7 +247,7 @@ class Decoder:
         if not reply and row.fd_counts is not None:
             legal = have in row.fd_counts(payload)
         else:
-            least, largest = (0, 0) if flags & Flag.ERROR else row.reply_fds if reply else row.fds
+            least, largest = (0, 0) if flags & _ERROR else row.reply_fds if reply else row.fds
             legal = least <= have <= largest
         if not legal:
             raise violation("FdCount", f"{have} fds came with {'a reply to ' if reply else ''}{row.name}")
