@@ -557,3 +557,18 @@ def test_an_answer_that_found_the_queue_full_is_sent_later() -> None:
     loopback.loop.run_pending()
     assert driver.counter == driver.acknowledged == 3
     assert device.counters.counters == 3
+
+
+def test_a_set_up_that_fails_half_way_leaks_nothing() -> None:
+    class NoKick(Loopback):
+        def kick_notifier(self, index: int, position: Callable[[], int]) -> Notifier:
+            if index == 1:
+                raise StateError("no kick for this one")
+            return super().kick_notifier(index, position)
+
+    driver = Driver(NoKick(BaseDevice(7, handlers={0: bytes.upper, 1: bytes.upper})))
+    for _ in range(3):
+        with pytest.raises(StateError, match="no kick"):
+            driver.initialize()
+    driver.reset()
+    assert driver.arena.used == 0

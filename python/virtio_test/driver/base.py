@@ -243,7 +243,7 @@ class Driver:
         self._broken = None
         self._config_waiting = False
         self.features = self.wanted - self.wanted
-        lost = [request for index in list(self.queues) for request in self._drop_queue(index)]
+        lost = [request for index in list(self._rings) for request in self._drop_queue(index)]
         for request in self._lost:
             self._free(request)
         self._lost.clear()
@@ -273,8 +273,10 @@ class Driver:
 
     def _drop_queue(self, index: int) -> list[Request]:
         """Take everything in flight back from a queue that the device does not have any more."""
-        queue = self.queues.pop(index)
-        lost = [self._flying.pop((index, token)) for token in queue.detach() if (index, token) in self._flying]
+        # There is none when the set-up of the queue has failed half way.
+        queue = self.queues.pop(index, None)
+        tokens = [] if queue is None else queue.detach()
+        lost = [self._flying.pop((index, token)) for token in tokens if (index, token) in self._flying]
         for address in self._rings.pop(index):
             self.arena.free(address)
         for request in lost:
