@@ -29,30 +29,50 @@ if TYPE_CHECKING:
         rules,
     )
     from .carrier.loopback import Loopback
+    from .carrier.mmio import MmioLoopback
+    from .carrier.pci import PciLoopback
+    from .carrier.qtest.machine import QtestMachine
+    from .carrier.vfio_user.client import VfioUserClient
     from .clock import Clock, MonotonicClock, Timer, VirtualClock
     from .config import ConfigLayout, ConfigSpace
     from .device import RING_FEATURES, Bus, Device
     from .devices.base import BaseDevice, batched, kept
+    from .devices.blk import BlkDevice
+    from .devices.console import ConsoleDevice
+    from .devices.rng import RngDevice
     from .devices.test import TestDevice
     from .driver.alloc import Arena
     from .driver.base import Driver
+    from .driver.blk import BlkDriver
+    from .driver.console import ConsoleDriver
+    from .driver.mmio import MmioRegisters
+    from .driver.net import NetDriver
+    from .driver.pci import open_pci
     from .driver.registers import Registers
     from .driver.request import Request
+    from .driver.rng import RngDriver
     from .driver.test import TestDriver, TestResponse
     from .errors import PeerError, UsageError, VirtioTestError
     from .features import FeatureSet
     from .loop import OwnerLoop
+    from .transport.mmio import VirtioMmio
+    from .transport.pci.function import VirtioPci
+    from .transport.vhost_user.registers import VhostUserRegisters
 
 __all__ = [
     "RING_FEATURES",
     "Arena",
     "BaseDevice",
     "Batch",
+    "BlkDevice",
+    "BlkDriver",
     "Bus",
     "Chain",
     "Clock",
     "ConfigLayout",
     "ConfigSpace",
+    "ConsoleDevice",
+    "ConsoleDriver",
     "DebugBuildWarning",
     "Device",
     "DeviceQueue",
@@ -61,16 +81,23 @@ __all__ = [
     "FeatureSet",
     "GuestMemory",
     "Loopback",
+    "MmioLoopback",
+    "MmioRegisters",
     "MonotonicClock",
+    "NetDriver",
     "Notifier",
     "OwnerLoop",
+    "PciLoopback",
     "PeerError",
     "Policy",
+    "QtestMachine",
     "QueueConfig",
     "QueueState",
     "Registers",
     "Request",
     "RingLayout",
+    "RngDevice",
+    "RngDriver",
     "Rule",
     "TestDevice",
     "TestDriver",
@@ -78,12 +105,17 @@ __all__ = [
     "Timer",
     "Trace",
     "UsageError",
+    "VfioUserClient",
+    "VhostUserRegisters",
+    "VirtioMmio",
+    "VirtioPci",
     "VirtioTestError",
     "VirtualClock",
     "__version__",
     "batched",
     "build_info",
     "kept",
+    "open_pci",
     "rules",
 ]
 
@@ -98,13 +130,29 @@ _WHERE: Final = {
     **dict.fromkeys(("PeerError", "UsageError", "VirtioTestError"), "errors"),
     **dict.fromkeys(("TestDriver", "TestResponse"), "driver.test"),
     "Arena": "driver.alloc",
+    "BlkDevice": "devices.blk",
+    "BlkDriver": "driver.blk",
+    "ConsoleDevice": "devices.console",
+    "ConsoleDriver": "driver.console",
     "Driver": "driver.base",
     "FeatureSet": "features",
     "Loopback": "carrier.loopback",
+    "MmioLoopback": "carrier.mmio",
+    "MmioRegisters": "driver.mmio",
+    "NetDriver": "driver.net",
+    "open_pci": "driver.pci",
     "OwnerLoop": "loop",
+    "PciLoopback": "carrier.pci",
+    "QtestMachine": "carrier.qtest.machine",
     "Registers": "driver.registers",
     "Request": "driver.request",
+    "RngDevice": "devices.rng",
+    "RngDriver": "driver.rng",
     "TestDevice": "devices.test",
+    "VfioUserClient": "carrier.vfio_user.client",
+    "VhostUserRegisters": "transport.vhost_user.registers",
+    "VirtioMmio": "transport.mmio",
+    "VirtioPci": "transport.pci.function",
 }
 
 if build_info()["profile"] == "debug":

@@ -7,7 +7,7 @@ from typing import Final
 import pytest
 from virtio_test._core import GuestMemory
 from virtio_test.carrier.loopback import Loopback
-from virtio_test.carrier.mmio import LocalMmio
+from virtio_test.carrier.mmio import MmioLoopback
 from virtio_test.device import RING_FEATURES
 from virtio_test.devices.base import BaseDevice
 from virtio_test.driver.mmio import MmioRegisters
@@ -34,7 +34,7 @@ def indirect(way: str) -> bool:
 def reach(device: BaseDevice, way: str = "split", *, memory: GuestMemory | None = None) -> Loopback | MmioRegisters:
     """The registers of `device`: the loopback's, or those of a legacy virtio-mmio."""
     if way == "legacy":
-        return MmioRegisters(LocalMmio(VirtioMmio(device, version=1, memory=memory)))
+        return MmioRegisters(MmioLoopback(VirtioMmio(device, version=1, memory=memory)))
     return Loopback(device, memory=memory)
 
 
@@ -42,5 +42,5 @@ def errors(registers: Loopback | MmioRegisters) -> list[Exception]:
     """What the device's side has found wrong."""
     if isinstance(registers, Loopback):
         return registers.errors
-    assert isinstance(registers.access, LocalMmio)
+    assert isinstance(registers.access, MmioLoopback)
     return registers.access.mmio.errors

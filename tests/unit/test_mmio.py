@@ -134,6 +134,7 @@ def test_what_every_device_says_of_itself() -> None:
         ({"shared_memory": {0: (0, 1)}, "version": 1}, "legacy"),
         ({"vendor_id": 1 << 32}, "vendor id"),
         ({"offered": FeatureSet()}, "VERSION_1"),
+        ({"offered": SPLIT | FeatureSet("NOTIF_CONFIG_DATA")}, "NOTIF_CONFIG_DATA"),
     ],
 )
 def test_what_cannot_be_declared(options: dict[str, Any], message: str) -> None:
@@ -514,8 +515,8 @@ def test_a_kick_for_nobody_does_nothing(value: int) -> None:
 
 
 def test_a_kick_may_carry_the_position() -> None:
-    device = BaseDevice(7, handlers={0: bytes.upper}, queue_sizes=(SIZE,), features=FeatureSet("NOTIFICATION_DATA"))
-    machine = Machine(device)
+    device = BaseDevice(7, handlers={0: bytes.upper}, queue_sizes=(SIZE,))
+    machine = Machine(device, offered=device.features | FeatureSet("NOTIFICATION_DATA"))
     machine.ready(SPLIT | FeatureSet("NOTIFICATION_DATA"))
     queue = machine.queue(machine.place())
     machine.put("QueueReady", 1)

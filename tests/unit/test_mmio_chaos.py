@@ -7,7 +7,7 @@ from typing import Literal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtio_test._core import GuestMemory
-from virtio_test.carrier.mmio import LocalMmio
+from virtio_test.carrier.mmio import MmioLoopback
 from virtio_test.clock import VirtualClock
 from virtio_test.config import ConfigLayout, ConfigSpace
 from virtio_test.devices.base import BaseDevice, kept
@@ -130,7 +130,7 @@ def test_any_program_of_accesses(version: Literal[1, 2], begun: int, program: li
     world.do(("write", 0x070, bytes(4)))
     assert world.get(0x070) == 0
     assert not world.mmio.asserted
-    driver = Driver(MmioRegisters(LocalMmio(world.mmio)), wanted=FeatureSet("VERSION_1"))
+    driver = Driver(MmioRegisters(MmioLoopback(world.mmio)), wanted=FeatureSet("VERSION_1"))
     driver.initialize()
     assert driver.submit(0, [b"after all"], [9]).wait() == b"AFTER ALL"
 
@@ -148,7 +148,7 @@ def test_any_device_against_our_driver(
     world = World(version)
     world.mmio.registers.update(registers)
     try:
-        driver = Driver(MmioRegisters(LocalMmio(world.mmio), timeout=0.01), timeout=0.05)
+        driver = Driver(MmioRegisters(MmioLoopback(world.mmio), timeout=0.01), timeout=0.05)
         driver.initialize()
         for offset, value in config:
             driver.registers.write_config(offset % (PAGE - CONFIG - 4), word(value))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from virtio_test._core import GuestMemory, QueueConfig, RingLayout
 from virtio_test.carrier.loopback import Loopback
-from virtio_test.carrier.mmio import LocalMmio
+from virtio_test.carrier.mmio import MmioLoopback
 from virtio_test.clock import MonotonicClock, VirtualClock
 from virtio_test.config import ConfigLayout, ConfigSpace
 from virtio_test.device import RING_FEATURES
@@ -35,6 +35,8 @@ from virtio_test.spec.mmio import MAGIC, REGISTERS
 from virtio_test.status import Status
 from virtio_test.transport.mmio import Override, VirtioMmio, WriteOverride
 
+from tests.combinations import record
+
 Version = Literal[1, 2]
 VERSIONS = pytest.mark.parametrize("version", [1, 2])
 RINGS = {
@@ -56,21 +58,23 @@ ALL = pytest.mark.parametrize(
 
 def machine(device: BaseDevice, **options: Any) -> tuple[VirtioMmio, MmioRegisters]:
     mmio = VirtioMmio(device, **options)
-    return mmio, MmioRegisters(LocalMmio(mmio))
+    return mmio, MmioRegisters(MmioLoopback(mmio))
 
 
-def transcript(registers: Callable[[TestDevice], Registers], *, timer: bool, ring: str, indirect: bool) -> list[str]:
-    """What both consoles say, in one list: requests one by one and many at once, or three ticks."""
+def transcript(
+    registers: Callable[[TestDevice], Registers], *, timer: bool, ring: str, indirect: bool
+) -> tuple[list[str], FeatureSet]:
+    """What both consoles say, in one list: requests one by one and many at once, or three ticks; what was agreed."""
     lines: list[str] = []
     device = TestDevice(timer=timer, console=lines.append)
     driver = TestDriver(registers(device), timer=timer, console=lines.append, wanted=RINGS[ring], indirect=indirect)
-    driver.initialize()
+    agreed = driver.initialize()
     if timer:
         driver.loop.run(timeout=32.5)
     else:
         driver.request(10)
         driver.request_many(range(250, 256))
-    return lines
+    return lines, agreed
 
 
 @ALL
@@ -83,11 +87,22 @@ def test_the_transcripts_are_those_of_the_loopback(version: Version, ring: str, 
         made.append(mmio)
         return found
 
-    expected = transcript(Loopback, timer=timer, ring=ring, indirect=indirect)
+    expected, _ = transcript(Loopback, timer=timer, ring=ring, indirect=indirect)
     assert len(expected) == (15 if timer else 63)
-    assert transcript(registers, timer=timer, ring=ring, indirect=indirect) == expected
+    lines, agreed = transcript(registers, timer=timer, ring=ring, indirect=indirect)
+    assert lines == expected
     assert made[0].errors == []
     assert not made[0].asserted
+    record(
+        device="test (timer)" if timer else "test",
+        transport="mmio legacy" if version == 1 else "mmio modern",
+        carrier="in process",
+        ring=", ".join(
+            ["packed" if "RING_PACKED" in agreed else "split"]
+            + [name.lower() for name in ("IN_ORDER", "EVENT_IDX") if name in agreed]
+        ),
+        peer="virtio-test's driver",
+    )
 
 
 @VERSIONS
@@ -189,7 +204,7 @@ def test_one_queue_is_reset_alone() -> None:
 
 
 def test_a_kick_carries_the_position_when_negotiated() -> None:
-    device = BaseDevice(7, handlers={0: bytes.upper}, queue_sizes=(4,), features=FeatureSet("NOTIFICATION_DATA"))
+    device = BaseDevice(7, handlers={0: bytes.upper}, queue_sizes=(4,))
     for ring in ("split", "packed"):
         kicks: list[int] = []
 
@@ -198,7 +213,7 @@ def test_a_kick_carries_the_position_when_negotiated() -> None:
             return value
 
         writes: dict[str, WriteOverride] = {"QueueNotify": spy}
-        _, registers = machine(device, writes=writes)
+        _, registers = machine(device, writes=writes, offered=device.features | FeatureSet("NOTIFICATION_DATA"))
         driver = Driver(registers, wanted=RINGS[ring] | FeatureSet("NOTIFICATION_DATA"))
         driver.initialize()
         for text in (b"a", b"b", b"c"):
@@ -252,7 +267,7 @@ def wrong(
         writes=writes or {},
         **options,
     )
-    return Driver(MmioRegisters(LocalMmio(mmio)), wanted=RINGS["split"])
+    return Driver(MmioRegisters(MmioLoopback(mmio)), wanted=RINGS["split"])
 
 
 def counting() -> Override:
@@ -279,7 +294,7 @@ def test_no_device_that_we_know(register: str, value: int, rule: str) -> None:
 
 def test_device_id_0_touches_nothing_more() -> None:
     mmio = VirtioMmio(TestDevice(), registers={"DeviceID": 0})
-    access = LocalMmio(mmio)
+    access = MmioLoopback(mmio)
     touched: list[int] = []
     read = access.read
     access.read = lambda offset, size: (touched.append(offset), read(offset, size))[1]
@@ -401,7 +416,7 @@ def test_a_generation_that_never_stands_still() -> None:
     mmio = VirtioMmio(
         BaseDevice(1, handlers={0: bytes.upper}, config=ConfigSpace(layout)), registers={"ConfigGeneration": counting()}
     )
-    driver = Driver(MmioRegisters(LocalMmio(mmio)), layout=layout)
+    driver = Driver(MmioRegisters(MmioLoopback(mmio)), layout=layout)
     driver.initialize()
     with pytest.raises(StatusViolation) as found:
         driver.read_field("field")
@@ -412,7 +427,7 @@ def test_a_legacy_value_that_never_stands_still() -> None:
     layout = ConfigLayout(("field", "le32"))
     config = ConfigSpace(layout)
     mmio = VirtioMmio(BaseDevice(1, handlers={0: bytes.upper}, config=config), version=1)
-    access = LocalMmio(mmio)
+    access = MmioLoopback(mmio)
     read = access.read
     count = iter(range(1 << 30))
 
@@ -431,7 +446,7 @@ def test_a_legacy_value_that_never_stands_still() -> None:
 def test_a_shared_memory_region_beyond_all_addresses() -> None:
     mmio = VirtioMmio(TestDevice(), registers={"SHMBaseHigh": 0xFFFF_FFFF, "SHMLenHigh": 0xFFFF_FFF0})
     with pytest.raises(StatusViolation) as found:
-        MmioRegisters(LocalMmio(mmio)).shared_memory(0)
+        MmioRegisters(MmioLoopback(mmio)).shared_memory(0)
     assert found.value.rule == "BadSharedMemory"
 
 
@@ -489,7 +504,7 @@ def test_a_device_that_breaks_is_heard() -> None:
 
 def test_the_line_is_sampled_when_its_turn_comes() -> None:
     mmio = VirtioMmio(BaseDevice(7, handlers={0: bytes.upper}, queue_sizes=(8,)))
-    access = LocalMmio(mmio)
+    access = MmioLoopback(mmio)
     driver = Driver(MmioRegisters(access))
     driver.initialize()
     calls: list[int] = []
@@ -504,7 +519,7 @@ def test_the_line_is_sampled_when_its_turn_comes() -> None:
 def test_a_line_that_was_asserted_before_is_heard() -> None:
     mmio = VirtioMmio(BaseDevice(7, handlers={0: bytes.upper}, queue_sizes=(8,)))
     mmio.bank.on_call(0)
-    access = LocalMmio(mmio)
+    access = MmioLoopback(mmio)
     calls: list[int] = []
     access.listen(line=lambda: calls.append(1))
     access.loop.run_pending()
@@ -512,7 +527,7 @@ def test_a_line_that_was_asserted_before_is_heard() -> None:
 
 
 def test_our_own_mistakes() -> None:
-    access = LocalMmio(VirtioMmio(TestDevice(), memory=GuestMemory([(0, 4096)])))
+    access = MmioLoopback(VirtioMmio(TestDevice(), memory=GuestMemory([(0, 4096)])))
     for act in (
         lambda: access.read(0, 3),
         lambda: access.write(0, 16, 0),

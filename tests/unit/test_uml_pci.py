@@ -53,13 +53,14 @@ def driven(kernel: UmlKernel, **options: Any) -> Driver:
 def test_the_transcripts_are_those_of_the_loopback(interrupts: str, outer: str, ring: str, *, timer: bool) -> None:
     wanted = RING_FEATURES if ring == "packed" else SPLIT
 
-    def play(driver: TestDriver) -> None:
-        driver.initialize()
+    def play(driver: TestDriver) -> FeatureSet:
+        agreed = driver.initialize()
         if timer:
             driver.loop.run(timeout=32.5)
         else:
             driver.request(10)
             driver.request_many(range(250, 256))
+        return agreed
 
     expected: list[str] = []
     play(
@@ -74,7 +75,8 @@ def test_the_transcripts_are_those_of_the_loopback(interrupts: str, outer: str, 
     kernel = UmlKernel(TestDevice(timer=timer, console=lines.append), packed=outer == "packed")
     assert isinstance(kernel, PciAccess)
     registers = open_pci(kernel, interrupts=interrupts)  # pyright: ignore[reportArgumentType]
-    play(TestDriver(registers, timer=timer, console=lines.append, wanted=wanted, arena=kernel.inner_arena))
+    agreed = play(TestDriver(registers, timer=timer, console=lines.append, wanted=wanted, arena=kernel.inner_arena))
+    assert ("RING_PACKED" in agreed) is (ring == "packed")
     assert lines == expected
     assert len(lines) == (15 if timer else 63)
     assert kernel.uml.errors == []
@@ -193,12 +195,13 @@ def test_an_answer_without_room_is_none() -> None:
     assert dict(kernel.uml.ignored) == {"CommandRoom": 2}
 
 
-def test_errors_are_counted_and_not_kept_for_ever() -> None:
+def test_errors_are_counted_and_not_kept_for_ever(caplog: pytest.LogCaptureFixture) -> None:
     kernel = UmlKernel(upper())
     for _ in range(MAX_ERRORS + 5):
         kernel.send([b"?"])
     assert len(kernel.uml.errors) == MAX_ERRORS
     assert kernel.uml.ignored["CommandShort"] == MAX_ERRORS + 5
+    assert [record.name for record in caplog.records] == ["virtio_test.uml"], "one line, however many there are"
 
 
 def test_accesses_that_the_function_does_not_define_are_its_matter() -> None:

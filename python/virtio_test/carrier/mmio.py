@@ -1,4 +1,4 @@
-"""`LocalMmio`: the page of a `VirtioMmio` and its driver in one process, over one guest memory.
+"""`MmioLoopback`: the page of a `VirtioMmio` and its driver in one process, over one guest memory.
 
 Theory
 ------
@@ -19,13 +19,13 @@ from virtio_test.errors import InvalidArgument
 from virtio_test.loop import OwnerLoop
 from virtio_test.transport.mmio import VirtioMmio
 
-__all__ = ["LocalMmio"]
+__all__ = ["MmioLoopback"]
 
 _FIRST_PAUSE: Final = 10e-6
 _LONGEST_PAUSE: Final = 1e-3
 
 
-class LocalMmio:
+class MmioLoopback:
     """`MmioAccess` to a device in this process.
 
     Args:
@@ -42,7 +42,7 @@ class LocalMmio:
             self._level(True)  # noqa: FBT003 - the level that it has
 
     def __repr__(self) -> str:
-        return f"LocalMmio({self.mmio!r})"
+        return f"MmioLoopback({self.mmio!r})"
 
     @property
     def loop(self) -> OwnerLoop:

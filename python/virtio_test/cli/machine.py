@@ -48,11 +48,11 @@ def connect(
 
         return Loopback(device, loop=loop)
     if transport == "mmio":
-        from virtio_test.carrier.mmio import LocalMmio
+        from virtio_test.carrier.mmio import MmioLoopback
         from virtio_test.driver.mmio import MmioRegisters
         from virtio_test.transport.mmio import VirtioMmio
 
-        return MmioRegisters(LocalMmio(VirtioMmio(device, version=1 if interface == "legacy" else 2, loop=loop)))
+        return MmioRegisters(MmioLoopback(VirtioMmio(device, version=1 if interface == "legacy" else 2, loop=loop)))
     from virtio_test.carrier.pci import PciLoopback
     from virtio_test.driver.pci import open_pci
     from virtio_test.transport.pci.function import VirtioPci
