@@ -76,7 +76,10 @@ def serve_all() -> Generator[Callable[..., Server]]:
 
 def _serve(stack: contextlib.ExitStack, *arguments: str, **options: Sequence[str]) -> Server:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-test-")))
-    return stack.enter_context(Server(folder, *arguments, **options))
+    server = stack.enter_context(Server(folder, *arguments, **options))
+    # Of a test that fails pytest shows this.
+    stack.callback(lambda: print(f"server {' '.join(arguments)}:\n{server.log}"))
+    return server
 
 
 @pytest.fixture

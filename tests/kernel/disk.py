@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from tests.kernel import build
@@ -55,6 +56,18 @@ def fill(guest: Guest, disk: str) -> list[str]:
 def remount(guest: Guest, disk: str) -> None:
     """Unmounts a disk, forgets what the kernel has of it, and mounts it again."""
     shell(guest, f"umount /{disk}; echo 3 > /proc/sys/vm/drop_caches; mount -t ext4 /dev/{disk} /{disk}")
+
+
+def swap(guest: Guest, disk: str, image: Path, *, mib: int = 4) -> None:
+    """Moves random bytes both ways past every cache: guest and host must find the same ones on the disk."""
+    size = mib << 20
+    before = hashlib.sha256(image.read_bytes()[:size]).hexdigest()
+    read = f"dd if=/dev/{disk} bs=256k count={4 * mib} iflag=direct 2>/dev/null | sha256sum"
+    assert shell(guest, read)[0].split()[0] == before
+    shell(guest, f"dd if=/dev/urandom of=/dev/{disk} bs=256k count={4 * mib} oflag=direct conv=fsync 2>/dev/null")
+    written = shell(guest, read)[0].split()[0]
+    assert written != before
+    assert hashlib.sha256(image.read_bytes()[:size]).hexdigest() == written
 
 
 def verify(guest: Guest, disk: str, sums: list[str]) -> None:

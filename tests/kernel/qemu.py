@@ -139,10 +139,11 @@ class Firmware(Console):
     Args:
         devices: QEMU's words for them.
         machine: ``q35`` or ``pc``.
+        shared: whether QEMU can give the guest's memory away as a file.
     """
 
-    def __init__(self, devices: Words, *, machine: str = "q35") -> None:
-        super().__init__(_command(devices, machine=machine), env=build.qemu().environment())
+    def __init__(self, devices: Words, *, machine: str = "q35", shared: bool = True) -> None:
+        super().__init__(_command(devices, machine=machine, shared=shared), env=build.qemu().environment())
 
 
 def _clock(machine: str) -> str:

@@ -106,13 +106,26 @@ def test_seabios_boots_from_it(serve: Serve, tmp_path: Path, machine: str, way: 
         device = vhost_user_blk(serve(*asked).path)
     else:
         device = vfio_user(serve(*FUNCTION, *asked, "--flavour", way).path)
-    with Firmware(device, machine=machine) as firmware:
+    _boots(device, machine, transport="pci modern" if way == "vhost-user" else f"pci {way}", by_messages=False)
+
+
+def test_seabios_boots_with_memory_that_is_not_shared(serve: Serve, tmp_path: Path) -> None:
+    """It moves memory about right after it has started the device, and QEMU answers no access of ours meanwhile."""
+    image = disk.make(tmp_path / "image")
+    for machine in ("q35", "pc"):
+        device = vfio_user(serve(*FUNCTION, "--device", "blk", "--image", str(image)).path)
+        _boots(device, machine, transport="pci generic", by_messages=True)
+
+
+def _boots(device: list[str], machine: str, *, transport: str, by_messages: bool) -> None:
+    with Firmware(device, machine=machine, shared=not by_messages) as firmware:
         firmware.wait_for("boot: sector 0 runs")
         firmware.wait_for("boot: sector 1 was read")
     version = re.search(r"\d+\.\d+", build.qemu().version)
     assert version is not None
+    carrier = "vhost-user" if transport == "pci modern" else "vfio-user"
     record(
-        device="blk", transport="pci modern" if way == "vhost-user" else f"pci {way}",
-        carrier="vhost-user" if way == "vhost-user" else "vfio-user", ring="split",
-        peer=f"SeaBIOS, QEMU {version[0]} {machine}",
+        device="blk", transport=transport, carrier=f"{carrier}, memory by messages" if by_messages else carrier,
+        # SeaBIOS knows no other ring.
+        ring="split", peer=f"SeaBIOS, QEMU {version[0]} {machine}",
     )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from tests.kernel import build, checks
 from tests.kernel.qemu import Qemu
 from tests.kernel.server import Server
-from tests.kernel.transcript import device_request, driver_request
+from tests.kernel.transcript import device_request
 
 pytestmark = pytest.mark.kernel
 
@@ -32,7 +32,7 @@ def test_a_request_reads_as_the_original_on_both_consoles(
     guest = qemu(server, on=machine)
     guest.load()
     assert (checks.RING_PACKED in checks.features(guest)) == (ring == PACKED)
-    assert guest.command("run virtio 10") == driver_request(10)
+    checks.request(guest, 10)
     assert server.said(5) == device_request(10)
     checks.ran(guest, transport=TRANSPORTS[machine], carrier="vhost-user")
     guest.command("rmmod virtio_test")
@@ -82,7 +82,7 @@ def test_surprise_removal_and_return(serve: Serve, qemu: Boot) -> None:
     server = serve()
     guest = qemu(server)
     guest.load()
-    assert guest.command("run virtio 1") == driver_request(1)
+    checks.request(guest, 1)
     server.pause()
     for number in (2, 3):
         guest.command(f"start virtio {number}")
@@ -97,6 +97,6 @@ def test_surprise_removal_and_return(serve: Serve, qemu: Boot) -> None:
     guest.console.wait_for(f"guest: end: 0 {remove}")
     assert sum(guest.ends_of_writers((2, 3))) == 2
     guest.command("write /sys/bus/pci/rescan 1")
-    assert guest.command("run virtio 4") == driver_request(4)
+    checks.request(guest, 4)
     guest.command("rmmod virtio_test")
     guest.power_off()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel import build, checks
+from tests.kernel import build, checks, disk
 from tests.kernel.pci import bound, interrupts
 from tests.kernel.qemu import Qemu, vfio_user
 from tests.kernel.server import Server
@@ -40,15 +40,25 @@ def _load(guest: Qemu) -> None:
     guest.load()
 
 
-@pytest.mark.parametrize("kernel", [build.debian_kernel, build.testing_kernel], ids=["6.1", "7.2"])
-@pytest.mark.parametrize("line", [False, True], ids=["MSI-X", "INTx"])
-def test_a_legacy_driver(serve: Serve, boot: Boot, kernel: Callable[[], build.Kernel], *, line: bool) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "line"),
+    [(build.debian_kernel, False), (build.debian_kernel, True), (build.testing_kernel, False)],
+    ids=["6.1-MSI-X", "6.1-INTx", "7.2-MSI-X"],
+)
+def test_a_legacy_driver(
+    serve: Serve, boot: Boot, tmp_path: Path, kernel: Callable[[], build.Kernel], *, line: bool
+) -> None:
     """The header of the legacy registers has 4 bytes more with MSI-X, so both are tried."""
-    servers = [serve(*FUNCTION, "--flavour", "transitional"), serve(*FUNCTION, "--device", "rng")]
+    image = disk.make(tmp_path / "image")
+    servers = [
+        serve(*FUNCTION, "--flavour", "transitional"),
+        serve(*FUNCTION, "--device", "rng"),
+        serve(*FUNCTION, "--device", "blk", "--image", str(image)),
+    ]
     guest = boot(
         _at(servers),
         kernel=kernel(),
-        modules=("virtio_pci", "virtio_rng"),
+        modules=("virtio_pci", "virtio_rng", "virtio_blk"),
         parameters={"virtio_pci": "force_legacy=1"},
         append="pci=nomsi" if line else "",
         tools=True,
@@ -69,6 +79,8 @@ def test_a_legacy_driver(serve: Serve, boot: Boot, kernel: Callable[[], build.Ke
         assert servers[0].said(10 + 5 * 300)[10:] == device_request(11) * 300
     assert len(checks.shell(guest, "dd if=/dev/hwrng bs=64 count=4 2>/dev/null | od -v -t x1 | sort -u")) == 16 + 1
     checks.ran(guest, device="rng", transport=f"pci legacy, {how}", carrier="vfio-user", at="virtio1")
+    disk.swap(guest, "vda", image)
+    checks.ran(guest, device="blk", transport=f"pci legacy, {how}", carrier="vfio-user", at="virtio2")
 
 
 def test_every_feature_of_a_newer_kernel(serve: Serve, boot: Boot, tmp_path: Path) -> None:
@@ -105,10 +117,12 @@ def test_every_feature_of_a_newer_kernel(serve: Serve, boot: Boot, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kernel", [build.debian_kernel, build.testing_kernel], ids=["6.1", "7.2"])
-def test_through_an_iommu(serve: Serve, boot: Boot, kernel: Callable[[], build.Kernel]) -> None:
+def test_through_an_iommu(serve: Serve, boot: Boot, tmp_path: Path, kernel: Callable[[], build.Kernel]) -> None:
     """The guest gives addresses of QEMU's IOMMU, which maps and unmaps them for each request."""
+    image = disk.make(tmp_path / "image")
     servers = [serve(*MODERN, "--features", "+ACCESS_PLATFORM" + change) for change in ("", ",-RING_PACKED")]
-    guest = boot(_at(servers), kernel=kernel(), iommu=True, tools=True)
+    blk = serve(*MODERN, "--device", "blk", "--image", str(image), "--features", "+ACCESS_PLATFORM")
+    guest = boot(_at([*servers, blk]), kernel=kernel(), modules=("virtio_pci", "virtio_blk"), iommu=True, tools=True)
     assert checks.shell(guest, f"readlink /sys/bus/pci/devices/{_slot(0)}/iommu_group")
     _load(guest)
     for index, server in enumerate(servers):
@@ -122,12 +136,17 @@ def test_through_an_iommu(serve: Serve, boot: Boot, kernel: Callable[[], build.K
             guest.command("run virtio 11 100", timeout=60)
             assert server.said(5 * 101)[5:] == device_request(11) * 100
             guest.command("write /sys/module/virtio_test/parameters/quiet 0")
+    assert checks.ACCESS_PLATFORM in checks.features(guest, "virtio2")
+    disk.swap(guest, "vda", image)
+    checks.ran(guest, device="blk", transport="pci modern, MSI-X, IOMMU", carrier="vfio-user", at="virtio2")
 
 
-def test_memory_that_is_not_shared(serve: Serve, boot: Boot) -> None:
+def test_memory_that_is_not_shared(serve: Serve, boot: Boot, tmp_path: Path) -> None:
     """QEMU gives no descriptor for the guest's memory: each access is a message to it."""
+    image = disk.make(tmp_path / "image")
     servers = [serve(*FUNCTION, "--features", change) for change in ("-IN_ORDER", "-IN_ORDER,-RING_PACKED")]
-    guest = boot(_at(servers), shared=False, tools=True)
+    blk = serve(*FUNCTION, "--device", "blk", "--image", str(image))
+    guest = boot(_at([*servers, blk]), modules=("virtio_pci", "virtio_blk"), shared=False, tools=True)
     _load(guest)
     for index, server in enumerate(servers):
         with bound(guest, _slot(index)) as device:
@@ -138,6 +157,9 @@ def test_memory_that_is_not_shared(serve: Serve, boot: Boot) -> None:
             guest.command("run virtio 11 50", timeout=60)
             assert server.said(5 * 51)[5:] == device_request(11) * 50
             guest.command("write /sys/module/virtio_test/parameters/quiet 0")
+    disk.swap(guest, "vda", image)
+    carrier = "vfio-user, memory by messages"
+    checks.ran(guest, device="blk", transport="pci generic, MSI-X", carrier=carrier, at="virtio2")
 
 
 def test_the_next_guest_is_served_after_one_was_killed(serve: Serve, boot: Boot) -> None:
