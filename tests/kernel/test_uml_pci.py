@@ -15,6 +15,7 @@ from virtio_test.spec.pcidev import UML_PCI_DEVICE_ID
 from virtio_test.transport.pci.declaration import Declaration
 from virtio_test.transport.pci.flavours import declare
 
+from tests.kernel import checks
 from tests.kernel.guest import Uml
 from tests.kernel.server import Server
 from tests.kernel.transcript import ACK, OPEN_FAILED, device_request, device_tick, driver_request, driver_tick
@@ -58,30 +59,31 @@ def ends_well(guest: Uml, server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "declaration"),
+    ("name", "arguments", "declaration"),
     [
-        ((), declare(TestDevice())),
-        (("--flavour", "transitional"), declare(TestDevice(), flavour="transitional")),
-        (("--flavour", "non-transitional"), declare(TestDevice(), flavour="non-transitional")),
-        (("--express",), declare(TestDevice(), behind_express_port=True)),
+        ("generic", (), declare(TestDevice())),
+        ("transitional", ("--flavour", "transitional"), declare(TestDevice(), flavour="transitional")),
+        ("non-transitional", ("--flavour", "non-transitional"), declare(TestDevice(), flavour="non-transitional")),
+        ("generic behind an Express port", ("--express",), declare(TestDevice(), behind_express_port=True)),
     ],
     ids=["generic", "transitional", "non-transitional", "express"],
 )
 def test_linux_finds_and_drives_every_flavour(
-    serve: Serve, uml: Boot, arguments: tuple[str, ...], declaration: Declaration
+    serve: Serve, uml: Boot, name: str, arguments: tuple[str, ...], declaration: Declaration
 ) -> None:
     server = serve(*UML, *arguments)
     guest = boots(uml, server)
     ids = declaration.ids
-    for name, value in (("vendor", ids.vendor), ("device", ids.device), ("subsystem_device", ids.subsystem)):
-        assert attribute(guest, f"{FUNCTION}/{name}") == f"{value:#06x}"
+    for field, value in (("vendor", ids.vendor), ("device", ids.device), ("subsystem_device", ids.subsystem)):
+        assert attribute(guest, f"{FUNCTION}/{field}") == f"{value:#06x}"
     assert attribute(guest, f"{FUNCTION}/class") == "0x00ff00"
     guest.load()
     interrupts = guest.command("read /proc/interrupts")
-    names = [line.split()[-1] for line in interrupts if "PCIe MSI" in line]
-    assert names == ["virtio1-config", "virtio1-test"]
+    vectors = [line.split()[-1] for line in interrupts if "PCIe MSI" in line]
+    assert vectors == ["virtio1-config", "virtio1-test"]
     assert guest.command("run virtio 10") == driver_request(10)
     assert server.said(5) == device_request(10)
+    checks.ran(guest, transport=f"pci {name}, MSI-X", carrier="UML", at="virtio1")
     ends_well(guest, server)
     assert server.stop() == 0
     assert not server.path.exists()
@@ -95,6 +97,7 @@ def test_requests_over_both_rings(serve: Serve, uml: Boot, features: str) -> Non
     for count, number in enumerate((0, 253, 254, 255), 1):
         assert guest.command(f"run virtio {number}") == driver_request(number)
         assert server.said(5 * count)[-5:] == device_request(number)
+    checks.ran(guest, transport="pci generic, MSI-X", carrier="UML", at="virtio1")
     ends_well(guest, server)
 
 
@@ -107,6 +110,7 @@ def test_ticks_come_as_messages_of_the_configuration_vector(serve: Serve, uml: B
     said = [line for line in guest.console.lines if line.startswith("virttest ")]
     assert said[: 3 * ticks] == driver_tick() * ticks
     assert server.said(2 * ticks)[: 2 * ticks] == [line for k in range(ticks) for line in device_tick(k)]
+    checks.ran(guest, device="test (timer)", transport="pci generic, MSI-X", carrier="UML", at="virtio1")
     ends_well(guest, server)
 
 

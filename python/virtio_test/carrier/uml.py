@@ -14,8 +14,9 @@ are: the two have one memory object, and one loop.
 
 **Commands.** A read is answered with as many bytes as it asks for; the driver waits for them in a busy loop, 40 ms or
 so. Writes are posted. What cannot be (too short, unknown, outside of the function) is completed with 0 bytes and
-noted in `errors`; the driver has filled its answer with ones before. Configuration space behind the function's own
-reads as ones, as on a bus. A transfer that is wider than a register is made of aligned accesses of 4 bytes at most.
+noted in `errors`, and the first of its kind is logged as ``virtio_test.uml``; the driver has filled its answer with
+ones before. Configuration space behind the function's own reads as ones, as on a bus. A transfer that is wider than a
+register is made of aligned accesses of 4 bytes at most.
 
 **Interrupts.** A message says what the function would write to memory, the line is a message whenever it rises. While
 the driver has no buffer there, interrupts wait; equal ones are one, and of more than `MAX_WAITING` the oldest goes.
@@ -26,6 +27,7 @@ If it then starts anew, and not from where it stood, there is a new driver, and 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -52,6 +54,7 @@ MAX_WAITING: Final = 2048
 EndpointFactory = Callable[[OwnerLoop, GuestMemory], PciEndpoint]
 """Makes the function, over the loop and the memory that it shares with the outer device."""
 
+_log: Final = logging.getLogger("virtio_test.uml")
 _DOCUMENT: Final = "linux/virtio_pcidev.h"
 _SPACE: Final = 4096
 _WIDEST: Final = 4
@@ -208,6 +211,8 @@ class UmlPci(BaseDevice):
 
     def _note(self, error: MessageError) -> None:
         self.ignored[error.rule] += 1
+        if self.ignored[error.rule] == 1:
+            _log.warning("the kernel's driver: %s; more of it is only counted", error)
         if len(self.errors) < MAX_ERRORS:
             self.errors.append(error)
 

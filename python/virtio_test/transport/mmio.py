@@ -93,7 +93,7 @@ class VirtioMmio:
         shared_memory: shared memory regions by id, each (guest address, bytes); version 2 only.
         loop: the owner loop; one with a `VirtualClock` that it moves itself, when None.
         memory: the guest memory; 16 MiB at address 0, when None.
-        offered: what of the device's features to offer; all when None.
+        offered: what to offer of the device's features and of the transport's; all of the device's when None.
         policy: tolerances towards the driver.
 
     Attributes:
@@ -123,6 +123,8 @@ class VirtioMmio:
             raise InvalidArgument(f"version is {version!r}; virtio-mmio has version 2 and the legacy version 1")
         if version == VERSION_LEGACY and not device.transitional:
             raise InvalidArgument("version 1 is the legacy interface, and this device has no legacy rules")
+        if offered is not None and "NOTIF_CONFIG_DATA" in offered:
+            raise InvalidArgument("NOTIF_CONFIG_DATA cannot be offered: virtio-mmio has no register for its value")
         rows = MODERN if version == VERSION else LEGACY
         for name in (*registers, *writes):
             if name not in {row.name for row in rows.values()}:
