@@ -195,7 +195,7 @@ def test_a_listener_that_others_wait_at_already(run: Run, tmp_path: Path) -> Non
         listener.listen(0)
         first.connect(str(tmp_path / "s"))
         started = time.monotonic()
-        result = run("drive", "--socket", str(tmp_path / "s"), "--timeout", "0.3")
+        result = run("drive", "--socket", str(tmp_path / "s"), "--timeout", "1")
         assert time.monotonic() - started < 10
     assert (result.status, result.out) == (2, "")
     assert "others wait there already" in result.err
@@ -208,25 +208,23 @@ def test_a_listener_that_others_wait_at_already(run: Run, tmp_path: Path) -> Non
     ("request_", "fault", "says"),
     [
         (Request.GET_FEATURES, peers.close, "closed the connection instead of answering GET_FEATURES"),
-        (Request.GET_FEATURES, peers.hang, "did not answer GET_FEATURES within 0.3 s"),
+        (Request.ADD_MEM_REG, peers.hang_inside, "did not answer ADD_MEM_REG within 1 s"),
+        (Request.GET_FEATURES, peers.hang, "did not answer GET_FEATURES within 1 s"),
         (Request.SET_FEATURES, peers.refuse, "Refused (vhost-user, VHOST_USER_PROTOCOL_F_REPLY_ACK): SET_FEATURES was"),
         (Request.ADD_MEM_REG, peers.with_fds, "FdCount (vhost-user, Communication): 3 fds came with ADD_MEM_REG"),
         (Request.GET_CONFIG, peers.too_short, "(vhost-user, Payload)"),
         (Request.SET_VRING_KICK, peers.other_version, "BadVersion (vhost-user, Header): SET_VRING_KICK has version 2"),
-        (Request.GET_VRING_BASE, peers.hang_inside, "did not answer"),
     ],
 )
 def test_a_bad_message_is_a_finding(run: Run, tmp_path: Path, request_: Request, fault: Fault, says: str) -> None:
     with peer(tmp_path / "s", faults={request_: fault}) as bad:
-        result = run("drive", "--socket", str(bad.path), "--timeout", "0.3")
-    if request_ is Request.GET_VRING_BASE:
-        says = "the answer to request 0 did not come"  # it has no rings, which is what shows first
+        result = run("drive", "--socket", str(bad.path), "--timeout", "1")
     assert says in found(result)
 
 
 def test_a_finding_in_json(run: Run, tmp_path: Path) -> None:
     with peer(tmp_path / "s", answers={Request.GET_QUEUE_NUM: U64(0)}) as bad:
-        result = run("drive", "--socket", str(bad.path), "--timeout", "0.3", "--json")
+        result = run("drive", "--socket", str(bad.path), "--timeout", "1", "--json")
     found(result)
     (finding,) = json.loads(result.out)["findings"]
     assert finding == {
@@ -239,11 +237,11 @@ def test_a_finding_in_json(run: Run, tmp_path: Path) -> None:
 def test_a_device_that_never_answers(run: Run, tmp_path: Path) -> None:
     with peer(tmp_path / "s") as silent:
         started = time.monotonic()
-        result = run("drive", "--socket", str(silent.path), "--timeout", "0.3")
+        result = run("drive", "--socket", str(silent.path), "--timeout", "1")
         assert time.monotonic() - started < 10
         assert "GET_VRING_BASE" not in silent.names()
     assert "PeerTimeout" in result.out
-    assert found(result) == "virtio-test: the answer to request 0 did not come within 0.3 s\n"
+    assert found(result) == "virtio-test: the answer to request 0 did not come within 1 s\n"
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -388,19 +386,19 @@ def test_several_findings_are_all_shown(run: Run, tmp_path: Path) -> None:
         device.channel.send(encode(BackendRequest.VRING_CALL, VringState(0)))
 
     with peer(tmp_path / "s", faults={Request.SET_VRING_ENABLE: say}) as bad:
-        result = run("drive", "--socket", str(bad.path), "--timeout", "0.3")
+        result = run("drive", "--socket", str(bad.path), "--timeout", "1")
     assert result.out.endswith(
         "findings  2\n"
         "  NotNegotiated (vhost-user, Protocol features): "
         "the back-end sent VRING_CALL, for which nothing was negotiated\n"
-        "  PeerTimeout: the answer to request 0 did not come within 0.3 s\n"
+        "  PeerTimeout: the answer to request 0 did not come within 1 s\n"
     )
     assert found(result).startswith("virtio-test: NotNegotiated (vhost-user, Protocol features): ")
 
 
 def test_a_configuration_space_that_is_too_short(run: Run, tmp_path: Path) -> None:
     with peer(tmp_path / "s", answers={Request.GET_CONFIG: Config(0, 2, 0, b"ab")}) as bad:
-        line = found(run("drive", "--socket", str(bad.path), "--timeout", "0.3"))
+        line = found(run("drive", "--socket", str(bad.path), "--timeout", "1"))
     assert "ConfigSize (vhost-user, VHOST_USER_GET_CONFIG): 2 bytes came where 4 were asked for" in line
 
 
