@@ -19,6 +19,8 @@ The life of a device, as its transport sees it; everything runs in the owner loo
 * `kicked` does a bounded amount of work. It returns True when more is waiting: the queue stays pending.
   A callback of `OwnerLoop.pend` may return that value as it is.
 * `stop_queue` returns when nothing of that queue runs any more; the transport then reads `queue.state`.
+* A device that uses queues elsewhere than in these calls, from a timer or a thread of its own, is `Holdable` too: there
+  are times in which nobody may touch guest memory, such as those in which a PCI function is not bus master.
 * A broken rule of the driver is reported once through `bus.broken`; the queue is latched by then. What the
   other side gets to see of it (NEEDS_RESET, an err fd) is the transport's matter.
 
@@ -35,7 +37,7 @@ from .clock import Clock
 from .config import ConfigSpace
 from .features import FeatureSet, Requirements
 
-__all__ = ["RING_FEATURES", "Bus", "Device"]
+__all__ = ["RING_FEATURES", "Bus", "Device", "Holdable"]
 
 RING_FEATURES: Final = FeatureSet("VERSION_1", "INDIRECT_DESC", "EVENT_IDX", "RING_PACKED", "IN_ORDER", "RING_RESET")
 """What the queues of the core can do at either end; a device offers these beside the bits of its class."""
@@ -143,4 +145,23 @@ class Device(Protocol):
         Raises:
             SavedStateError: the state is malformed or of another device; nothing was changed.
         """
+        ...
+
+
+@runtime_checkable
+class Holdable(Protocol):
+    """A device that uses queues or guest memory when nobody has called it, and can let that be.
+
+    Both calls are made in the owner loop.
+    """
+
+    def hold(self) -> None:
+        """Nothing of the device's uses a queue or guest memory from when this returns until `release`; bounded in time.
+
+        It may come again, and lasts over a `reset`. No queue starts meanwhile, and none is kicked.
+        """
+        ...
+
+    def release(self) -> None:
+        """Memory may be used again. Every queue that runs is kicked afterwards."""
         ...

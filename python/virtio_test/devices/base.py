@@ -19,6 +19,9 @@ and `SystemExit` are not errors of a handler: they leave the loop.
 lets go of it: it goes back to the ring if nothing was written and no later chain is out, else it is completed
 with 0 bytes. What the device does not let go of is waited for, `cancel_seconds` at most; then the queue is
 latched. Chains that this very thread would complete later must be let go of: the loop stands still meanwhile.
+
+**While the device is held** (`Holdable`) `complete` keeps the answer, and writes it when the device is released.
+What a handler's own thread writes to a chain without `complete` is its own affair.
 """
 
 from __future__ import annotations
@@ -152,6 +155,9 @@ class BaseDevice:
         # Kept chains by identity, oldest first; the flag says that a thread is completing the chain just now.
         self._kept: dict[int, tuple[Chain, DeviceQueue, bool]] = {}
         self._settled = threading.Condition()
+        self._held = False
+        # Answers that came meanwhile, by the identity of their chain.
+        self._late: dict[int, tuple[Chain, bytes]] = {}
 
     def __repr__(self) -> str:
         running = sorted(self._queues)
@@ -167,6 +173,7 @@ class BaseDevice:
     def detach(self) -> None:
         """See `Device.detach`."""
         self.reset()
+        self._held = False
         self.config.on_change = None
         self._bus = None
 
@@ -201,7 +208,8 @@ class BaseDevice:
         queue.stop()
         mine = [chain for chain, of, _ in self._kept.values() if of is queue]
         for chain in reversed(mine):
-            if self.cancel(chain):
+            # An answer that waits will not be written any more; whoever gave it has let go of the chain.
+            if self._late.pop(id(chain), None) is not None or self.cancel(chain):
                 self._give_back(queue, chain)
         with self._settled:
             done = self._settled.wait_for(lambda: not self._keeps(queue), self.cancel_seconds)
@@ -216,7 +224,22 @@ class BaseDevice:
         self._negotiated = None
         with self._settled:
             self._kept.clear()
+            self._late.clear()
             self._settled.notify_all()
+
+    def hold(self) -> None:
+        """See `Holdable.hold`; waits for completions under way, `cancel_seconds` at most."""
+        with self._settled:
+            self._held = True
+            self._settled.wait_for(lambda: not any(busy for _, _, busy in self._kept.values()), self.cancel_seconds)
+
+    def release(self) -> None:
+        """See `Holdable.release`; what was completed meanwhile is written."""
+        with self._settled:
+            self._held = False
+            late, self._late = list(self._late.values()), {}
+        for chain, data in late:
+            self.complete(chain, data)
 
     def save(self) -> dict[str, object]:
         """See `Device.save`: the version, the device id, the configuration space, and what a subclass adds."""
@@ -300,15 +323,18 @@ class BaseDevice:
         """Answer a kept chain with `data` and notify the driver if it wants to be. From any thread.
 
         Data longer than the writable part, or for a buffer that is not mapped any more, is not written: the chain is
-        completed with 0 bytes.
+        completed with 0 bytes. While the device is held the answer waits.
 
         Returns:
             False when the chain is no longer ours: completed before, given back, or lost with its queue.
         """
         with self._settled:
             entry = self._kept.get(id(chain))
-            if entry is None or entry[2]:
+            if entry is None or entry[2] or id(chain) in self._late:
                 return False
+            if self._held:
+                self._late[id(chain)] = (chain, bytes(data))
+                return True
             queue = entry[1]
             self._kept[id(chain)] = (chain, queue, True)
         try:

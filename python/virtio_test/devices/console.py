@@ -240,7 +240,8 @@ class ConsoleDevice(ChainDevice):
     def _pump(self, index: int) -> bool:
         """Fill the buffers of a receive queue while there is something to fill them with; whether to come again."""
         queue = self._queues.get(index)
-        if queue is None:
+        # Whoever releases a device that is held kicks its queues.
+        if queue is None or self._held:
             return False
         port = self._receive.get(index)
         if port is None and index != CONTROL_RECEIVE_QUEUE:

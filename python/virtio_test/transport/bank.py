@@ -19,7 +19,8 @@ is placed by one page number, and a driver that may use the device before DRIVER
 activates it. The first write after a reset decides which interface is in use; writes through the other one are
 ignored until the next reset, so no device is driven half by one and half by the other.
 
-**Memory that moves** (`hold`, `release`): while a carrier exchanges regions no queue is worked on.
+**Memory that must not be used** (`hold`, `release`), because a carrier exchanges regions or a function is no bus
+master: no queue starts and none is worked on, and what a device's own threads complete waits (`Holdable`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Final, Literal
 
 from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueState, RingLayout
 from virtio_test.clock import Clock, VirtualClock
-from virtio_test.device import Device
+from virtio_test.device import Device, Holdable
 from virtio_test.errors import (
     HandlerError,
     InvalidArgument,
@@ -430,7 +431,7 @@ class RegisterBank:
     def _start(self, slot: QueueSlot) -> None:
         if slot.queue is None:
             self._build(slot, None)
-        if slot.queue is None or not self.live:
+        if slot.queue is None or not self.live or self._held:
             return
         slot.started = True
         with self._guarded():
@@ -472,14 +473,23 @@ class RegisterBank:
     # --- memory that moves ----------------------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Work on no queue until `release`; kicks are remembered."""
+        """Use no guest memory until `release`; kicks are remembered."""
         self._held = True
+        if isinstance(self.device, Holdable):
+            with self._guarded():
+                self.device.hold()
 
     def release(self) -> None:
-        """Go on after `hold`."""
+        """Go on after `hold`: queues that were enabled meanwhile start, and every one is looked at."""
         self._held = False
-        for index in sorted(self._waiting):
-            self.kick(index)
+        if isinstance(self.device, Holdable):
+            with self._guarded():
+                self.device.release()
+        for slot in self._slots:
+            if self._active and slot.enabled and not slot.started:
+                self._start(slot)
+            elif slot.started or slot.index in self._waiting:
+                self.kick(slot.index)
         self._waiting.clear()
 
     # --- configuration space --------------------------------------------------------------------------------
@@ -574,6 +584,8 @@ class RegisterBank:
         else:
             self.device.detach()
             device.attach(self)
+            if self._held and isinstance(device, Holdable):
+                device.hold()
         self.device: Device = device
         self._slots = slots
         self.status.restore(status)
