@@ -237,16 +237,23 @@ def test_shared_memory_is_found() -> None:
 def test_configuration_fields_of_every_width(version: Version) -> None:
     layout = ConfigLayout(("mac", "bytes(6)", "rw"), ("mtu", "le16", "rw"), ("wide", "le64", "rw"), ("odd", "u8", "rw"))
     values = {"mac": b"abcdef", "mtu": 0x1234, "wide": 0x1122_3344_5566_7788, "odd": 9}
-    mmio, registers = machine(
-        BaseDevice(1, handlers={0: bytes.upper}, config=ConfigSpace(layout, **values)), version=version
-    )
-    driver = Driver(registers, layout=layout)
+    device = BaseDevice(1, handlers={0: bytes.upper}, config=ConfigSpace(layout, **values))
+    mmio = VirtioMmio(device, version=version)
+    access = MmioLoopback(mmio)
+    driver = Driver(MmioRegisters(access), layout=layout)
     driver.initialize()
     assert {name: driver.read_field(name) for name in values} == values
     for name, value in (("mac", b"ABCDEF"), ("mtu", 1), ("wide", 2**63), ("odd", 255)):
         driver.write_field(name, value)
         assert mmio.device.config[name] == value
     assert mmio.errors == []
+    seen: list[tuple[int, int]] = []
+    read = access.read
+    access.read = lambda offset, size: (seen.append((offset - CONFIG, size)), read(offset, size))[1]
+    driver.read_field("wide")
+    # As wide as the field, and a legacy driver byte by byte, twice.
+    looks = [(8, 4), (12, 4)] if version == 2 else [(at, 1) for at in range(8, 16)] * 2
+    assert [each for each in seen if each[0] >= 0] == looks
 
 
 # --- devices that are wrong --------------------------------------------------------------------------------

@@ -146,6 +146,38 @@ def test_bars_are_read_and_written() -> None:
     assert kernel.uml.errors == []
 
 
+@pytest.mark.parametrize(
+    ("at", "size", "accesses"),
+    [
+        (0, 8, [(0, 8)]),
+        (4, 8, [(4, 4), (8, 4)]),
+        (2, 4, [(2, 2), (4, 2)]),
+        (1, 7, [(1, 1), (2, 2), (4, 4)]),
+        (3, 3, [(3, 1), (4, 2)]),
+        (0, 11, [(0, 4), (4, 4), (8, 2), (10, 1)]),
+    ],
+)
+def test_a_wide_transfer_is_made_of_aligned_accesses(at: int, size: int, accesses: list[tuple[int, int]]) -> None:
+    kernel = UmlKernel(upper())
+    seen: list[tuple[int, int]] = []
+    read, write = kernel.function.read_bar, kernel.function.write_bar
+
+    def spy_read(bar: int, offset: int, length: int) -> bytes:
+        seen.append((offset, length))
+        return read(bar, offset, length)
+
+    def spy_write(bar: int, offset: int, data: bytes) -> None:
+        seen.append((offset, len(data)))
+        write(bar, offset, data)
+
+    kernel.function.read_bar, kernel.function.write_bar = spy_read, spy_write
+    assert len(kernel.send([command(Op.MMIO_READ, at, size, bar=MSIX_BAR)], [16])) == size
+    assert seen == accesses
+    seen.clear()
+    kernel.send([command(Op.MMIO_WRITE, at, size, bar=MSIX_BAR, data=bytes(16))])
+    assert seen == accesses
+
+
 MALFORMED: list[tuple[bytes, str]] = [
     (b"\x01", "CommandShort"),
     (command(Op.CFG_READ, 0, 4)[:15], "CommandShort"),

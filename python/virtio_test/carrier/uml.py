@@ -219,8 +219,6 @@ class UmlPci(BaseDevice):
     # --- interrupts -----------------------------------------------------------------------------------------
 
     def _interrupt(self, message: bytes) -> None:
-        if message in self._waiting:
-            return
         self._waiting[message] = None
         if len(self._waiting) > MAX_WAITING:
             del self._waiting[next(iter(self._waiting))]
