@@ -561,9 +561,29 @@ def test_a_handler_gets_chains_one_by_one_and_stops_at_its_bound() -> None:
     driver = BlkDriver(registers)
     driver.initialize()
     for _ in range(300):
-        driver.submit_request(RequestType.FLUSH, 0, publish=False)
+        driver.submit_request(RequestType.GET_ID, 0, b"", 20, publish=False)
     driver.flush(0)
     assert registers.loop.run(until=lambda: device.seen > 0)
     assert device.seen == 256  # one turn: what is left waits for the next
     registers.loop.run_pending()
     assert device.seen == 300
+
+
+@pytest.mark.parametrize(("what", "most"), [("zeroes", 4), ("discard", 4), ("flush", 16)])
+def test_small_requests_that_are_much_work_leave_the_loop_to_others(what: str, most: int) -> None:
+    device = BlkDevice(RamImage(4 << 20))
+    driver = live(device)
+    whole = [(0, 8192)]
+    submits = {
+        "zeroes": lambda: driver.submit_write_zeroes(whole),
+        "discard": lambda: driver.submit_discard(whole),
+        "flush": driver.submit_flush,
+    }
+    requests = [submits[what]() for _ in range(20)]
+    # One turn after the other, as the loop does it.
+    done = [0]
+    while device.kicked(0):
+        done.append(device.counters.ok)
+    assert done[:2] == [0, most]
+    assert device.counters.ok == 20
+    assert [request.wait() for request in requests] == [b""] * 20

@@ -61,6 +61,9 @@ _MAX_DISCARD: Final = (1 << 16, 64)
 _MAX_WRITE_ZEROES: Final = (1 << 13, 16)
 """Sectors of a segment and segments of a request: what one request can keep us busy with."""
 
+_SYNC_WORK: Final = 1 << 20
+"""Making the image stable counts as that many bytes of a turn's work."""
+
 _OK, _IOERR, _UNSUPP = RequestStatus.OK, RequestStatus.IOERR, RequestStatus.UNSUPP
 
 
@@ -349,8 +352,7 @@ class BlkDevice(ChainDevice):
     def _flush(self) -> RequestStatus:
         if "FLUSH" not in self.features:
             return _UNSUPP
-        self.counters.flushes += 1
-        self.image.sync()
+        self._sync()
         return _OK
 
     def _give(self, chain: Chain, data: bytes) -> tuple[RequestStatus, int]:
@@ -371,6 +373,7 @@ class BlkDevice(ChainDevice):
             if count > config[f"max_{name}_sectors"] or not self._within(sector, count * SECTOR):
                 return _IOERR
         for sector, count, flags in segments:
+            self.charge(count * SECTOR)
             if discard:
                 self.image.discard(sector * SECTOR, count * SECTOR)
             else:
@@ -383,9 +386,13 @@ class BlkDevice(ChainDevice):
 
     def _stable(self) -> RequestStatus:
         if self._write_through:
-            self.counters.flushes += 1
-            self.image.sync()
+            self._sync()
         return _OK
+
+    def _sync(self) -> None:
+        self.charge(_SYNC_WORK)
+        self.counters.flushes += 1
+        self.image.sync()
 
     def _host_failed(self, kind: int, error: OSError) -> None:
         self.counters.host_errors += 1

@@ -11,7 +11,8 @@ Nothing is kept, so buffers are used in the order in which they came and the dev
 with `kept` handlers cannot.
 
 One `kicked` takes 256 chains or 16 MiB of buffers, whatever comes first, and leaves the rest to the next turn of the
-loop. One chain alone may be larger: that much a driver can always ask for.
+loop. One chain alone may be larger: that much a driver can always ask for. A request that is more work than its buffers
+show says so (`charge`).
 
 **Memory that goes away** under a handler is no error of the handler: the chain is completed with 0 bytes, after
 `lost` could say something in it.
@@ -80,6 +81,7 @@ class ChainDevice(BaseDevice):
             on_handler_error=on_handler_error,
         )
         self._chains = dict(chains)
+        self._charged = 0
 
     def kicked(self, queue_index: int) -> bool:
         """See `Device.kicked`."""
@@ -95,6 +97,10 @@ class ChainDevice(BaseDevice):
             return False
         return more or queue.enable_kicks()
 
+    def charge(self, count: int) -> None:
+        """For a handler: its request is as much work as `count` bytes of buffers more."""
+        self._charged += count
+
     def lost(self, chain: Chain) -> None:
         """The memory of `chain` has gone, at least in part; it is completed with 0 bytes next."""
 
@@ -106,7 +112,7 @@ class ChainDevice(BaseDevice):
                 chain = queue.pop()
                 if chain is None:
                     return False
-                left -= chain.readable + chain.writable
+                self._charged = 0
                 try:
                     used = handler(chain)
                 except (StaleMemory, StaleChain):
@@ -116,6 +122,7 @@ class ChainDevice(BaseDevice):
                     return True
                 else:
                     queue.push(chain, used)
+                left -= chain.readable + chain.writable + self._charged
                 if left <= 0:
                     return True
         finally:
