@@ -31,7 +31,7 @@ from virtio_test.errors import (
 )
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
-from virtio_test.spec.mmio import MAGIC, REGISTERS
+from virtio_test.spec.mmio import CONFIG, MAGIC, REGISTERS
 from virtio_test.status import Status
 from virtio_test.transport.mmio import Override, VirtioMmio, WriteOverride
 
