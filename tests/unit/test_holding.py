@@ -140,3 +140,15 @@ def test_a_device_that_leaves_a_bus_is_not_held_on_the_next() -> None:
     world.run()
     assert keeping.device.complete(keeping.chains[1], b"here")
     assert world.answer(queue) == b"here"
+
+
+def test_a_completion_into_a_ring_that_has_gone_raises_nowhere_and_breaks_the_device_at_the_next_kick() -> None:
+    keeping = Keeping()
+    world = keeping.world
+    world.memory.remove_region(0, 1 << 20)
+    assert not keeping.device.complete(keeping.chains[0], b"x")
+    assert not keeping.device.complete(keeping.chains[0], b"x")
+    world.notify(0)
+    world.run()
+    assert world.get("device_status") & Status.DEVICE_NEEDS_RESET
+    assert world.rules() == {"RingUnmapped": 1}

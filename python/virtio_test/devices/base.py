@@ -158,6 +158,8 @@ class BaseDevice:
         self._held = False
         # Answers that came meanwhile, by the identity of their chain.
         self._late: dict[int, tuple[Chain, bytes]] = {}
+        # Rings that broke in a completion, by queue.
+        self._gone: dict[int, QueueViolation] = {}
 
     def __repr__(self) -> str:
         running = sorted(self._queues)
@@ -186,6 +188,7 @@ class BaseDevice:
         if queue.index >= len(self.queue_sizes):
             raise InvalidArgument(f"queue {queue.index} of a device with {len(self.queue_sizes)}")
         self._queues[queue.index] = queue
+        self._gone.pop(queue.index, None)
 
     def kicked(self, queue_index: int) -> bool:
         """See `Device.kicked`."""
@@ -194,6 +197,8 @@ class BaseDevice:
         if queue is None or handler is None:
             return False
         try:
+            if gone := self._gone.pop(queue_index, None):
+                raise gone
             queue.disable_kicks()
             return self._handle(queue, handler) >= BUDGET or queue.enable_kicks()
         except QueueViolation as error:
@@ -341,17 +346,26 @@ class BaseDevice:
             fits = memoryview(data).nbytes <= chain.writable
             if fits:
                 chain.write(data)
-            done = queue.push(chain, None if fits else 0)
+            done = self._push(queue, chain, None if fits else 0)
         except StaleChain:
             return False
         except StaleMemory:
             # The driver's side has taken the buffer away under us: there is nothing to write to.
-            done = queue.push(chain, 0)
+            done = self._push(queue, chain, 0)
         finally:
             with self._settled:
                 self._kept.pop(id(chain), None)
                 self._settled.notify_all()
-        queue.signal()
+        return done
+
+    def _push(self, queue: DeviceQueue, chain: Chain, written: int | None) -> bool:
+        """Complete and notify, in any thread. That the ring has gone is reported in the owner loop, by `kicked`."""
+        try:
+            done = queue.push(chain, written)
+            queue.signal()
+        except QueueViolation as error:
+            self._gone[queue.index] = error
+            return False
         return done
 
     # --- inside ---------------------------------------------------------------------------------------------
