@@ -91,6 +91,7 @@ impl GuestMemory {
     }
 
     /// Whether this thread is inside a transfer of this memory, and must neither pin nor change it.
+    #[inline]
     #[must_use]
     pub fn in_transfer(&self) -> bool {
         inside(self.number)

@@ -19,6 +19,7 @@
 
 use std::cell::RefCell;
 use std::fmt::Debug;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Bytes of one transfer at most; longer accesses are made in pieces.
 pub const MAX_TRANSFER: usize = 1 << 20;
@@ -47,15 +48,21 @@ thread_local! {
     static INSIDE: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Transfers of all threads that have not ended. Who asks first asks here, which costs next to nothing: a thread sees
+/// what it has counted itself, and the others' are none of its business.
+static UNDERWAY: AtomicUsize = AtomicUsize::new(0);
+
 /// Whether this thread is inside a transfer, of whatever memory.
+#[inline]
 #[must_use]
 pub fn transferring() -> bool {
-    INSIDE.with_borrow(|inside| !inside.is_empty())
+    UNDERWAY.load(Ordering::Relaxed) != 0 && INSIDE.with_borrow(|inside| !inside.is_empty())
 }
 
 /// Whether this thread is inside a transfer of `memory`.
+#[inline]
 pub(super) fn inside(memory: u64) -> bool {
-    INSIDE.with_borrow(|inside| inside.contains(&memory))
+    UNDERWAY.load(Ordering::Relaxed) != 0 && INSIDE.with_borrow(|inside| inside.contains(&memory))
 }
 
 /// This thread is inside a transfer of one memory while this lives.
@@ -63,6 +70,7 @@ pub(super) struct Inside;
 
 impl Inside {
     pub(super) fn of(memory: u64) -> Self {
+        UNDERWAY.fetch_add(1, Ordering::Relaxed);
         INSIDE.with_borrow_mut(|inside| inside.push(memory));
         Self
     }
@@ -71,5 +79,6 @@ impl Inside {
 impl Drop for Inside {
     fn drop(&mut self) {
         INSIDE.with_borrow_mut(Vec::pop);
+        UNDERWAY.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -36,7 +36,7 @@ impl Popped {
             }
             done
         });
-        done?.map_err(|fault| raise(py, &fault))?;
+        done.map_err(|fault| raise(py, &fault))?;
         Ok(popped)
     }
 
@@ -73,7 +73,7 @@ impl Popped {
             let mut each = kept.iter().enumerate();
             let gathered = with_queue!(Some(py), shared, |mem, queue| each
                 .try_for_each(|(row, element)| rows.gather(mem, queue, element, target, row)));
-            Ok(gathered??)
+            Ok(gathered?)
         })
     }
 
@@ -89,7 +89,7 @@ impl Popped {
     ) -> PyResult<Responded> {
         let answered = with_queue!(Some(py), shared, |mem, queue| self
             .answer(mem, queue, source, itemsize, keep));
-        answered?.map_err(|error| either(py, error))
+        answered.map_err(|error| either(py, error))
     }
 
     fn answer<A: Access>(

@@ -40,6 +40,8 @@ impl Shared {
     }
 
     /// The queue, for what needs no memory.
+    #[allow(clippy::inline_always, reason = "as what it calls")]
+    #[inline(always)]
     pub(crate) fn lock(&self, gil: Gil<'_>) -> PyResult<MutexGuard<'_, DeviceQueue>> {
         let mut queue = self.guarded.lock(gil)?;
         self.adopt(&mut queue);
@@ -47,6 +49,8 @@ impl Shared {
     }
 
     /// The memory pinned and the queue locked.
+    #[allow(clippy::inline_always, reason = "as what it calls")]
+    #[inline(always)]
     pub(crate) fn enter(&self, gil: Gil<'_>) -> PyResult<(Pin<'_>, MutexGuard<'_, DeviceQueue>)> {
         let (pin, mut queue) = self.guarded.enter(gil)?;
         self.adopt(&mut queue);
@@ -71,11 +75,16 @@ impl Shared {
     #[inline]
     fn adopt(&self, queue: &mut DeviceQueue) {
         if self.orphaned.load(Ordering::Acquire) {
-            self.orphaned.store(false, Ordering::Relaxed);
-            let orphans = std::mem::take(&mut *self.orphans());
-            for mut popped in orphans {
-                popped.put_back(queue, 0);
-            }
+            self.adopt_all(queue);
+        }
+    }
+
+    #[cold]
+    fn adopt_all(&self, queue: &mut DeviceQueue) {
+        self.orphaned.store(false, Ordering::Relaxed);
+        let orphans = std::mem::take(&mut *self.orphans());
+        for mut popped in orphans {
+            popped.put_back(queue, 0);
         }
     }
 }
@@ -135,16 +144,15 @@ impl PyChain {
     }
 
     fn gather(&self, py: Python<'_>, offset: u64, target: Raw) -> PyResult<usize> {
-        let copied = detached(py, target.len, move |gil| {
+        detached(py, target.len, move |gil| {
             let Raw { ptr, len } = { target };
-            with_queue!(gil, self.shared, |mem, queue| {
-                let iov = self.current(queue)?;
+            let copied = with_queue!(gil, self.shared, |mem, queue| self.current(queue).and_then(|iov| {
                 // SAFETY: `target` comes from a buffer of Python's that its owner keeps alive over this call, or
                 // from memory that we allocated (M6).
                 unsafe { iov.gather(mem, offset, ptr, len) }.map_err(Misuse::StaleMemory)
-            })
-        });
-        Ok(copied??)
+            }));
+            Ok(copied?)
+        })
     }
 
     /// Note how far a copy to `offset` went: under the lock of the copy, so that a completion after it knows.
@@ -222,18 +230,17 @@ impl PyChain {
     #[allow(clippy::needless_pass_by_value, reason = "held until the copy has ended")]
     fn write(&self, py: Python<'_>, data: Input<'_>, offset: Int<u64>) -> PyResult<usize> {
         let (source, offset) = (data.raw(), offset.0);
-        let copied = detached(py, source.len, |gil| {
+        detached(py, source.len, |gil| {
             let Raw { ptr, len } = { source };
-            with_queue!(gil, self.shared, |mem, queue| {
-                let iov = self.current(queue)?;
+            let copied = with_queue!(gil, self.shared, |mem, queue| self.current(queue).and_then(|iov| {
                 // SAFETY: `source` comes from a buffer that `data` keeps alive (M6).
                 let copied = unsafe { iov.scatter(mem, offset, ptr, len) };
                 copied
                     .map(|copied| self.note(offset, copied))
                     .map_err(Misuse::StaleMemory)
-            })
-        });
-        Ok(copied??)
+            }));
+            Ok(copied?)
+        })
     }
 
     #[pyo3(signature = (value = Int(0), *, offset = Int(0), length = None))]
@@ -242,13 +249,13 @@ impl PyChain {
         let (value, offset, length) = (value.0, offset.0, length.map(|length| length.0));
         let rest = self.element.writable.saturating_sub(offset);
         let length = usize::try_from(length.unwrap_or(rest).min(rest)).unwrap_or(usize::MAX);
-        let set = detached(py, length, |gil| {
-            with_queue!(gil, self.shared, |mem, queue| {
-                let set = self.current(queue)?.fill(mem, offset, length, value);
+        detached(py, length, |gil| {
+            let set = with_queue!(gil, self.shared, |mem, queue| self.current(queue).and_then(|iov| {
+                let set = iov.fill(mem, offset, length, value);
                 set.map(|set| self.note(offset, set)).map_err(Misuse::StaleMemory)
-            })
-        });
-        Ok(set??)
+            }));
+            Ok(set?)
+        })
     }
 
     fn __repr__(&self) -> String {

@@ -88,7 +88,7 @@ impl PyDeviceQueue {
             config.0,
             state.map(|state| state.0)
         ));
-        let queue = queue?.map_err(|fault| raise(py, &fault))?;
+        let queue = queue.map_err(|fault| raise(py, &fault))?;
         let shared = Arc::new(Shared::new(guest, queue));
         Ok(Self {
             memory,
@@ -158,13 +158,13 @@ impl PyDeviceQueue {
     }
 
     fn has_work(&self, py: Python<'_>) -> PyResult<bool> {
-        with_queue!(Some(py), self.shared, |mem, queue| queue.has_work(mem))
+        Ok(with_queue!(Some(py), self.shared, |mem, queue| queue.has_work(mem)))
     }
 
     fn pop(&self, py: Python<'_>) -> PyResult<Option<PyChain>> {
         let mut segments = Vec::new();
         let popped = with_queue!(Some(py), self.shared, |mem, queue| queue.pop(mem, &mut segments));
-        let element = popped?.map_err(|fault| raise(py, &fault))?;
+        let element = popped.map_err(|fault| raise(py, &fault))?;
         Ok(element.map(|element| PyChain::new(self.shared.clone(), element, &segments)))
     }
 
@@ -183,13 +183,16 @@ impl PyDeviceQueue {
         }
         let ticket = chain.ticket();
         chain.close()?;
-        let done = with_queue!(Some(py), self.shared, |mem, queue| {
-            let written = written.map_or_else(|| chain.high_water(), |written| written.0);
-            queue.complete(mem, &ticket, written).and_then(|done| {
-                queue.publish(mem)?;
-                Ok(done)
-            })
-        });
+        let push = || {
+            Ok(with_queue!(Some(py), self.shared, |mem, queue| {
+                let written = written.map_or_else(|| chain.high_water(), |written| written.0);
+                queue.complete(mem, &ticket, written).and_then(|done| {
+                    queue.publish(mem)?;
+                    Ok(done)
+                })
+            }))
+        };
+        let done: PyResult<_> = push();
         done.inspect_err(|_| chain.reopen())?.map_err(|error| {
             if matches!(error, QueueError::Misuse(_)) {
                 chain.reopen();
@@ -247,7 +250,7 @@ impl PyDeviceQueue {
     /// The lock and the pin are free again when the notifier runs: it may be a function of Python's.
     pub(crate) fn signal(&self, py: Python<'_>) -> PyResult<bool> {
         let wants = with_queue!(Some(py), self.shared, |mem, queue| queue.wants_call(mem));
-        let wants = wants?.map_err(|fault| raise(py, &fault))?;
+        let wants = wants.map_err(|fault| raise(py, &fault))?;
         let call = locked(&self.call).as_ref().map(|call| call.clone_ref(py));
         if let Some(call) = call.filter(|_| wants) {
             call.get().notify(py)?;
@@ -257,12 +260,12 @@ impl PyDeviceQueue {
 
     fn enable_kicks(&self, py: Python<'_>) -> PyResult<bool> {
         let done = with_queue!(Some(py), self.shared, |mem, queue| queue.enable_kicks(mem));
-        done?.map_err(|fault| raise(py, &fault))
+        done.map_err(|fault| raise(py, &fault))
     }
 
     fn disable_kicks(&self, py: Python<'_>) -> PyResult<()> {
         let done = with_queue!(Some(py), self.shared, |mem, queue| queue.disable_kicks(mem));
-        done?.map_err(|fault| raise(py, &fault))
+        done.map_err(|fault| raise(py, &fault))
     }
 
     fn latch(&self, violation: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -295,7 +298,7 @@ impl PyDeviceQueue {
     fn reset(&self, py: Python<'_>, config: Option<PyQueueConfig>, state: Option<PyQueueState>) -> PyResult<()> {
         let (config, state) = (config.map(|config| config.0), state.map(|state| state.0));
         let done = with_queue!(Some(py), self.shared, |mem, queue| queue.reset(mem, config, state));
-        done?.map_err(|fault| raise(py, &fault))?;
+        done.map_err(|fault| raise(py, &fault))?;
         self.forget();
         Ok(())
     }

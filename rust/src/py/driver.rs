@@ -76,7 +76,7 @@ impl PyDriverQueue {
             state.map(|state| state.0),
             area
         ));
-        let queue = queue?.map_err(|fault| raise(py, &fault))?;
+        let queue = queue.map_err(|fault| raise(py, &fault))?;
         Ok(Self {
             memory,
             kick: Mutex::new(kick),
@@ -151,19 +151,19 @@ impl PyDriverQueue {
         let (readable, writable) = (buffers(readable)?, buffers(writable)?);
         let token = with_queue!(Some(py), self.guarded, |mem, queue| queue
             .add(mem, &readable, &writable, indirect));
-        token?.map_err(|error| either(py, error))
+        token.map_err(|error| either(py, error))
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<u16> {
         let done = with_queue!(Some(py), self.guarded, |mem, queue| queue.publish(mem));
-        done?.map_err(|fault| raise(py, &fault))
+        done.map_err(|fault| raise(py, &fault))
     }
 
     fn signal(&self, py: Python<'_>) -> PyResult<bool> {
         let wants = with_queue!(Some(py), self.guarded, |mem, queue| {
             queue.publish(mem).and_then(|_| queue.wants_kick(mem))
         });
-        let wants = wants?.map_err(|fault| raise(py, &fault))?;
+        let wants = wants.map_err(|fault| raise(py, &fault))?;
         let kick = self.notifier().as_ref().map(|kick| kick.clone_ref(py));
         if let Some(kick) = kick.filter(|_| wants) {
             kick.get().notify(py)?;
@@ -172,12 +172,12 @@ impl PyDriverQueue {
     }
 
     fn has_used(&self, py: Python<'_>) -> PyResult<bool> {
-        with_queue!(Some(py), self.guarded, |mem, queue| queue.has_used(mem))
+        Ok(with_queue!(Some(py), self.guarded, |mem, queue| queue.has_used(mem)))
     }
 
     fn get_used(&self, py: Python<'_>) -> PyResult<Option<(u64, u32)>> {
         let done = with_queue!(Some(py), self.guarded, |mem, queue| queue.get_used(mem));
-        done?.map_err(|fault| raise(py, &fault))
+        done.map_err(|fault| raise(py, &fault))
     }
 
     #[pyo3(signature = (limit = Int(32768)))]
@@ -193,7 +193,7 @@ impl PyDriverQueue {
                 taken => taken,
             }
         });
-        done?.map_err(|fault| raise(py, &fault))
+        done.map_err(|fault| raise(py, &fault))
     }
 
     fn detach(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
@@ -202,19 +202,19 @@ impl PyDriverQueue {
 
     fn enable_calls(&self, py: Python<'_>) -> PyResult<bool> {
         let done = with_queue!(Some(py), self.guarded, |mem, queue| queue.enable_calls(mem));
-        done?.map_err(|fault| raise(py, &fault))
+        done.map_err(|fault| raise(py, &fault))
     }
 
     fn disable_calls(&self, py: Python<'_>) -> PyResult<()> {
         let done = with_queue!(Some(py), self.guarded, |mem, queue| queue.disable_calls(mem));
-        done?.map_err(|fault| raise(py, &fault))
+        done.map_err(|fault| raise(py, &fault))
     }
 
     #[pyo3(signature = (config = None, *, state = None))]
     fn reset(&self, py: Python<'_>, config: Option<PyQueueConfig>, state: Option<PyQueueState>) -> PyResult<()> {
         let (config, state) = (config.map(|config| config.0), state.map(|state| state.0));
         let done = with_queue!(Some(py), self.guarded, |mem, queue| queue.reset(mem, config, state));
-        done?.map_err(|fault| raise(py, &fault))
+        done.map_err(|fault| raise(py, &fault))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

@@ -12,6 +12,11 @@
 //! Always the pin first: a change of the memory table waits for pins and holds newer ones back, so a thread that held a
 //! lock and asked for a pin could wait for one that has a pin and asks for the lock.
 
+#![allow(
+    clippy::inline_always,
+    reason = "what is not cold here is done several times for each request, and is less than a call"
+)]
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
@@ -22,7 +27,7 @@ use super::remote;
 use crate::mem::{GuestMemory, Pin, transferring};
 
 /// Copies of more bytes than this release the GIL: coming back beside a busy thread can take 5 ms.
-const DETACH_ABOVE: usize = 64 * 1024;
+pub(crate) const DETACH_ABOVE: usize = 64 * 1024;
 
 /// The GIL, if this thread holds it.
 pub(crate) type Gil<'py> = Option<Python<'py>>;
@@ -36,34 +41,55 @@ pub(crate) fn detached<T: Send>(py: Python<'_>, bytes: usize, work: impl FnOnce(
     }
 }
 
+#[cold]
+fn refused<T>(text: &'static str) -> PyResult<T> {
+    Err(StateError::new_err(text))
+}
+
 /// Lock what is never locked inside a transfer.
+#[inline(always)]
 pub(crate) fn lock<'a, T>(gil: Gil<'_>, mutex: &'a Mutex<T>) -> PyResult<MutexGuard<'a, T>> {
     if transferring() {
-        let text = "queues cannot be used by the functions that read and write remote memory";
-        return Err(StateError::new_err(text));
+        return refused("queues cannot be used by the functions that read and write remote memory");
     }
+    if let Ok(guard) = mutex.try_lock() {
+        return Ok(guard);
+    }
+    Ok(lock_slowly(gil, mutex))
+}
+
+#[cold]
+fn lock_slowly<'a, T>(gil: Gil<'_>, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
     let locked = match gil {
         Some(py) => mutex.lock_py_attached(py),
         None => mutex.lock(),
     };
     // A panic under a lock is a bug of ours that was reported; what it protects is still consistent, since every
     // operation validates before it changes anything.
-    Ok(locked.unwrap_or_else(PoisonError::into_inner))
+    locked.unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Pin `guest`.
+#[inline(always)]
 pub(crate) fn pin<'a>(gil: Gil<'_>, guest: &'a GuestMemory) -> PyResult<Pin<'a>> {
     if guest.in_transfer() {
-        let text = "memory cannot be used by the functions that read and write it";
-        return Err(StateError::new_err(text));
+        return refused("memory cannot be used by the functions that read and write it");
     }
-    let Some(py) = gil else { return Ok(guest.pin()) };
+    if let Some(pin) = guest.try_pin() {
+        return Ok(pin);
+    }
+    Ok(pin_slowly(gil, guest))
+}
+
+#[cold]
+fn pin_slowly<'a>(gil: Gil<'_>, guest: &'a GuestMemory) -> Pin<'a> {
+    let Some(py) = gil else { return guest.pin() };
     loop {
-        if let Some(pin) = guest.try_pin() {
-            return Ok(pin);
-        }
         // Somebody changes the table: pins share, so this is not repeated for long.
         py.detach(|| drop(guest.pin()));
+        if let Some(pin) = guest.try_pin() {
+            return pin;
+        }
     }
 }
 
@@ -82,6 +108,7 @@ impl<Q> Guarded<Q> {
     }
 
     /// The queue, for what needs no memory.
+    #[inline(always)]
     pub(crate) fn lock(&self, gil: Gil<'_>) -> PyResult<MutexGuard<'_, Q>> {
         lock(gil, &self.queue)
     }
@@ -92,6 +119,7 @@ impl<Q> Guarded<Q> {
     }
 
     /// The memory pinned and the queue locked.
+    #[inline(always)]
     pub(crate) fn enter(&self, gil: Gil<'_>) -> PyResult<(Pin<'_>, MutexGuard<'_, Q>)> {
         remote::begin()?;
         let pin = pin(gil, &self.guest)?;
@@ -99,23 +127,20 @@ impl<Q> Guarded<Q> {
     }
 }
 
-/// Run `$body` with the memory of `$queue` pinned as `$mem` and itself locked as `$locked`, to a `PyResult` of what it
-/// gives. `$gil` says whether this thread holds the GIL.
+/// Run `$body` with the memory of `$queue` pinned as `$mem` and itself locked as `$locked`. `$gil` says whether this
+/// thread holds the GIL. What cannot be, and what interrupted it, is returned from the function around it.
 ///
 /// No Python code runs inside but that of remote memory; making the exception for a broken rule is Python code, so errors
 /// are raised outside.
 macro_rules! with_queue {
     ($gil:expr, $queue:expr, |$mem:ident, $locked:ident| $body:expr) => {{
-        match $queue.enter($gil) {
-            Ok((pin, mut guard)) => {
-                let $locked = &mut *guard;
-                let done = $crate::mem::with_access!(pin, |$mem| $body);
-                drop(guard);
-                drop(pin);
-                $crate::py::remote::interrupted().map(|()| done)
-            }
-            Err(error) => Err(error),
-        }
+        let (pin, mut guard) = $queue.enter($gil)?;
+        let $locked = &mut *guard;
+        let done = $crate::mem::with_access!(pin, |$mem| $body);
+        drop(guard);
+        drop(pin);
+        $crate::py::remote::interrupted()?;
+        done
     }};
 }
 pub(crate) use with_queue;
@@ -123,14 +148,12 @@ pub(crate) use with_queue;
 /// Run `$body` with `$guest` pinned as `$mem`, as `with_queue!` does.
 macro_rules! with_memory {
     ($gil:expr, $guest:expr, |$mem:ident| $body:expr) => {{
-        match $crate::py::remote::begin().and_then(|()| $crate::py::guard::pin($gil, $guest)) {
-            Ok(pin) => {
-                let done = $crate::mem::with_access!(pin, |$mem| $body);
-                drop(pin);
-                $crate::py::remote::interrupted().map(|()| done)
-            }
-            Err(error) => Err(error),
-        }
+        $crate::py::remote::begin()?;
+        let pin = $crate::py::guard::pin($gil, $guest)?;
+        let done = $crate::mem::with_access!(pin, |$mem| $body);
+        drop(pin);
+        $crate::py::remote::interrupted()?;
+        done
     }};
 }
 pub(crate) use with_memory;

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 use super::args::{Input, Int, Output, Raw, duplicate, invalid, os_error};
 use super::errors::{StateError, memory_error};
-use super::guard::{Gil, detached, pin};
+use super::guard::{DETACH_ABOVE, Gil, detached, pin};
 use super::remote::{self, Callbacks};
 use crate::mem::{
     Access, At, Backing, GuestMemory, Live, Mediated, MemoryError, Record, Region, RegionError, RegionSpec, Trace, Want,
@@ -329,8 +329,10 @@ impl PyGuestMemory {
 
     fn read<'py>(&self, py: Python<'py>, address: Int<u64>, length: Int<usize>) -> PyResult<Bound<'py, PyBytes>> {
         let (gpa, len) = (address.0, length.0);
-        // Before that much memory is asked for.
-        self.reach(Some(py), |mem| mem.check(gpa, len as u64, Want::Read))?;
+        if len > DETACH_ABOVE {
+            // Before that much memory is asked for.
+            self.reach(Some(py), |mem| mem.check(gpa, len as u64, Want::Read))?;
+        }
         PyBytes::new_with(py, len, |out| {
             detached(py, len, |gil| {
                 self.reach(gil, |mem| mem.read(At::unresolved(gpa), 0, out))

@@ -127,12 +127,12 @@ impl PyDeviceQueue {
                 Ok(done)
             })
         });
-        done?.map_err(|error| either(py, error))
+        done.map_err(|error| either(py, error))
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<()> {
         let done = with_queue!(Some(py), self.shared(), |mem, queue| queue.publish(mem));
-        done?.map_err(|fault| raise(py, &fault))
+        done.map_err(|fault| raise(py, &fault))
     }
 
     /// Whether chain `index` of `popped` may still be handled: its queue was not reset or latched meanwhile.
@@ -171,7 +171,7 @@ impl PyDeviceQueue {
                 let target = Raw::of(bytes);
                 let gathered = with_queue!(Some(py), self.shared(), |mem, queue| rows
                     .gather(mem, queue, element, target, 0));
-                Ok(gathered??)
+                Ok(gathered?)
             })?;
             requests.push(Some(request));
         }

@@ -9,6 +9,7 @@
 //! whatever the operation gives. None is ever lost: one that could not be raised is raised by the next operation.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::{PyException, PyTypeError};
@@ -29,6 +30,25 @@ thread_local! {
     static FAILURE: RefCell<Option<Failure>> = const { RefCell::new(None) };
 }
 
+/// How many threads have one (or had one when they ended). Who asks first asks here, which costs next to nothing.
+static FAILURES: AtomicUsize = AtomicUsize::new(0);
+
+fn put(failure: Failure) {
+    let older = FAILURE.replace(Some(failure));
+    if older.is_none() {
+        FAILURES.fetch_add(1, Ordering::Relaxed);
+    }
+    drop(older);
+}
+
+fn take() -> Option<Failure> {
+    let failure = FAILURE.take();
+    if failure.is_some() {
+        FAILURES.fetch_sub(1, Ordering::Relaxed);
+    }
+    failure
+}
+
 fn is_interrupt(py: Python<'_>, error: &PyErr) -> bool {
     !error.is_instance_of::<PyException>(py)
 }
@@ -39,26 +59,32 @@ fn note(py: Python<'_>, error: PyErr) {
     } else {
         Failure::Error(error)
     };
-    let older = FAILURE.replace(Some(failure));
-    drop(older);
+    put(failure);
 }
 
 /// Forget what older operations left.
 ///
 /// # Errors
 /// An interrupt that was not raised yet.
+#[inline]
 pub(crate) fn begin() -> PyResult<()> {
-    if FAILURE.with_borrow(Option::is_none) {
+    if FAILURES.load(Ordering::Relaxed) == 0 {
         return Ok(());
     }
-    match FAILURE.take() {
+    match take() {
         Some(Failure::Interrupt(error)) => Err(error),
         Some(Failure::Error(_)) | None => Ok(()),
     }
 }
 
 /// Whether the present operation was interrupted.
+#[inline]
 pub(crate) fn pending() -> bool {
+    FAILURES.load(Ordering::Relaxed) != 0 && interrupt_waits()
+}
+
+#[cold]
+fn interrupt_waits() -> bool {
     FAILURE.with_borrow(|failure| matches!(failure, Some(Failure::Interrupt(_))))
 }
 
@@ -66,6 +92,7 @@ pub(crate) fn pending() -> bool {
 ///
 /// # Errors
 /// What interrupted it.
+#[inline]
 pub(crate) fn interrupted() -> PyResult<()> {
     if pending() { begin() } else { Ok(()) }
 }
@@ -73,7 +100,7 @@ pub(crate) fn interrupted() -> PyResult<()> {
 /// `error`, which a failed transfer may have caused, with what its function raised as its cause.
 pub(crate) fn caused(py: Python<'_>, error: PyErr) -> PyErr {
     if !pending() {
-        if let Some(Failure::Error(cause)) = FAILURE.take() {
+        if let Some(Failure::Error(cause)) = take() {
             error.set_cause(py, Some(cause));
         }
     }
