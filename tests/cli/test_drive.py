@@ -139,6 +139,47 @@ def test_a_tiny_block_device(run: Run, tmp_path: Path, size: int, write: tuple[s
     assert image.read_bytes() == content
 
 
+PCI = ("--transport", "pci")
+
+
+@pytest.mark.parametrize(
+    ("way", "interface", "interrupts"),
+    [
+        ((), "modern", "msix"),
+        (("--ring", "packed", "--indirect"), "modern", "msix"),
+        (("--intx",), "modern", "intx"),
+        (("--interface", "legacy"), "legacy", "msix"),
+        (("--interface", "legacy", "--intx"), "legacy", "intx"),
+    ],
+    ids=str,
+)
+def test_a_pci_function(run: Run, tmp_path: Path, way: tuple[str, ...], interface: str, interrupts: str) -> None:
+    with served(tmp_path / "s", *PCI, "--flavour", "transitional") as path:
+        for _ in range(2):
+            result = run("drive", "--socket", str(path), *PCI, "--count", "300", "--json", *way)
+            assert (result.status, result.err) == (0, "")
+            facts = json.loads(result.out)
+            assert (facts["requests"], facts["findings"]) == (300, [])
+            assert (facts["interface"], facts["interrupts"]) == (interface, interrupts)
+            assert ("RING_PACKED" in facts["features"]) == ("packed" in way)
+
+
+def test_a_disk_that_is_a_pci_function(run: Run, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(2 << 20))
+    before = image.read_bytes()
+    with served(tmp_path / "s", *PCI, "--device", "blk", "--image", str(image), "--queues", "2") as path:
+        result = run("drive", "--socket", str(path), *PCI, "--device", "blk", "--write", "--json")
+        assert (result.status, result.err) == (0, "")
+        assert json.loads(result.out)["queues"] == 2
+        wrong = run("drive", "--socket", str(path), *PCI, "--device", "rng")
+        assert (wrong.status, wrong.out) == (2, "")
+        assert wrong.err == "virtio-test: its virtio device id is 2; that of rng is 4\n"
+    assert image.read_bytes() == before
+    nobody = run("drive", "--socket", str(tmp_path / "s"), *PCI)
+    assert (nobody.status, nobody.out, nobody.err.count("\n")) == (2, "", 1)
+
+
 def test_what_it_returns_is_what_it_shows(tmp_path: Path) -> None:
     shown: list[str] = []
     with served(tmp_path / "s") as path:
@@ -162,6 +203,8 @@ def test_what_it_returns_is_what_it_shows(tmp_path: Path) -> None:
         (("--socket", "{}/s", "--depth", "1025"), "give a number from 1 to 1024"),
         (("--socket", "{}/s", "--timeout", "0"), "give more than 0 seconds"),
         (("--socket", "{}/s", "--write"), "--write is for blk"),
+        (("--socket", "{}/s", "--intx"), "--transport pci"),
+        (("--socket", "{}/s", "--interface", "legacy"), "--transport pci"),
         (("--socket", "{}/s", "more"), "unexpected extra argument"),
     ],
 )
@@ -177,7 +220,7 @@ def test_what_the_back_end_does_not_offer_is_misuse(run: Run, tmp_path: Path) ->
     with served(tmp_path / "s", "--features=-RING_PACKED,-CAN_PRINT") as path:
         packed = run("drive", "--socket", str(path), "--ring", "packed")
         assert (packed.status, packed.out) == (2, "")
-        assert packed.err == "virtio-test: the back-end offers no RING_PACKED: drive it with --ring split\n"
+        assert packed.err == "virtio-test: the device offers no RING_PACKED: drive it with --ring split\n"
         silent = run("drive", "--socket", str(path))
         assert (silent.status, silent.out) == (2, "")
         assert "does not offer CAN_PRINT" in silent.err
@@ -304,7 +347,7 @@ def test_a_wrong_answer_is_a_finding(run: Run, tmp_path: Path) -> None:
     with lying(tmp_path / "s", WrongAnswers()) as path:
         result = run("drive", "--socket", str(path))
     assert found(result) == "virtio-test: the request 19 was answered (1, 2, 3), where (120, 121, 122) is right\n"
-    assert "requests  19\n" in result.out
+    assert "requests   19\n" in result.out
 
 
 def _counted(count: int) -> bytes:
@@ -374,7 +417,7 @@ def test_an_err_fd_is_the_finding_and_not_what_follows(tmp_path: Path) -> None:
         with pytest.raises(Exception, match="has stopped queue 0"):
             drive(device.path, timeout=5.0, show=shown.append)
         timer.join()
-    assert "findings  1\n" in shown[0]
+    assert "findings   1\n" in shown[0]
 
 
 def test_several_findings_are_all_shown(run: Run, tmp_path: Path) -> None:
@@ -388,7 +431,7 @@ def test_several_findings_are_all_shown(run: Run, tmp_path: Path) -> None:
     with peer(tmp_path / "s", faults={Request.SET_VRING_ENABLE: say}) as bad:
         result = run("drive", "--socket", str(bad.path), "--timeout", "1")
     assert result.out.endswith(
-        "findings  2\n"
+        "findings   2\n"
         "  NotNegotiated (vhost-user, Protocol features): "
         "the back-end sent VRING_CALL, for which nothing was negotiated\n"
         "  PeerTimeout: the answer to request 0 did not come within 1 s\n"
@@ -446,7 +489,7 @@ def test_how_far_it_is_shows_on_a_terminal_only(tmp_path: Path) -> None:
     reader.join()
     os.close(ours)
     assert process.returncode == 0
-    assert b"requests  40000" in out
+    assert b"requests   40000" in out
     assert b"\x1b" not in out
     assert b"requests" in shown, "40000 requests take longer than nobody minds"
     assert b"%" in shown

@@ -26,16 +26,18 @@ _FLAVOUR = click.option(
 )
 _RING = click.option("--ring", type=click.Choice(["split", "packed"]), default="split", help="Format of the virtqueue.")
 _INDIRECT = click.option("--indirect", is_flag=True, help="Put every chain into an indirect table.")
+_INTERFACE = click.option(
+    "--interface",
+    type=click.Choice(["auto", "modern", "legacy"]),
+    default="auto",
+    help="Which interface of PCI or MMIO the driver uses.",
+)
+_INTX = click.option("--intx", is_flag=True, help="PCI interrupts by the line instead of by messages.")
 _WAY = (
     click.option("--transport", type=click.Choice(["none", "pci", "mmio"]), default="none", help="Registers between."),
     _FLAVOUR,
-    click.option(
-        "--interface",
-        type=click.Choice(["auto", "modern", "legacy"]),
-        default="auto",
-        help="Which interface of PCI or MMIO the driver uses.",
-    ),
-    click.option("--intx", is_flag=True, help="PCI interrupts by the line instead of by messages."),
+    _INTERFACE,
+    _INTX,
     _RING,
     _INDIRECT,
 )
@@ -157,7 +159,15 @@ def serve(
 
 
 @cli.command(cls=Command)
-@click.option("--socket", "path", type=click.Path(path_type=Path), required=True, help="Where the back-end listens.")
+@click.option("--socket", "path", type=click.Path(path_type=Path), required=True, help="Where its server listens.")
+@click.option(
+    "--transport",
+    type=click.Choice(["vhost-user", "pci"]),
+    default="vhost-user",
+    help="A vhost-user back-end, or a PCI function over vfio-user.",
+)
+@_INTERFACE
+@_INTX
 @click.option("--device", type=click.Choice(["test", "blk", "rng"]), default="test", help="What it serves.")
 @_RING
 @_INDIRECT
@@ -167,7 +177,7 @@ def serve(
 @click.option("--write", is_flag=True, help="Overwrite the first blocks too, and put them back at the end (blk).")
 @_JSON
 def drive(*, path: Path, **options: Any) -> None:
-    """Drive the vhost-user back-end that listens at a socket, whoever's it is, and check its answers."""
+    """Drive a device behind a socket, whoever's it is, and check its answers."""
     from .drive import drive
 
     drive(path, **options, show=click.echo)
