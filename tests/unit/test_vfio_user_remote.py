@@ -13,7 +13,7 @@ import pytest
 from virtio_test._core import GuestMemory
 from virtio_test.carrier.vfio_user.client import VfioUserClient
 from virtio_test.carrier.vfio_user.codec import Message, encode, encode_error, encode_reply
-from virtio_test.carrier.vfio_user.messages import COMMANDS, Command
+from virtio_test.carrier.vfio_user.messages import COMMANDS, Command, IrqSet
 from virtio_test.carrier.vfio_user.payloads import (
     DmaAccess,
     DmaData,
@@ -218,15 +218,39 @@ class Raw:
 def test_a_read_is_answered_while_the_device_waits(server: Server) -> None:
     """Without this, QEMU and the server wait for each other: it serves memory under the lock that the reader holds."""
     with Raw(server) as raw:
+        another_kick = raw.driver.registers.kick_notifier(0, lambda: 0)
 
         def serve(message: Message) -> None:
+            # A kick marks a queue and no more, so what comes behind it is answered as well.
+            another_kick.notify()
             assert raw.client.read_bar(MODERN_BAR, STATUS, 1) == 0xF
             assert raw.client.read_config(0, 2) == 0x1AF4
-            raw.client.set_irqs(3, 33, 0, 0)  # type: ignore[arg-type]
+            raw.client.set_irqs(3, IrqSet.DATA_NONE | IrqSet.TRIGGER, 0, 0)
             raw.client.serve_memory(message)
 
         raw.kick(serve)
         raw.finish()
+
+
+def test_who_waits_for_each_other_gives_up_one_access_only(impatient: Server) -> None:
+    """A client serves no memory while it waits for a read, which waits behind a write that must not be made yet."""
+    with Raw(impatient) as raw:
+
+        def serve(message: Message) -> None:
+            begin = time.monotonic()
+            raw.client.write_bar(MODERN_BAR, 0, 4, 1)
+            assert raw.client.read_bar(MODERN_BAR, 0, 4) == 1
+            assert time.monotonic() - begin > 0.4 * PATIENCE
+            # Too late, and nobody is cross about it.
+            raw.client.serve_memory(message)
+
+        raw.kick(serve)
+        assert eventually(lambda: bool(raw.client.read_bar(MODERN_BAR, STATUS, 1) & NEEDS_RESET))
+        raw.client.serve = raw.client.serve_memory
+        assert bring_up(raw.client).request(3).ret == 104
+        assert impatient.server.session is not None
+    assert impatient.idle()
+    assert impatient.last_error is None
 
 
 def test_a_write_is_answered_at_once_and_done_later(server: Server) -> None:

@@ -9,7 +9,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -347,17 +346,19 @@ def remake(client: VfioUserClient, *, at: int) -> None:
 
 def test_memory_of_a_running_queue_may_go_and_come_back(server: Server, client: VfioUserClient) -> None:
     driver = bring_up(client)
-    for number in range(100):
+    for number in range(40):
         # The kick is on its way when the memory goes, and nothing follows: silence ends the hold.
         request = driver.submit_number(number)
         remake(client, at=PAGE * (1 + number))
         assert int.from_bytes(request.wait(timeout=5.0)[:4], "little") == number + 101
     assert driver.registers.read_status() == 0xF
-    assert [size for _, size, _ in regions(server)] == [100 * PAGE, (1 << 20) - 100 * PAGE]
+    assert [size for _, size, _ in regions(server)] == [40 * PAGE, (1 << 20) - 40 * PAGE]
 
 
 def test_a_hold_ends_with_the_next_command_of_another_kind(tmp_path: Path) -> None:
-    endpoint = Watched(TestDevice(console=silent), loop=OwnerLoop(), memory=GuestMemory())
+    # Its clock stands still, so silence ends nothing here.
+    loop = OwnerLoop(clock=VirtualClock(), jump=False)
+    endpoint = Watched(TestDevice(console=silent), loop=loop, memory=GuestMemory())
     with serving(tmp_path / "s", endpoint) as server:
         with VfioUserClient(server.path, memory=small_memory()) as client:
             assert endpoint.calls == []
@@ -368,13 +369,9 @@ def test_a_hold_ends_with_the_next_command_of_another_kind(tmp_path: Path) -> No
             client.withdraw(0, 1 << 20)
             client.export(0, 1 << 20, fd=client.memory.regions[0].fd)
             assert endpoint.calls == ["hold", "release", "hold"]
-            begin = time.monotonic()
-            assert eventually(lambda: len(endpoint.calls) == 4)
-            assert time.monotonic() - begin < 2.0
-            client.withdraw(0, 1 << 20)
         # The end of the connection ends the hold as well.
         assert server.idle()
-        assert endpoint.calls == ["hold", "release"] * 3
+        assert endpoint.calls == ["hold", "release"] * 2
 
 
 def test_a_queue_whose_memory_is_gone_breaks_the_device_only(server: Server, client: VfioUserClient) -> None:

@@ -118,6 +118,7 @@ class VfioUserClient:
         self._transfer = transfer
         self._timeout = timeout
         self._number = 0
+        self._waiting: dict[int, Message | None] = {}
         self._exports: dict[int, tuple[int, bool]] = {}
         self._free = {name: low for name, (low, _) in _WINDOWS.items()}
         self._placed: dict[int, int] = {}
@@ -199,7 +200,13 @@ class VfioUserClient:
         self._number = (self._number + 1) & 0xFFFF
         number = self._number
         self._wire.send(encode(command, number, payload, no_reply=no_reply), fds)
-        return None if no_reply else self._wait(command, number)
+        if no_reply:
+            return None
+        self._waiting[number] = None
+        try:
+            return self._wait(command, number)
+        finally:
+            del self._waiting[number]
 
     def request(self, command: Command, payload: Payload | None, kind: type[_P], *, fds: Sequence[int] = ()) -> _P:
         """Send a command that must succeed; the payload of its reply.
@@ -226,11 +233,18 @@ class VfioUserClient:
             for message in self._receive():
                 if not message.reply:
                     self.serve(message)
-                elif (message.id, message.command) == (number, command):
-                    return message
+                elif message.id in self._waiting:
+                    self._waiting[message.id] = message
                 else:
                     self._wire.closed = True
-                    raise violation("UnexpectedReply", f"{message.name} {message.id} answers {command} {number}")
+                    raise violation("UnexpectedReply", f"a reply to {message.name} with id {message.id}")
+            # It may have come while an access to memory was served.
+            reply = self._waiting[number]
+            if reply is not None:
+                if reply.command != command:
+                    self._wire.closed = True
+                    raise violation("UnexpectedReply", f"{reply.name} answers {_name(command)}")
+                return reply
             if self._wire.closed:
                 raise PeerDisconnected(f"the server has closed the connection instead of answering {_name(command)}")
 

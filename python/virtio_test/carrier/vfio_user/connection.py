@@ -7,16 +7,20 @@ whatever the device does. It waits for the reply, and no longer than `patience`;
 turn is bounded as well. A client that lets us wait has broken its word: the access fails, as one to unmapped
 memory does, and the connection ends.
 
-What else comes during that wait keeps its order and is done afterwards, with two exceptions, without which QEMU
-and we would wait for each other: it answers us under its big lock, and its processors hold that lock while they
-wait for our reply.
+What else comes during that wait keeps its order and is done afterwards, with exceptions without which QEMU and we
+would wait for each other: it answers us under its big lock, and its processors hold that lock while they wait for
+our reply.
 
-* Commands that touch neither queues nor memory (`PROMPT`) are answered at once, if nothing waits before them. A
-  guest's interrupt handler that reads the ISR is one.
-* A write to a region is answered at once, and done later.
+* Commands that touch neither queues nor memory (`Session.is_prompt`) are served at once, if nothing waits before
+  them: a guest that reads the ISR, or kicks another time.
+* Any other write to a region is answered at once, and done later.
+* What is left is a command that waits for its answer behind such a write. Then the access is given up after half
+  the time, and fails; the connection lives on.
 
-Accesses may come from any thread (a handler may complete a request from a thread of its own): then the owner
-loop reads the reply, and the thread waits for it.
+Accesses may come from any thread (a handler may complete a request from a thread of its own). Then the owner loop
+reads the reply, as a rule. But it may be waiting for that very thread, which has the queue and the memory table
+locked during the access; so a thread whose reply is not there soon reads for itself. What else it finds it leaves
+to the owner loop, in its order: who reads, and says what becomes of it, has `_reading`.
 """
 
 from __future__ import annotations
@@ -29,14 +33,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from virtio_test.errors import MessageError, PeerDisconnected, PeerError, StateError
+from virtio_test.errors import MessageError, PeerDisconnected, PeerError, PeerTimeout, StateError
 from virtio_test.transport.pci.interface import PciEndpoint
 
 from .codec import Message, encode
 from .messages import Command
 from .payloads import MAX_DATA, DmaAccess, DmaData, DmaWritten, Payload
 from .rules import violation
-from .session import PROMPT, Answer, Session, failed
+from .session import Answer, Session, failed
 from .wire import Wire
 
 __all__ = ["Connection"]
@@ -44,8 +48,11 @@ __all__ = ["Connection"]
 _log: Final = logging.getLogger("virtio_test.vfio_user")
 _PARTS_PER_TURN: Final = 64
 """Reads of one turn of the loop, so that a client that never stops talking starves nobody."""
+_MAX_ABANDONED: Final = 100
 _MAX_BACKLOG: Final = 256
 _MAX_BACKLOG_BYTES: Final = 4 << 20
+_SOON: Final = 0.01
+"""Seconds after which a thread reads for itself."""
 _T = TypeVar("_T")
 _WRITES: Final = frozenset({Command.REGION_WRITE, Command.REGION_WRITE_MULTI})
 
@@ -89,11 +96,14 @@ class Connection:
         self._patience = patience
         self._spent = 0.0
         self._lock = threading.Lock()
+        self._reading = threading.RLock()
         self._waiting: dict[int, _Waiter] = {}
         self._number = 0
         self._thread = threading.get_ident()
         self._answering = False
-        self._backlog: deque[Message | Callable[[], None]] = deque()
+        self._abandoned: set[int] = set()
+        self._stuck = False
+        self._backlog: deque[tuple[Message | Callable[[], None], int]] = deque()
         self._backlog_bytes = 0
         self._dead = False
         self.error: MessageError | None = None
@@ -124,7 +134,9 @@ class Connection:
             self._drain()
             if self._dead:
                 return False
-            messages = self._wire.receive()
+            with self._reading:
+                # What another thread has read meanwhile comes first.
+                messages = [] if self._backlog else self._wire.receive()
             if messages is None:
                 return not self._wire.closed
             for message in messages:
@@ -137,15 +149,15 @@ class Connection:
         else:
             self._serve(message)
 
-    def _serve(self, message: Message) -> None:
-        answer = self._answer(message)
+    def _serve(self, message: Message, *, inside: bool = False) -> None:
+        answer = self._answer(message, inside=inside)
         if answer.then is not None:
             self._run(answer.then)
 
-    def _answer(self, message: Message) -> Answer:
+    def _answer(self, message: Message, *, inside: bool = False) -> Answer:
         before, self._answering = self._answering, True
         try:
-            answer = self._run(lambda: self.session.handle(message))
+            answer = self._run(lambda: self.session.handle(message, inside=inside))
         finally:
             self._answering = before
             # Before the answer: who has read it finds nothing of the message left.
@@ -166,13 +178,15 @@ class Connection:
 
     def _drain(self) -> None:
         """Do what came while the device waited for memory."""
+        self._stuck = False
         while self._backlog and not self._dead:
-            item = self._backlog.popleft()
+            with self._reading:
+                item, size = self._backlog.popleft()
+                self._backlog_bytes -= size
             if isinstance(item, Message):
                 self._serve(item)
             else:
                 self._run(item)
-        self._backlog_bytes = 0
 
     def _drain_soon(self) -> None:
         try:
@@ -225,12 +239,12 @@ class Connection:
         mine = threading.get_ident() == self._thread
         if self._dead:
             raise PeerDisconnected("the client has gone")
-        if mine and self._answering:
+        if mine and (self._answering or self._stuck):
             raise StateError("the client waits for an answer and cannot serve its memory meanwhile")
         with self._lock:
             # Ids that are waited for are few; the next free one is near.
             self._number = (self._number + 1) & 0xFFFF
-            while self._number in self._waiting:
+            while self._number in self._waiting or self._number in self._abandoned:
                 self._number = (self._number + 1) & 0xFFFF
             number, waiter = self._number, _Waiter(command)
             self._waiting[number] = waiter
@@ -239,7 +253,7 @@ class Connection:
             if mine:
                 self._pump(waiter)
             else:
-                waiter.done.wait(self._patience)
+                self._wait(waiter)
         except MessageError as error:
             raise self._broken(error) from None
         finally:
@@ -250,6 +264,10 @@ class Connection:
             if self._dead or self._wire.closed:
                 self._die(None)
                 raise PeerDisconnected("the client has gone")
+            if mine and self._client_waits and len(self._abandoned) < _MAX_ABANDONED:
+                self._stuck = True
+                self._abandoned.add(number)
+                raise PeerTimeout(f"{command.name} is given up: the client waits for us and does not serve it")
             raise self._broken(violation("ReplyLate", f"{command.name} was not answered in {self._patience:g} s"))
         if message.errno is not None:
             raise PeerError(f"the client refused {command.name}: errno {message.errno}")
@@ -263,12 +281,42 @@ class Connection:
         # However many accesses a request needs, the loop must turn again.
         end = begin + min(self._patience, max(0.0, 5 * self._patience - self._spent))
         while not waiter.done.is_set() and not self._wire.closed:
-            left = end - time.monotonic()
+            left = (begin + self._patience / 2 if self._client_waits else end) - time.monotonic()
             if left <= 0 or not self._wire.wait(left):
                 break
-            for message in self._wire.receive() or ():
-                self._meanwhile(message)
+            with self._reading:
+                for message in self._wire.receive() or ():
+                    self._meanwhile(message)
         self._spent += max(1e-9, time.monotonic() - begin)
+
+    @property
+    def _client_waits(self) -> bool:
+        """Whether a command that must be answered cannot be answered yet."""
+        return any(isinstance(each, Message) and not each.no_reply for each, _ in list(self._backlog))
+
+    def _wait(self, waiter: _Waiter) -> None:
+        """In another thread: until the reply is there, or for too long."""
+        end = time.monotonic() + self._patience
+        while not self._dead and not self._wire.closed:
+            left = end - time.monotonic()
+            if waiter.done.wait(max(0.0, min(left, _SOON))) or left <= 0:
+                return
+            if self._reading.acquire(blocking=False):
+                try:
+                    while not waiter.done.is_set() and not self._dead and self._wire.wait(0):
+                        for message in self._wire.receive() or ():
+                            self._elsewhere(message)
+                        if self._wire.closed:
+                            return
+                finally:
+                    self._reading.release()
+
+    def _elsewhere(self, message: Message) -> None:
+        """A message that another thread than the owner's has read."""
+        if message.reply:
+            self._replied(message)
+        else:
+            self._postpone(message, message)
 
     def _new_turn(self) -> None:
         self._spent = 0.0
@@ -277,9 +325,9 @@ class Connection:
         """A message that came while the device waits."""
         if message.reply:
             self._replied(message)
-        elif message.command in PROMPT and not self._backlog:
-            self._answer(message)
-        elif message.command in _WRITES and not any(isinstance(each, Message) for each in self._backlog):
+        elif not self._backlog and self.session.is_prompt(message):
+            self._serve(message)
+        elif message.command in _WRITES and not any(isinstance(each, Message) for each, _ in list(self._backlog)):
             answer = self._answer(message)
             if answer.then is not None:
                 self._postpone(answer.then, message)
@@ -287,16 +335,20 @@ class Connection:
             self._postpone(message, message)
 
     def _postpone(self, item: Message | Callable[[], None], message: Message) -> None:
-        self._backlog_bytes += len(message.payload.pack())
+        size = len(message.payload.pack())
+        self._backlog_bytes += size
         if len(self._backlog) >= _MAX_BACKLOG or self._backlog_bytes > _MAX_BACKLOG_BYTES:
             raise violation("TooManyCommands", f"{len(self._backlog)} commands came while one of ours was unanswered")
         if not self._backlog:
             self._loop.call_soon(self._drain_soon)
-        self._backlog.append(item)
+        self._backlog.append((item, size))
 
     def _replied(self, message: Message) -> None:
         with self._lock:
             waiter = self._waiting.pop(message.id, None)
+            if waiter is None and message.id in self._abandoned:
+                self._abandoned.discard(message.id)
+                return
         if waiter is None or waiter.command != message.command:
             raise violation("UnexpectedReply", f"a reply to {message.name} with id {message.id}, which was not sent")
         waiter.message = message
@@ -321,11 +373,13 @@ class Connection:
         with self._lock:
             for waiter in self._waiting.values():
                 waiter.done.set()
-        for item in self._backlog:
-            if isinstance(item, Message):
-                item.close()
-        self._backlog.clear()
+        with self._reading:
+            for item, _ in self._backlog:
+                if isinstance(item, Message):
+                    item.close()
+            self._backlog.clear()
         try:
             self.session.close()
         finally:
-            self._wire.close()
+            with self._reading:
+                self._wire.close()

@@ -49,12 +49,12 @@ from .payloads import (
 )
 from .rules import Refused, violation
 
-__all__ = ["PROMPT", "Answer", "Session"]
+__all__ = ["Answer", "Session"]
 
 _log: Final = logging.getLogger("virtio_test.vfio_user")
 
 _C = Command
-PROMPT: Final = frozenset(
+_PROMPT: Final = frozenset(
     {
         _C.DEVICE_GET_INFO,
         _C.DEVICE_GET_REGION_INFO,
@@ -64,7 +64,7 @@ PROMPT: Final = frozenset(
         _C.REGION_READ,
     }
 )
-"""Commands that touch neither queues nor guest memory: they can be answered while the device waits for memory."""
+"""Commands that touch neither queues nor guest memory."""
 
 _HOLD_SECONDS: Final = 0.05
 _LOGGED_REFUSALS: Final = 20
@@ -131,8 +131,12 @@ class Session:
 
     # --- commands -------------------------------------------------------------------------------------------
 
-    def handle(self, message: Message) -> Answer:
+    def handle(self, message: Message, *, inside: bool = False) -> Answer:
         """Do what `message` asks, as far as its answer depends on it.
+
+        Args:
+            message: a command.
+            inside: the device is in the middle of something, so a hold goes on.
 
         Raises:
             MessageError: the connection must end.
@@ -142,7 +146,7 @@ class Session:
                 "VersionFirst",
                 "VERSION came again" if self.client else f"{message.name} came before VERSION",
             )
-        if message.command not in (_C.DMA_MAP, _C.DMA_UNMAP):
+        if message.command not in (_C.DMA_MAP, _C.DMA_UNMAP) and not inside:
             self._release()
         then: Callable[[], None] | None = None
         try:
@@ -159,6 +163,18 @@ class Session:
                 _log.warning("answered with %s: %s", errno.errorcode.get(refused.errno), refused.error)
             return Answer(encode_error(message.command, message.id, refused.errno))
         return Answer(None if message.no_reply else encode_reply(message.command, message.id, payload), then)
+
+    def is_prompt(self, message: Message) -> bool:
+        """Whether `message` touches neither queues nor guest memory, so that it can be served inside of an access."""
+        asked = message.payload
+        if isinstance(asked, RegionData):
+            return self._is_notification(asked.region, asked.offset, asked.count)
+        if isinstance(asked, WriteMulti):
+            return all(self._is_notification(one.region, one.offset, one.count) for one in asked.writes)
+        return message.command in _PROMPT
+
+    def _is_notification(self, region: int, offset: int, count: int) -> bool:
+        return region < RegionIndex.ROM and self.endpoint.is_notification(region, offset, count)
 
     def _handler(self, message: Message) -> Callable[[Message], Payload | None]:
         handler = self._handlers.get(message.command)

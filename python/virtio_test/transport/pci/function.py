@@ -19,12 +19,14 @@ Nothing that the driver does raises. What is not defined reads as ones, writes n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from virtio_test._core import GuestMemory, Policy
 from virtio_test.device import Device
 from virtio_test.errors import InvalidArgument, StatusViolation
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
+from virtio_test.spec.pci import LEGACY
 from virtio_test.transport.bank import RegisterBank
 
 from .capabilities import (
@@ -50,6 +52,8 @@ from .regions import DeviceConfig, IsrStatus, Notifications, Ram, Region, find_r
 from .window import Window
 
 __all__ = ["VirtioPci"]
+
+_LEGACY_NOTIFY: Final = (LEGACY["queue_notify"].offset, LEGACY["queue_notify"].size)
 
 
 class VirtioPci:
@@ -267,6 +271,11 @@ class VirtioPci:
             self._undefined(f"written with {len(data)} bytes at {offset:#x} of BAR {bar}")
         elif broken := found[0].write(found[1], data):
             self.bank.note(broken)
+
+    def is_notification(self, bar: int, offset: int, length: int) -> bool:
+        """See `PciEndpoint.is_notification`."""
+        region, at = find_region(self._regions, bar, offset, length) or (None, 0)
+        return isinstance(region, Notifications) or (region is self._legacy and (at, length) == _LEGACY_NOTIFY)
 
     # --- what carriers and resets do ------------------------------------------------------------------------
 

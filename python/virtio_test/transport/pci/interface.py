@@ -118,6 +118,10 @@ class PciEndpoint(Protocol):
         """One write in one access."""
         ...
 
+    def is_notification(self, bar: int, offset: int, length: int) -> bool:
+        """Whether a write there only marks a queue, so that it may be made at any moment, even from inside a queue."""
+        ...
+
     def hold(self) -> None:
         """The memory table is about to change: queues are not worked on until `release`. Nests not."""
         ...
