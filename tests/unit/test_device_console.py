@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -500,3 +502,25 @@ def test_bad_states_change_nothing() -> None:
     single = ConsoleDevice(Sink()).save()
     with pytest.raises(SavedStateError):
         device.restore(single)
+
+
+def open_fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("end", ["terminal", "controller"])
+def test_a_terminal_that_nobody_reads_stops_nothing(end: str) -> None:
+    controller, terminal = os.openpty()
+    try:
+        port = ConsolePort(terminal if end == "terminal" else controller)
+        before = open_fds()
+        # Lines: each end takes two bytes of room where the terminal puts a return before it.
+        writer = threading.Thread(target=lambda: [port.put(b"x\n" * 8000) for _ in range(8)], daemon=True)
+        writer.start()
+        writer.join(10)
+        assert not writer.is_alive()
+        assert 0 < port.dropped < 8 * 16000
+        assert open_fds() == before
+    finally:
+        os.close(terminal)
+        os.close(controller)

@@ -22,6 +22,7 @@ import select
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Final, TypeAlias, cast
 
 from virtio_test._core import Chain, DeviceQueue
@@ -95,16 +96,36 @@ class ConsolePort:
             self.output(data)
             return
         # The description may be shared with others, so it stays blocking; a pipe that is ready takes this much.
+        target, step = self.output, _PIPE_BUF
+        if os.isatty(target):
+            # One that is ready may have room for a single byte. A description of our own can be one that never waits.
+            target = _reopened(target)
+            step = 1 if target == self.output else _PIPE_BUF
         ready = select.poll()
-        ready.register(self.output, select.POLLOUT)
+        ready.register(target, select.POLLOUT)
         done = 0
         try:
-            while done < len(data) and ready.poll(0)[:1] == [(self.output, select.POLLOUT)]:
-                done += os.write(self.output, data[done : done + _PIPE_BUF])
+            while done < len(data) and ready.poll(0)[:1] == [(target, select.POLLOUT)]:
+                done += os.write(target, data[done : done + step])
         except OSError:
             # Whatever keeps it from taking more, the driver must not wait for it.
             pass
+        finally:
+            if target != self.output:
+                os.close(target)
         self.dropped += len(data) - done
+
+
+def _reopened(terminal: int) -> int:
+    """Another description of a terminal, to be closed, that never waits; `terminal` itself where there is none."""
+    path = f"/proc/self/fd/{terminal}"
+    try:
+        # The controlling end of a pseudoterminal would be opened as that of a new one.
+        if str(Path(path).readlink()).endswith("ptmx"):
+            return terminal
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return terminal
 
 
 class ConsoleDevice(ChainDevice):
