@@ -166,10 +166,14 @@ class Driver:
             self._status |= Status.FAILED
             self.registers.write_status(self._status)
             raise
-        for queue in self.queues.values():
-            queue.enable_calls()
-            # What `set_up` put in is kicked only now: never before DRIVER_OK (3.1.1).
-            queue.signal()
+        try:
+            for queue in self.queues.values():
+                queue.enable_calls()
+                # What `set_up` put in is kicked only now: never before DRIVER_OK (3.1.1).
+                queue.signal()
+        except PeerError as error:
+            self._break(error)
+            raise
         self.started()
         if self._config_waiting:
             self._config_waiting = False
@@ -236,9 +240,14 @@ class Driver:
         Raises:
             PeerTimeout: the status does not become 0; the device may still use the buffers, so none are freed.
         """
-        self.registers.write_status(0)
-        if self.registers.read_status() != 0:
-            self._poll_until(lambda: self.registers.read_status() == 0, "the end of the reset")
+        try:
+            self.registers.write_status(0)
+            if self.registers.read_status() != 0:
+                self._poll_until(lambda: self.registers.read_status() == 0, "the end of the reset")
+        except PeerError as error:
+            # Neither up nor down: nothing comes back any more, and nothing can be submitted.
+            self._break(error)
+            raise
         self._status = 0
         self._broken = None
         self._config_waiting = False
@@ -260,6 +269,7 @@ class Driver:
 
         Raises:
             NoFeature: RING_RESET was not negotiated.
+            QueueViolation: `QueueGone` (2.6.1.1), the device has no such queue any more.
         """
         self._check_up(Status.DRIVER_OK)
         if "RING_RESET" not in self.features:
@@ -267,7 +277,13 @@ class Driver:
         self._queue(index)
         self.registers.reset_queue(index)
         lost = self._drop_queue(index)
-        self._set_up_queue(index, self.registers.queue_max_sizes()[index])
+        size = dict(enumerate(self.registers.queue_max_sizes())).get(index, 0)
+        if not size:
+            # A queue that was reset is as it was after the device's reset, and then it was there.
+            gone = QueueViolation("QueueGone", "2.6.1.1", "the queue is not available after its reset", queue=index)
+            self._break(gone)
+            raise gone
+        self._set_up_queue(index, size)
         self.queues[index].enable_calls()
         return lost
 
@@ -315,6 +331,10 @@ class Driver:
         queue = self._queue(queue_index)
         if indirect is None:
             indirect = self.indirect and "INDIRECT_DESC" in self.features
+        if len(readable) + len(writable) > queue.size:
+            # Before any memory is looked for: how many there are may follow from what the device says of itself.
+            count = len(readable) + len(writable)
+            raise InvalidArgument(f"a chain of {count} buffers does not fit a queue of {queue.size}")
         request = Request(self, queue_index, [], [], on_done)
         try:
             for data in readable:
@@ -361,17 +381,23 @@ class Driver:
 
     def _called(self, queue_index: int) -> None:
         queue = self.queues.get(queue_index)
-        if queue is None or queue.latched is not None:
+        if queue is None or queue.latched is not None or self._broken is not None:
             return
         try:
             queue.disable_calls()
-            while True:
-                while (used := queue.get_used()) is not None:
+            for _ in range(queue.size):
+                if (used := queue.get_used()) is not None:
                     self._complete(queue_index, *used)
-                if self.queues.get(queue_index) is not queue or not queue.enable_calls():
+                    # What was told may have reset the queue, or found the device broken: nothing is in flight then.
+                    if self.queues.get(queue_index) is not queue or self._broken is not None:
+                        return
+                elif not queue.enable_calls():
                     return
         except QueueViolation as error:
             self._break(error)
+            return
+        # A device that uses what comes back to it as fast as it comes would keep us here for ever.
+        self.loop.pend((self, queue_index), lambda: self._called(queue_index))
 
     def _complete(self, queue_index: int, token: int, written: int) -> None:
         request = self._flying.pop((queue_index, token))
@@ -420,9 +446,7 @@ class Driver:
         Raises:
             StatusViolation: the generation never stands still, or the space is shorter.
         """
-        if offset + length > self.registers.config_size():
-            message = f"{length} bytes at offset {offset} of a space of {self.registers.config_size()}"
-            raise StatusViolation("ConfigTooShort", "2.5", message)
+        self._check_space(offset, length)
         for _ in range(_CONFIG_TRIES):
             before = self.registers.config_generation()
             data = self.registers.read_config(offset, length)
@@ -436,15 +460,29 @@ class Driver:
         return field.decode(self.read_config(field.offset, field.size))
 
     def write_field(self, name: str, value: int | bytes) -> None:
-        """Write a field of `layout`."""
+        """Write a field of `layout`.
+
+        Raises:
+            StatusViolation: the space is shorter.
+        """
         field = self.layout[name]
+        self._check_space(field.offset, field.size)
         self.registers.write_config(field.offset, field.encode(value))
+
+    def _check_space(self, offset: int, length: int) -> None:
+        if offset + length > self.registers.config_size():
+            message = f"{length} bytes at offset {offset} of a space of {self.registers.config_size()}"
+            raise StatusViolation("ConfigTooShort", "2.5", message)
 
     def _config_interrupt(self) -> None:
         if not self._status & Status.DRIVER_OK:
             self._config_waiting = True
         elif self._intact():
-            self.config_changed()
+            try:
+                self.config_changed()
+            except PeerError as error:
+                # It is this device that is broken, not whoever runs the loop.
+                self._break(error)
 
     def _intact(self) -> bool:
         """Whether the device works and can be asked at all; if not, everything in flight is finished."""

@@ -52,7 +52,8 @@ class Request:
         if not self.done:
             raise StateError(f"the request {self.token} of queue {self.queue_index} is still in flight: wait() for it")
         if self.error is not None:
-            raise self.error
+            # Many requests are lost by one error, which would keep a trace of each look at it.
+            raise self.error.with_traceback(None)
         return self.data
 
     def wait(self, *, timeout: float | None = None) -> bytes:
