@@ -151,6 +151,40 @@ def test_who_does_not_answer_is_given_up() -> None:
             it.qtest.read_port(1, 1)
 
 
+def test_events_without_end_are_no_answer_either() -> None:
+    ours, theirs = socket.socketpair()
+    over = threading.Event()
+
+    def talk() -> None:
+        with contextlib.suppress(OSError):
+            while not over.wait(0.01):
+                theirs.sendall(b"IRQ raise 1\nIRQ lower 1\n")
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    # Ends the test, not the wait that is looked at: that has its own bound.
+    guard = threading.Timer(10.0, over.set)
+    guard.start()
+    qtest = Qtest(ours, timeout=0.3)
+    start = time.monotonic()
+    with pytest.raises(PeerTimeout, match=r"'inb 0x1' within 0\.3 s"):
+        qtest.read_port(1, 1)
+    assert time.monotonic() - start < 5
+    over.set()
+    guard.cancel()
+    qtest.close()
+    theirs.close()
+    thread.join()
+
+
+def test_after_what_is_no_line_of_the_protocol_no_answer_is_taken_for_another() -> None:
+    with scripted(b"what?\nOK 0x7\n", b"OK 0x2\n") as it:
+        with pytest.raises(PeerError, match="'what\\?'"):
+            it.qtest.read_port(1, 1)
+        with pytest.raises(PeerDisconnected, match="none of its test protocol"):
+            it.qtest.read_port(2, 1)
+
+
 @given(
     st.lists(st.one_of(st.binary(max_size=40), st.sampled_from([b"OK\n", b"OK 0x1\n", b"IRQ raise 1\n"])), max_size=5)
 )
@@ -201,6 +235,15 @@ def test_a_process_and_its_folder() -> None:
         folder = process.folder
     assert not folder.exists()
     assert process.pid is None
+
+
+def test_only_the_last_words_of_many_are_read() -> None:
+    body = "os.write(2, b'x' * (1 << 20) + b'\\n' + b'the last\\n'); os._exit(3)"
+    with QemuProcess(speaker(body), ram=2 << 20) as process:
+        assert process.channel.recv(1) == b""
+        words = process.last_words()
+        assert words.endswith(" | the last | exit status 3")
+        assert len(words) < 5000
 
 
 def test_a_process_is_ended_however_deaf_it_is() -> None:

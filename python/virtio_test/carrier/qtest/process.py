@@ -31,6 +31,7 @@ _FIRMWARE_SIZE: Final = 64 << 10
 _RESET_VECTOR: Final = _FIRMWARE_SIZE - 16
 _HALT: Final = bytes([0xFA, 0xF4, 0xEB, 0xFD])  # cli; hlt; jmp back to the hlt
 _LAST_LINES: Final = 12
+_LAST_BYTES: Final = 4096
 _STOP_SECONDS: Final = 5.0
 _MACHINES: Final = ("q35", "pc", "microvm")
 
@@ -142,7 +143,9 @@ class QemuProcess:
                 # Its socket closes a moment before its status is there.
                 self._process.wait(0.5)
         try:
-            lines = self._errors.read_bytes().decode(errors="replace").splitlines()
+            with self._errors.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
+                lines = file.read(_LAST_BYTES).decode(errors="replace").splitlines()
         except OSError:
             lines = []
         status = None if self._process is None else self._process.poll()

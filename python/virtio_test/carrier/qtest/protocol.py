@@ -4,8 +4,9 @@ Theory
 ------
 One command is one line, and one line answers it: ``OK`` with values, ``FAIL`` or ``ERR`` with a reason. In between
 QEMU says on its own when an intercepted interrupt line changes (``IRQ raise 16``). All bytes come from another
-process, so nothing is read without a bound: an answer has a time limit, a line a length limit, and a number must
-be one. Whoever made the object decides where lines go, and that must not be back into a command: `on_irq` only
+process, so nothing is read without a bound: an answer has a time limit however much else is said before it, a line
+a length limit, and a number must be one. After a line that is none of the protocol nobody knows which answer belongs
+to which command, so that is the end. Whoever made the object decides where lines go, and that must not be back into a command: `on_irq` only
 takes note.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -76,14 +78,16 @@ class Qtest:
             PeerError: an answer that is none.
         """
         self._check()
+        end = time.monotonic() + self._timeout
         try:
+            self._channel.settimeout(self._timeout)
             self._channel.sendall(line.encode() + b"\n")
         except TimeoutError:
             raise self._late(line) from None
         except OSError as error:
             raise self._dead(str(error)) from None
         while True:
-            answer = self._line(line)
+            answer = self._line(line, end)
             words = answer.split()
             if words and words[0] in ("OK", "FAIL", "ERR"):
                 break
@@ -114,9 +118,13 @@ class Qtest:
         while b"\n" in self._buffer:
             self._event(self._cut())
 
-    def _line(self, line: str) -> str:
+    def _line(self, line: str, end: float) -> str:
         while b"\n" not in self._buffer:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise self._late(line)
             try:
+                self._channel.settimeout(left)
                 self._receive()
             except TimeoutError:
                 raise self._late(line) from None
@@ -143,6 +151,7 @@ class Qtest:
     def _event(self, line: str) -> None:
         found = _IRQ.fullmatch(line)
         if found is None:
+            self._gone = "it said what is none of its test protocol"
             raise PeerError(f"QEMU said {line[:200]!r}, which is no answer and no event of its test protocol")
         self._on_irq(int(found[2]), found[1] == "raise")
 
