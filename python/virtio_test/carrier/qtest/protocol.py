@@ -6,8 +6,8 @@ One command is one line, and one line answers it: ``OK`` with values, ``FAIL`` o
 QEMU says on its own when an intercepted interrupt line changes (``IRQ raise 16``). All bytes come from another
 process, so nothing is read without a bound: an answer has a time limit however much else is said before it, a line
 a length limit, and a number must be one. After a line that is none of the protocol nobody knows which answer belongs
-to which command, so that is the end. Whoever made the object decides where lines go, and that must not be back into a command: `on_irq` only
-takes note.
+to which command, so that is the end. Whoever made the object decides where lines go, and that must not be back into a
+command: `on_irq` only takes note.
 """
 
 from __future__ import annotations
