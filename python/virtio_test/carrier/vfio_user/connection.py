@@ -257,16 +257,19 @@ class Connection:
         except MessageError as error:
             raise self._broken(error) from None
         finally:
+            # Whoever reads the reply finds out in one look whether it is waited for, given up, or none of ours.
             with self._lock:
                 self._waiting.pop(number, None)
-        message = waiter.message
+                message = waiter.message
+                given_up = message is None and mine and self._client_waits and len(self._abandoned) < _MAX_ABANDONED
+                if given_up:
+                    self._abandoned.add(number)
         if message is None:
             if self._dead or self._wire.closed:
                 self._die(None)
                 raise PeerDisconnected("the client has gone")
-            if mine and self._client_waits and len(self._abandoned) < _MAX_ABANDONED:
+            if given_up:
                 self._stuck = True
-                self._abandoned.add(number)
                 raise PeerTimeout(f"{command.name} is given up: the client waits for us and does not serve it")
             raise self._broken(violation("ReplyLate", f"{command.name} was not answered in {self._patience:g} s"))
         if message.errno is not None:
@@ -328,7 +331,7 @@ class Connection:
         elif not self._backlog and self.session.is_prompt(message):
             self._serve(message)
         elif message.command in _WRITES and not any(isinstance(each, Message) for each, _ in list(self._backlog)):
-            answer = self._answer(message)
+            answer = self._answer(message, inside=True)
             if answer.then is not None:
                 self._postpone(answer.then, message)
         else:
@@ -349,9 +352,11 @@ class Connection:
             if waiter is None and message.id in self._abandoned:
                 self._abandoned.discard(message.id)
                 return
-        if waiter is None or waiter.command != message.command:
-            raise violation("UnexpectedReply", f"a reply to {message.name} with id {message.id}, which was not sent")
-        waiter.message = message
+            if waiter is None or waiter.command != message.command:
+                raise violation(
+                    "UnexpectedReply", f"a reply to {message.name} with id {message.id}, which was not sent"
+                )
+            waiter.message = message
         waiter.done.set()
 
     # --- the end ----------------------------------------------------------------------------------------------
