@@ -199,7 +199,7 @@ class VfioUserClient:
             raise PeerDisconnected("the server has closed the connection")
         self._number = (self._number + 1) & 0xFFFF
         number = self._number
-        self._wire.send(encode(command, number, payload, no_reply=no_reply), fds)
+        self._say(encode(command, number, payload, no_reply=no_reply), fds)
         if no_reply:
             return None
         self._waiting[number] = None
@@ -207,6 +207,14 @@ class VfioUserClient:
             return self._wait(command, number)
         finally:
             del self._waiting[number]
+
+    def _say(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        try:
+            self._wire.send(data, fds)
+        except MessageError:
+            # Half a message may be out, and nothing can follow it.
+            self._wire.closed = True
+            raise
 
     def request(self, command: Command, payload: Payload | None, kind: type[_P], *, fds: Sequence[int] = ()) -> _P:
         """Send a command that must succeed; the payload of its reply.
@@ -259,16 +267,14 @@ class VfioUserClient:
     def _readable(self) -> None:
         """The device asks for memory while nobody waits for it, or it has gone."""
         try:
-            messages = self._receive()
+            for message in self._receive():
+                if message.reply:
+                    _log.warning("a reply to %s, which nobody waits for", message.name)
+                    self._wire.closed = True
+                else:
+                    self.serve(message)
         except MessageError as error:
             _log.warning("the server broke the rules: %s", error)
-            messages = []
-        for message in messages:
-            if message.reply:
-                _log.warning("a reply to %s, which nobody waits for", message.name)
-                self._wire.closed = True
-            else:
-                self.serve(message)
         if self._wire.closed:
             self._loop.remove_reader(self._wire.fileno())
 
@@ -319,10 +325,10 @@ class VfioUserClient:
         if message.no_reply:
             return
         if reply is not None:
-            self._wire.send(encode_reply(message.command, message.id, reply))
+            self._say(encode_reply(message.command, message.id, reply))
         else:
             known = message.command in (Command.DMA_READ, Command.DMA_WRITE)
-            self._wire.send(encode_error(message.command, message.id, errno.EFAULT if known else errno.ENOSYS))
+            self._say(encode_error(message.command, message.id, errno.EFAULT if known else errno.ENOSYS))
 
     # --- the bus --------------------------------------------------------------------------------------------
 

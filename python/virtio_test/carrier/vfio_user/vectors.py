@@ -22,7 +22,10 @@ from virtio_test.spec import pcibus
 
 from .messages import IrqIndex, IrqSet
 
-__all__ = ["ClientInterrupts", "MsixPlace"]
+__all__ = ["MAX_VECTORS", "ClientInterrupts", "MsixPlace"]
+
+MAX_VECTORS: Final = 256
+"""MSI-X vectors that are listened to; a driver shares them where the device has more."""
 
 _MAX_CAPABILITIES: Final = 48
 
@@ -84,8 +87,9 @@ class ClientInterrupts:
         self._loop = loop
         self._place = place
         self._set_irqs = set_irqs
-        self._lines = counts.get(IrqIndex.INTX, 0)
-        self._vectors = 0 if place is None else min(place.size, counts.get(IrqIndex.MSIX, 0))
+        # A function has one line, and each vector is an fd of this process: what the device says is no reason for more.
+        self._lines = min(1, counts.get(IrqIndex.INTX, 0))
+        self._vectors = 0 if place is None else min(place.size, counts.get(IrqIndex.MSIX, 0), MAX_VECTORS)
         self._message: Callable[[int], object] | None = None
         self._line: Callable[[], object] | None = None
         self._fds: list[Notifier] = []
