@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -324,3 +325,17 @@ def test_parts_lie_one_after_the_other() -> None:
     two = region(content, queues=2)
     assert two.split(0, 5).heads == ()
     assert two.split(1, 3) == InflightQueue((0,), 1, 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_region_that_may_only_be_written_is_refused_where_it_is_read(packed: bool) -> None:
+    whole = memfd(1 << 16)
+    fd = os.open(f"/proc/self/fd/{whole}", os.O_WRONLY)
+    os.close(whole)
+    region = InflightRegion(OwnedFd(fd), 1 << 16, 0, queues=1, queue_size=SIZE, packed=packed)
+    look = partial(region.packed_state, 0, lambda _: 0) if packed else partial(region.split, 0, 0)
+    with pytest.raises(MessageError) as caught:
+        look()
+    assert caught.value.rule == "InflightRegion"
+    assert "cannot be read" in caught.value.message
+    region.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from virtio_test.errors import (
     StatusViolation,
 )
 from virtio_test.transport.vhost_user.codec import encode, encode_reply
+from virtio_test.transport.vhost_user.link import MAX_ERRORS
 from virtio_test.transport.vhost_user.messages import BackendRequest, ProtocolFeature, Request
 from virtio_test.transport.vhost_user.payloads import U64, Config, Inflight, Iotlb, Payload, VringState
 from virtio_test.transport.vhost_user.registers import VhostUserRegisters
@@ -417,3 +420,79 @@ def test_sending_what_no_driver_would_is_as_easy_as_before(tmp_path: Path) -> No
         registers.front.send(R.SET_VRING_NUM, VringState(200, 3), need_reply=True)
         assert registers.front.receive().request is R.SET_VRING_NUM
         registers.front.send_bytes(b"\0" * 5)
+
+
+# --- for ever ---------------------------------------------------------------------------------------------------
+
+
+def test_rules_broken_for_ever_are_kept_and_logged_up_to_a_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with peer(tmp_path / "s") as bad:
+        driver = up(bad.path)
+        registers = registers_of(driver)
+        assert bad.channel is not None
+        wrong = encode(BackendRequest.VRING_CALL, VringState(0))
+        sent = 0
+
+        def enough() -> bool:
+            nonlocal sent
+            assert bad.channel is not None
+            bad.channel.sendall(wrong * 64)
+            sent += 64
+            return sent >= MAX_ERRORS + 1000
+
+        assert driver.loop.run(until=enough, timeout=20.0)
+        driver.loop.run_pending()
+        assert len(registers.errors) == MAX_ERRORS
+        assert len(caplog.records) == MAX_ERRORS
+        # The end of the connection is told all the same.
+        bad.hang_up()
+        assert driver.loop.run(until=lambda: driver.broken is not None, timeout=5.0)
+        assert isinstance(registers.lost, PeerDisconnected)
+        assert len(registers.errors) == MAX_ERRORS
+        registers.close()
+
+
+def test_a_queue_that_is_given_up_for_ever_is_so_up_to_a_number(tmp_path: Path) -> None:
+    with peer(tmp_path / "s") as bad:
+        driver = up(bad.path)
+        registers = registers_of(driver)
+        count = 0
+
+        def enough() -> bool:
+            nonlocal count
+            os.eventfd_write(bad.fds[R.SET_VRING_ERR, 0], 1)
+            count += 1
+            return count > MAX_ERRORS + 100
+
+        assert driver.loop.run(until=enough, timeout=20.0)
+        driver.loop.run_pending()
+        assert len(registers.errors) == MAX_ERRORS
+        registers.close()
+
+
+@pytest.mark.parametrize("size", [0, 100, 1 << 20])
+def test_a_refused_region_is_closed_while_its_error_is_kept(tmp_path: Path, size: int) -> None:
+    with peer(tmp_path / "s", answers={R.GET_INFLIGHT_FD: Inflight(size, 0, 1, 128)}) as bad:
+        registers = VhostUserRegisters(bad.path, device_id=45, timeout=TIMEOUT)
+        kept: list[Exception] = []
+        for _ in range(4):
+            driver = TestDriver(registers, console=lambda _: None, timeout=TIMEOUT)
+            with pytest.raises(MessageError) as caught:
+                driver.initialize()
+            kept.append(caught.value)
+            if registers.lost is not None:
+                assert registers.reconnect() is False
+            assert eventually(lambda: len(regions_here()) == 0), regions_here()
+        assert len(kept) == 4
+        registers.close()
+
+
+def regions_here() -> list[str]:
+    """The regions of a peer that are open here; the peer, in this process, closes its own when they are sent."""
+    found: list[str] = []
+    for each in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found.append(str(each.readlink()))
+    return [each for each in found if each.startswith("/memfd:peer")]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 from virtio_test._core import GuestMemory, Notifier, QueueConfig, Region
-from virtio_test.errors import PeerDisconnected, PeerTimeout, StateError
+from virtio_test.errors import MessageError, PeerDisconnected, PeerTimeout, StateError
 from virtio_test.features import FeatureSet
 
 from .codec import Decoder, Message, encode, encode_reply
@@ -172,6 +172,8 @@ class FrontEnd:
         except PeerDisconnected:
             raise PeerDisconnected(f"the back-end closed the connection instead of answering {row.name}") from None
         if reply.request != int(request):
+            # Whoever keeps the error keeps what it was raised over.
+            reply.close()
             raise violation("UnexpectedReply", f"a reply to request {reply.request}, where {row.name} was asked")
         if row.reply is None and isinstance(reply.payload, U64) and reply.payload.value:
             raise violation("Refused", f"{row.name} was refused with {reply.payload.value}")
@@ -339,11 +341,15 @@ class FrontEnd:
         reply = self.request(Request.GET_INFLIGHT_FD, Inflight(0, 0, queues, queue_size))
         assert reply is not None
         assert isinstance(reply.payload, Inflight)
-        if not reply.payload.size or not reply.fds:
-            raise violation("Refused", f"GET_INFLIGHT_FD for {queues} queues of {queue_size} was refused")
-        return InflightRegion(
-            reply.fds[0], reply.payload.size, reply.payload.offset, queues=queues, queue_size=queue_size, packed=packed
-        )
+        size, offset = reply.payload.size, reply.payload.offset
+        try:
+            if not size or not reply.fds:
+                raise violation("Refused", f"GET_INFLIGHT_FD for {queues} queues of {queue_size} was refused")
+            return InflightRegion(reply.fds[0], size, offset, queues=queues, queue_size=queue_size, packed=packed)
+        except MessageError:
+            # Whoever keeps the error keeps the reply as well.
+            reply.close()
+            raise
 
     def set_inflight(self, region: InflightRegion) -> None:
         """SET_INFLIGHT_FD."""

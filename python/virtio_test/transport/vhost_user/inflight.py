@@ -107,7 +107,12 @@ class InflightRegion:
         return (queues, queue_size, packed) == (self.queues, self.queue_size, self.packed)
 
     def _part(self, index: int) -> bytes:
-        data = os.pread(self.fileno(), self._part_bytes, self.offset + index * (self.size // self.queues))
+        try:
+            data = os.pread(self.fileno(), self._part_bytes, self.offset + index * (self.size // self.queues))
+        except OSError as error:
+            # Such as one that is open for writing only.
+            reason = error.strerror or str(error)
+            raise violation("InflightRegion", f"its file cannot be read: {reason}", queue=index) from None
         if len(data) < self._part_bytes:
             raise violation("InflightRegion", "its file has become shorter", queue=index)
         return data

@@ -23,12 +23,22 @@ from .frontend import FrontEnd
 from .messages import PROTOCOL_FEATURES_BIT, BackendRequest, ProtocolFeature, Request
 from .rules import violation
 
-__all__ = ["MAX_QUEUES", "Link"]
+__all__ = ["MAX_ERRORS", "MAX_QUEUES", "Link", "note"]
 
 _log: Final = logging.getLogger("virtio_test.vhost_user")
 _F = ProtocolFeature
 
 MAX_QUEUES: Final = 256
+MAX_ERRORS: Final = 1000
+"""Errors that are kept, the first ones: a back-end can break rules as fast as it can send."""
+
+
+def note(errors: list[PeerError], error: PeerError) -> bool:
+    """Keep `error` among `errors`; False when there are enough."""
+    if len(errors) >= MAX_ERRORS:
+        return False
+    errors.append(error)
+    return True
 
 
 class Link:
@@ -39,7 +49,7 @@ class Link:
         loop: the owner loop.
         wanted: protocol features to take of those offered.
         queues: how many virtqueues are wanted; None for all there are.
-        errors: where every rule that the back-end breaks goes, and what ends the connection.
+        errors: where every rule that the back-end breaks goes, and what ends the connection; at most `MAX_ERRORS`.
 
     Attributes:
         offered: the feature bits of GET_FEATURES.
@@ -123,7 +133,7 @@ class Link:
             if error.rule != "Refused":
                 self.lose(error)
             elif error not in self._errors[-1:]:
-                self._errors.append(error)
+                note(self._errors, error)
             raise
         except PeerError as error:
             self.lose(error)
@@ -138,7 +148,7 @@ class Link:
     def lose(self, error: PeerError) -> None:
         """End the connection with `error`; the first one counts."""
         if self.lost is None:
-            self._errors.append(error)
+            note(self._errors, error)
             self._end(error)
             self.on_lost(error)
 
@@ -180,6 +190,6 @@ class Link:
             return 0
         name = getattr(message.request, "name", f"request {message.request}")
         error = violation("NotNegotiated", f"the back-end sent {name}, for which nothing was negotiated")
-        _log.warning("refused: %s", error)
-        self._errors.append(error)
+        if note(self._errors, error):
+            _log.warning("refused: %s", error)
         return 1

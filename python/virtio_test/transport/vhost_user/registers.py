@@ -33,7 +33,7 @@ from virtio_test.status import DeviceStatus
 from .frontend import FrontEnd
 from .frontrings import FrontEndRings
 from .inflight import InflightRegion
-from .link import MAX_QUEUES, Link
+from .link import MAX_QUEUES, Link, note
 from .messages import ProtocolFeature, Request
 from .rings import MAX_SIZE
 from .rules import violation
@@ -79,7 +79,7 @@ class VhostUserRegisters:
         timeout: seconds that an answer may take.
 
     Attributes:
-        errors: every rule that the back-end broke, and what each connection ended with, in order.
+        errors: every rule that the back-end broke, and what each connection ended with, in order; the first 1000.
 
     Raises:
         PeerDisconnected: nobody listens, or the back-end leaves.
@@ -226,10 +226,9 @@ class VhostUserRegisters:
             raise PeerError(f"the new back-end does not offer {missing}, which is in use")
         if not link.protocol & _F.INFLIGHT_SHMFD:
             raise PeerError("the new back-end keeps no record of what is in flight (INFLIGHT_SHMFD)")
-        if max(self._rings.configs) >= link.queues:
-            raise PeerError(
-                f"the new back-end has {link.queues} queues, and queue {max(self._rings.configs)} is in use"
-            )
+        last = max(self._rings.configs, default=0)
+        if last >= link.queues:
+            raise PeerError(f"the new back-end has {link.queues} queues, and queue {last} is in use")
 
     def close(self) -> None:
         """Leave the back-end; nobody is told."""
@@ -251,7 +250,7 @@ class VhostUserRegisters:
         self._loop.pend((self, "config"), self._deliver_config)
 
     def _stopped(self, index: int) -> None:
-        self.errors.append(DeviceNeedsReset(f"the back-end has stopped queue {index}: it has signalled the err fd"))
+        note(self.errors, DeviceNeedsReset(f"the back-end has stopped queue {index}: it has signalled the err fd"))
         self._status.needs_reset()
         self._loop.pend((self, "config"), self._deliver_config)
 
