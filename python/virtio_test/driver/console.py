@@ -129,6 +129,8 @@ class ConsoleDriver(Driver):
         self.findings: list[AnswerViolation] = []
         self._max_ports = 1
         self._owed: deque[bytes] = deque()
+        # Ports that were removed: their buffers stay in the ring, and are the next port's of that number.
+        self._gone: dict[int, PortState] = {}
 
     # --- what a console is for ------------------------------------------------------------------------------
 
@@ -162,7 +164,7 @@ class ConsoleDriver(Driver):
             self.run_until(lambda: bool(state.received), f"input of port {port}", timeout=timeout)
         data = bytes(state.received if count is None else state.received[:count])
         del state.received[: len(data)]
-        if self.live:
+        if self.live and self.ports.get(port) is state:
             self._offer(state)
         return data
 
@@ -212,6 +214,7 @@ class ConsoleDriver(Driver):
     def set_up(self) -> None:
         """See `Driver.set_up`."""
         self.ports.clear()
+        self._gone.clear()
         self.findings.clear()
         self._owed.clear()
         self._max_ports = 1
@@ -234,7 +237,8 @@ class ConsoleDriver(Driver):
         """Take a port on and fill its receive queue; False when the device has no queues for it."""
         if any(each not in self.queues for each in self._queues_of(number)):
             return False
-        self.ports[number] = PortState(number)
+        before = self._gone.pop(number, None)
+        self.ports[number] = PortState(number, offered=0 if before is None else before.offered)
         self._offer(self.ports[number])
         return True
 
@@ -242,17 +246,21 @@ class ConsoleDriver(Driver):
 
     def _offer(self, port: PortState) -> None:
         """Put buffers into the port's queue, as long as what they may bring has room."""
-        index = self._queues_of(port.number)[0]
+        number = port.number
+        index = self._queues_of(number)[0]
         while port.offered < self.buffers and len(port.received) < self.max_received:
             try:
-                self.submit(index, [], [self.buffer_size], on_done=lambda request: self._received(port, request))
+                self.submit(index, [], [self.buffer_size], on_done=lambda request: self._received(number, request))
             except (QueueFull, StateError):
                 return  # what is in the ring has to do
             port.offered += 1
 
-    def _received(self, port: PortState, request: Request) -> None:
-        port.offered -= 1
-        if request.error is not None or self.ports.get(port.number) is not port:
+    def _received(self, number: int, request: Request) -> None:
+        port = self.ports.get(number)
+        state = self._gone.get(number) if port is None else port
+        if state is not None:
+            state.offered -= 1
+        if port is None or request.error is not None:
             return
         port.received += request.data
         self._offer(port)
@@ -286,7 +294,7 @@ class ConsoleDriver(Driver):
         if port is None:
             self._find("UnknownPort", "5.3.6.2.1", f"event {event} for port {number}, ports: {sorted(self.ports)}")
         elif event == ControlEvent.DEVICE_REMOVE:
-            del self.ports[number]
+            self._gone[number] = PortState(number, offered=self.ports.pop(number).offered)
         elif event == ControlEvent.CONSOLE_PORT:
             port.console = True
             self._say(number, ControlEvent.PORT_OPEN, 1)
