@@ -129,6 +129,7 @@ class TestDriver(Driver):
 
         Raises:
             PeerError, NoFeature, InvalidArgument: as `request`, for the first that fails.
+            QueueFull: what was sent before is still in flight, and fills the queue.
         """
         requests: list[Request] = []
         for number in numbers:
@@ -137,7 +138,11 @@ class TestDriver(Driver):
                     requests.append(self.submit_number(number, publish=False))
                 except QueueFull:
                     self.flush(0)
-                    next(request for request in requests if not request.done).wait()
+                    waiting = next((request for request in requests if not request.done), None)
+                    if waiting is None:
+                        # The queue is full of what the device has never answered.
+                        raise
+                    waiting.wait()
                 else:
                     break
         if requests:
