@@ -13,7 +13,8 @@ What is judged, with the error that the request then ends with:
   taken as it is where the driver's policy takes lengths from devices that say too little (`used_without_write`).
   Through the legacy interface lengths mean nothing (5.2.6.3).
 * `StatusMissing`, `StatusUnknown` (5.2.6): the status byte is as it was, or of no defined value.
-* `ReservedLifetime` (5.2.6.2), and `BadNumQueues` (5.2.4) at bring-up.
+* `ReservedLifetime` (5.2.6.2), and at bring-up `BadNumQueues` and `BadSegments` (5.2.4): limits that leave no room
+  for a sector.
 
 A status other than OK is no broken rule: the request ends with `RequestFailed`, and its `status` says which.
 """
@@ -63,9 +64,12 @@ _WANTED: Final = FeatureSet(*FEATURE_NAMES, device=FEATURE_NAMES) - FeatureSet("
 _NONE: Final = FeatureSet(device=FEATURE_NAMES)
 _ZONED: Final = FeatureSet("ZONED", device=FEATURE_NAMES)
 _UNSET: Final = 0xFF
+_SHOWN: Final = 16
 _MAX_TRANSFER: Final = 1 << 20
 _INDIRECT_SEGMENTS: Final = 14
 _MASK: Final = 0xFFFF_FFFF
+_MAX_SEGMENTS: Final = 32768
+"""Descriptors of the largest queue."""
 
 
 class Lifetime(NamedTuple):
@@ -171,6 +175,7 @@ class BlkDriver(Driver):
         self.capacity = 0
         self._size_max: int | None = None
         self._seg_max: int | None = None
+        self._num_queues = 1
         self._requests: dict[int, BlkRequest] = {}
         self._said = 0
 
@@ -203,8 +208,8 @@ class BlkDriver(Driver):
 
     @property
     def num_queues(self) -> int:
-        """Request queues: 1 without MQ (5.2.2)."""
-        return self.field("num_queues") or 1
+        """Request queues, as the device has said at bring-up: 1 without MQ (5.2.2)."""
+        return self._num_queues
 
     @property
     def writeback(self) -> bool:
@@ -223,10 +228,15 @@ class BlkDriver(Driver):
         self._size_max = self.field("size_max") or None
         self._seg_max = self.field("seg_max") or (1 if "SEG_MAX" in self.features else None)
         self.capacity = self.field("capacity") or 0
-        if not 1 <= self.num_queues <= len(self.queues) or ("MQ" in self.features and not self.field("num_queues")):
-            shown = self.field("num_queues")
-            message = f"num_queues is {shown}, and there are {len(self.queues)} queues"
+        # Read once: it is what the requests are spread over.
+        shown = self.field("num_queues")
+        self._num_queues = 1 if shown is None else shown
+        if not self._num_queues or any(index not in self.queues for index in range(self._num_queues)):
+            message = f"num_queues is {shown}, and there are the queues {sorted(self.queues)[:_SHOWN]}"
             raise AnswerViolation("BadNumQueues", "5.2.4", message)
+        if self._size_max is not None and self._size_max * self._segments() < SECTOR:
+            message = f"size_max is {self._size_max}, with {self._segments()} segments: no sector fits into a request"
+            raise AnswerViolation("BadSegments", "5.2.4", message)
 
     def config_changed(self) -> None:
         """See `Driver.config_changed`; the capacity may be another one (5.2.6.1)."""
@@ -440,8 +450,12 @@ class BlkDriver(Driver):
         limits = [max(1, size - 2), self._seg_max, _INDIRECT_SEGMENTS if self.indirect else None]
         return min(each for each in limits if each is not None)
 
+    @property
+    def sectors_at_once(self) -> int:
+        """Sectors that `read` and `write` put into one request, by the device's limits and our own."""
+        return self._step()
+
     def _step(self) -> int:
-        """Sectors that go into one request."""
         size = (
             self.max_transfer if self._size_max is None else min(self.max_transfer, self._size_max * self._segments())
         )
@@ -450,6 +464,8 @@ class BlkDriver(Driver):
     def _cut(self, length: int) -> list[tuple[int, int]]:
         """The segments of `length` bytes of data, none longer than the device takes (SIZE_MAX)."""
         step = min(self._size_max or _MASK, _MASK)
+        if length > step * _MAX_SEGMENTS:
+            raise InvalidArgument(f"{length} bytes of data in segments of {step} are more than any chain has")
         return [(start, min(start + step, length)) for start in range(0, length, step)]
 
     def _complete(self, queue_index: int, token: int, written: int) -> None:
@@ -483,7 +499,8 @@ class BlkDriver(Driver):
         elif status not in set(RequestStatus):
             blk.error = self._violation(blk, "StatusUnknown", "5.2.6", f"the status is {status}")
         else:
-            blk.status, blk.data = status, data
+            # Of what is not said to be written nobody knows where it comes from.
+            blk.status, blk.data = status, b"" if short else data
             if not done:
                 blk.error = RequestFailed(f"{blk} was answered {RequestStatus(status).name}")
 
