@@ -23,6 +23,7 @@ its next deadline (`jump=True`). With `jump=False` someone else moves the clock,
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections import deque
@@ -33,7 +34,7 @@ from ._core import Poller
 from .clock import Clock, MonotonicClock, VirtualClock
 from .errors import InvalidArgument, StateError
 
-__all__ = ["OwnerLoop"]
+__all__ = ["OwnerLoop", "stopped_by_signals"]
 
 
 class OwnerLoop:
@@ -225,3 +226,20 @@ class OwnerLoop:
                 ran += 1
                 callback()
         return ran
+
+
+@contextmanager
+def stopped_by_signals(loop: OwnerLoop) -> Generator[None]:
+    """Inside, SIGINT and SIGTERM stop `loop`. To be used in the main thread."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(_number: int, _frame: object) -> None:
+        loop.stop()
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -26,6 +26,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("_core",),
     ("features", "status", "config", "clock", "console", "loop"),
+    ("sockets",),
     ("device", "driver"),
     ("devices", "transport"),
     ("carrier",),

@@ -21,10 +21,10 @@ from virtio_test.devices.test import TestDevice
 from virtio_test.errors import InvalidArgument, MessageError, PeerDisconnected
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
-from virtio_test.transport.vhost_user import endpoint as endpoint_module
+from virtio_test.sockets import endpoint as endpoint_module
+from virtio_test.sockets.endpoint import Endpoint
 from virtio_test.transport.vhost_user.backend import Backend
 from virtio_test.transport.vhost_user.codec import OwnedFd
-from virtio_test.transport.vhost_user.endpoint import Endpoint
 from virtio_test.transport.vhost_user.frontend import USER_OFFSET, FrontEnd
 from virtio_test.transport.vhost_user.messages import Request
 from virtio_test.transport.vhost_user.payloads import U64, VringAddress, VringState

@@ -1,25 +1,15 @@
-"""The codec: bytes and fds in, messages out, and back; it reads no socket.
-
-Theory
-------
-fds travel beside the bytes and belong to the message whose first byte they came with. `Decoder.wanted` says how
-many bytes the present part of a message still lacks; who reads no more than that never sees fds of the next one.
-Each fd is owned by exactly one object from the moment it is fed, and closes with it, whatever path an error takes.
-
-The header is judged before any payload is awaited, so a peer cannot make us wait for, or keep, what we would
-refuse. After an error the decoder is dead: the stream behind a malformed message means nothing.
-"""
+"""The codec: bytes and fds in, messages out, and back; it reads no socket (see `sockets.frames`)."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from virtio_test.transport.vhost_user.codec import OwnedFd
+from virtio_test.sockets.fds import OwnedFd
+from virtio_test.sockets.frames import FrameDecoder
 
-from .messages import COMMANDS, HEADER_BYTES, MAX_FDS, MAX_MESSAGE, Flag, Row
+from .messages import COMMANDS, HEADER_BYTES, MAX_FDS, MAX_MESSAGE, Flag
 from .payloads import Empty, Payload
 from .rules import violation
 
@@ -99,7 +89,7 @@ def _encode(number: int, command: int, flags: int, errno: int, payload: Payload 
     return _HEADER.pack(number, command, HEADER_BYTES + len(body), flags, errno) + body
 
 
-class Decoder:
+class Decoder(FrameDecoder[tuple[int, int, int, int], Message]):
     """Takes one direction of one connection apart.
 
     Args:
@@ -107,106 +97,14 @@ class Decoder:
     """
 
     def __init__(self, reader: Literal["server", "client"]) -> None:
+        super().__init__(header_bytes=HEADER_BYTES, max_fds=MAX_FDS, violation=violation)
         self._reader = reader
-        self._buffer = bytearray()
-        self._fds: list[OwnedFd] = []
-        self._header: tuple[int, int, int, int, int] | None = None
-        self._dead = False
 
     def __repr__(self) -> str:
         return f"Decoder({self._reader!r})"
 
-    @property
-    def wanted(self) -> int:
-        """How many bytes the present part of a message still lacks; never 0."""
-        if self._header is None:
-            return max(1, HEADER_BYTES - len(self._buffer))
-        return max(1, self._header[2] - len(self._buffer))
-
-    @property
-    def pending(self) -> bool:
-        """Whether a message has begun and not ended."""
-        return bool(self._header or self._buffer or self._fds)
-
-    def feed(self, data: bytes, fds: Sequence[int] = ()) -> Iterator[Message]:
-        """Take `data`, and `fds` with it, which belong to the message that `data` begins or goes on with.
-
-        Everything is taken at once; the messages that are complete come out of the iterator, and the error of
-        a malformed one behind them.
-
-        Raises:
-            MessageError: from the iterator, for a malformed message; all its fds are closed.
-        """
-        self._fds += [OwnedFd(fd) for fd in fds]
-        if self._dead:
-            self._fds.clear()
-            return iter(())
-        self._buffer += data
-        return self._messages()
-
-    def end(self) -> None:
-        """The peer has closed the connection.
-
-        Raises:
-            MessageError: in the middle of a message.
-        """
-        if self.pending and not self._dead:
-            have = len(self._buffer) + (HEADER_BYTES if self._header else 0)
-            self._kill()
-            raise violation("Truncated", f"the connection was closed after {have} bytes of a message")
-
-    def close(self) -> None:
-        """Take nothing more, and close the fds of a message that has not ended."""
-        self._kill()
-
-    def _kill(self) -> None:
-        self._dead = True
-        self._header = None
-        self._buffer.clear()
-        for fd in self._fds:
-            fd.close()
-        self._fds.clear()
-
-    def _messages(self) -> Iterator[Message]:
-        while not self._dead:
-            try:
-                message = self._next()
-            except BaseException:
-                self._kill()
-                raise
-            if message is None:
-                return
-            yield message
-
-    def _next(self) -> Message | None:
-        if len(self._fds) > MAX_FDS:
-            raise violation("FdCount", f"more than {MAX_FDS} fds came with one message")
-        if self._header is None:
-            if len(self._buffer) < HEADER_BYTES:
-                return None
-            number, command, size, flags, errno = _HEADER.unpack_from(self._buffer)
-            self._check_header(command, size, flags)
-            self._header = number, command, size - HEADER_BYTES, flags, errno
-            del self._buffer[:HEADER_BYTES]
-        number, command, size, flags, errno = self._header
-        if len(self._buffer) < size:
-            return None
-        body = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        row = COMMANDS.get(command)
-        payload = self._parse(row, command, flags, body)
-        fds, self._fds, self._header = tuple(self._fds), [], None
-        return Message(
-            id=number,
-            command=command if row is None else row.command,
-            payload=payload,
-            reply=flags & _TYPE == _REPLY,
-            no_reply=bool(flags & _NO_REPLY),
-            errno=errno if flags & _ERROR else None,
-            fds=fds,
-        )
-
-    def _check_header(self, command: int, size: int, flags: int) -> None:
+    def _parse_header(self, data: bytes) -> tuple[tuple[int, int, int, int], int]:
+        number, command, size, flags, errno = _HEADER.unpack(data)
         name, kind = _name(command), flags & _TYPE
         if kind > _REPLY:
             raise violation("MessageType", f"{name} has type {kind} in its flags {flags:#x}")
@@ -229,21 +127,23 @@ class Decoder:
         if not least <= size <= largest:
             expected = f"{least}" if least == largest else f"{least} to {largest}"
             raise violation("MessageSize", f"{name} announces {size} bytes where {expected} are expected")
+        return (number, command, flags, errno), size - HEADER_BYTES
 
-    def _parse(self, row: Row | None, command: int, flags: int, body: bytes) -> Payload:
+    def _parse(self, header: tuple[int, int, int, int], body: bytes, fds: tuple[OwnedFd, ...]) -> Message:
+        number, command, flags, errno = header
+        reply, no_reply = flags & _TYPE == _REPLY, bool(flags & _NO_REPLY)
+        row = COMMANDS.get(command)
         if row is None:
             # Its fds are closed: nobody can know what they are for.
-            for fd in self._fds:
+            for fd in fds:
                 fd.close()
-            self._fds.clear()
-            return Unknown(body)
-        reply = flags & _TYPE == _REPLY
+            return Message(number, command, Unknown(body), no_reply=no_reply)
         kind = Empty if flags & _ERROR else row.reply if reply else row.payload
         try:
             payload = kind.parse(body)
         except ValueError as error:
             raise violation("MessageSize", f"{_name(command)}: {error}") from error
-        have = len(self._fds)
+        have = len(fds)
         if not reply and row.fd_counts is not None:
             legal = have in row.fd_counts(payload)
         else:
@@ -251,4 +151,5 @@ class Decoder:
             legal = least <= have <= largest
         if not legal:
             raise violation("FdCount", f"{have} fds came with {'a reply to ' if reply else ''}{row.name}")
-        return payload
+        failed = errno if flags & _ERROR else None
+        return Message(number, row.command, payload, reply=reply, no_reply=no_reply, errno=failed, fds=fds)

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 from virtio_test._core import Notifier
 from virtio_test.errors import InvalidArgument, MessageError
 from virtio_test.loop import OwnerLoop
+from virtio_test.sockets.fds import EVENTFD, OwnedFd, kernel_name
 from virtio_test.transport.vhost_user.rings import Kick
 
-from .codec import OwnedFd
 from .messages import IrqIndex, IrqSet
 from .payloads import IrqInfo, SetIrqs
 from .rules import Refused
@@ -233,10 +232,8 @@ class Interrupts:
 
 
 def _check_eventfd(fd: OwnedFd) -> None:
-    target = str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
-    if target != "anon_inode:[eventfd]":
-        # The name of a file is the client's choice: quoted, so that it is one line of a log.
-        raise Refused(errno.EINVAL, "IrqFd", f"the fd is {target!r}")
+    if (name := kernel_name(fd.fileno())) != EVENTFD:
+        raise Refused(errno.EINVAL, "IrqFd", f"the fd is {name!r}")
 
 
 def _notifier(fd: OwnedFd) -> Notifier:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import os
 import select
 import socket
@@ -10,16 +9,14 @@ import stat
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
+
+from virtio_test.sockets.fds import EVENTFD, Received, kernel_name, receive, send
 
 from .codec import Decoder, Message
 from .rules import violation
 
 __all__ = ["Wire"]
-
-_FD_SPACE: Final = socket.CMSG_SPACE(253 * array.array("i").itemsize)
-"""What Linux carries beside one write (SCM_MAX_FD): room for all, so that none is cut off unseen."""
 
 
 class Wire:
@@ -61,22 +58,14 @@ class Wire:
             MessageError: malformed, or broken off.
         """
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(
-                self._decoder.wanted, _FD_SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-            )
+            data, fds, cut = receive(self._socket, self._decoder.wanted, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except OSError:
-            data, ancillary, flags = b"", [], 0
-        fds = array.array("i")
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-        messages = self._decoder.feed(data, fds)
+            data, fds, cut = Received(b"")
+        messages = self._decoder.feed(data, fds, cut=cut)
         for fd in fds:
             _check_kind(fd)
-        if flags & socket.MSG_CTRUNC:
-            raise violation("FdCount", "more fds came than could be taken")
         if not data:
             self.closed = True
             self._decoder.end()
@@ -103,10 +92,7 @@ class Wire:
 
     def _send_some(self, data: bytes, fds: Sequence[int], flags: int) -> int:
         try:
-            if not fds:
-                return self._socket.send(data, flags)
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-            return self._socket.sendmsg([data], ancillary, flags)
+            return send(self._socket, data, fds, flags)
         except BlockingIOError:
             return 0
 
@@ -140,7 +126,5 @@ def _check_kind(fd: int) -> None:
     mode = os.fstat(fd).st_mode
     if stat.S_IFMT(mode) in (stat.S_IFREG, stat.S_IFCHR, stat.S_IFIFO):
         return
-    target = str(Path(f"/proc/self/fd/{fd}").readlink())
-    if target != "anon_inode:[eventfd]":
-        # The name of a file is the peer's choice: quoted, so that it is one line of a log.
-        raise violation("FdType", f"the fd is {target!r}")
+    if (name := kernel_name(fd)) != EVENTFD:
+        raise violation("FdType", f"the fd is {name!r}")

@@ -2,45 +2,40 @@
 
 Theory
 ------
-The socket is read exactly as far as the present message goes, so its fds are known (see `codec`). A request is
+The socket is read exactly as far as the present message goes, so its fds are known (see `sockets.frames`). A request is
 answered before anything else is done; what it set in motion runs in the owner loop afterwards. Nothing waits for
 the front-end: one that does not read its replies is disconnected.
 
-One front-end at a time. Another that connects meanwhile waits in the socket's backlog and is served when the
-first has gone. Whatever ends a connection ends only that: its memory is unmapped, its fds are closed, the device
-is reset, and the next front-end finds the server as the first did.
+One front-end at a time (see `sockets.server`). When a connection ends its memory is unmapped, its fds are closed and
+the device is reset.
 """
 
 from __future__ import annotations
 
-import array
 import logging
 import os
-import signal
 import socket
 import stat
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import Final, Self
+from collections.abc import Callable
+from typing import Final
 
 from virtio_test._core import GuestMemory, Policy
-from virtio_test.clock import Clock, Timer
+from virtio_test.clock import Clock
 from virtio_test.device import Device
 from virtio_test.errors import InvalidArgument, MessageError
 from virtio_test.features import FeatureSet, check_own_offer
-from virtio_test.loop import OwnerLoop
+from virtio_test.loop import OwnerLoop, stopped_by_signals
+from virtio_test.sockets.fds import Received, receive
+from virtio_test.sockets.server import PeerServer
 
 from .codec import Decoder, Message
-from .endpoint import Endpoint
-from .messages import FRONTEND_REQUESTS, MAX_FDS, ProtocolFeature
+from .messages import FRONTEND_REQUESTS, ProtocolFeature
 from .rules import violation
 from .session import SUPPORTED, Session
 
 __all__ = ["DEFAULT_PROTOCOL_FEATURES", "Backend", "serve"]
 
 _log: Final = logging.getLogger("virtio_test.vhost_user")
-_FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
-_ACCEPT_AGAIN_SECONDS: Final = 0.1
 _PARTS_PER_TURN: Final = 64
 """Reads of one turn of the loop, so that a front-end that never stops talking starves nobody."""
 
@@ -49,7 +44,7 @@ DEFAULT_PROTOCOL_FEATURES: Final = SUPPORTED & ~ProtocolFeature.INBAND_NOTIFICAT
 wait for its answer; the protocol itself advises against them where fds can be had."""
 
 
-class Backend:
+class Backend(PeerServer):
     """Serves `device` over a UNIX socket; it is the device's `Bus`.
 
     Args:
@@ -89,10 +84,9 @@ class Backend:
             )
         if foreign := protocol_features & ~SUPPORTED:
             raise InvalidArgument(f"protocol features {foreign!r} are not served here; those served are {SUPPORTED!r}")
+        owner = OwnerLoop() if loop is None else loop
+        super().__init__(path, fd=fd, loop=owner, peer="front-end", log=_log)
         self.device = device
-        self.loop = OwnerLoop() if loop is None else loop
-        self.last_error: MessageError | None = None
-        self.sessions = 0
         self._offered = offered
         self._protocol_features = protocol_features
         self._policy = policy
@@ -100,45 +94,20 @@ class Backend:
         self._session: Session | None = None
         self._socket: socket.socket | None = None
         self._decoder = Decoder(FRONTEND_REQUESTS)
-        self._endpoint = Endpoint(path, fd=fd)
-        self._accept_again: Timer | None = None
         try:
             device.attach(self)
         except BaseException:
-            self._endpoint.close()
+            self.close()
             raise
-        if self._endpoint.connected is not None:
-            self._connected(self._endpoint.connected)
-        else:
-            self._listen()
+        self._start()
 
     def __repr__(self) -> str:
         return f"<Backend of {self.device!r}, {'connected' if self._socket else 'waiting'}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def session(self) -> Session | None:
         """The session of the present front-end."""
         return self._session
-
-    @property
-    def finished(self) -> bool:
-        """Whether no front-end can come any more: the one connection that was given has ended, or we are closed."""
-        return self._socket is None and self._endpoint.listener is None
-
-    def close(self) -> None:
-        """End the connection, stop listening, and remove the socket's file if it is still ours."""
-        self._disconnect()
-        if self._accept_again is not None:
-            self._accept_again.stop()
-        if self._endpoint.listener is not None:
-            self.loop.remove_reader(self._endpoint.listener.fileno())
-        self._endpoint.close()
 
     # --- the device's bus -----------------------------------------------------------------------------------
 
@@ -169,33 +138,9 @@ class Backend:
 
     # --- connections ----------------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
-        if self._endpoint.listener is not None:
-            self.loop.add_reader(self._endpoint.listener.fileno(), self._accept)
-
-    def _accept(self) -> None:
-        listener = self._endpoint.listener
-        if listener is None or self._socket is not None:
-            return
-        try:
-            accepted, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            # Out of fds, for one: the front-end waits in the backlog, where it stays readable, until there are some.
-            if self._accept_again is None:
-                _log.warning("a front-end cannot be accepted now: %s", error.strerror)
-            self.loop.remove_reader(listener.fileno())
-            self._accept_again = Timer(self.clock, self._listen, first_after=_ACCEPT_AGAIN_SECONDS)
-            return
-        self._accept_again = None
-        # The next one is looked at when this one has gone.
-        self.loop.remove_reader(listener.fileno())
-        self._connected(accepted)
-
-    def _connected(self, accepted: socket.socket) -> None:
-        accepted.settimeout(0.0)
-        self._socket = accepted
+    def _begin(self, connection: socket.socket) -> None:
+        connection.settimeout(0.0)
+        self._socket = connection
         self._decoder = Decoder(FRONTEND_REQUESTS)
         self._session = Session(
             self.device,
@@ -205,26 +150,17 @@ class Backend:
             protocol_features=self._protocol_features,
             policy=self._policy,
         )
-        self.sessions += 1
-        self.loop.add_reader(accepted.fileno(), self._readable)
-        _log.info("front-end %d is connected", self.sessions)
 
-    def _disconnect(self) -> None:
+    def _end(self) -> None:
         gone, self._socket = self._socket, None
         session, self._session = self._session, None
-        if gone is None or session is None:
-            return
-        self.loop.remove_reader(gone.fileno())
         try:
-            session.close()
+            if session is not None:
+                session.close()
         finally:
-            gone.close()
-            self._endpoint.connected = None
-            self._decoder = Decoder(FRONTEND_REQUESTS)
-            self._listen()
-        _log.info("front-end %d has gone", self.sessions)
-        if self.finished:
-            self.loop.stop()
+            if gone is not None:
+                gone.close()
+            self._decoder.close()
 
     def _readable(self) -> None:
         try:
@@ -232,9 +168,7 @@ class Backend:
                 if self._socket is None or not self._read_part(self._socket):
                     return
         except MessageError as error:
-            self.last_error = error
-            _log.warning("the connection of front-end %d is ended: %s", self.sessions, error)
-            self._disconnect()
+            self._disconnect(error)
 
     def _read_part(self, connection: socket.socket) -> bool:
         """Read one part of one message; whether there may be more.
@@ -243,21 +177,13 @@ class Backend:
             MessageError: malformed, or refused in a way that ends the connection.
         """
         try:
-            data, ancillary, flags, _ = connection.recvmsg(
-                self._decoder.wanted, _FD_SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-            )
+            data, fds, cut = receive(connection, self._decoder.wanted, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError as error:
             _log.info("front-end %d: %s", self.sessions, error.strerror)
-            data, ancillary, flags = b"", [], 0
-        fds = array.array("i")
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-        messages = self._decoder.feed(data, fds)
-        if flags & socket.MSG_CTRUNC:
-            raise violation("FdCount", "more fds came than could be taken")
+            data, fds, cut = Received(b"")
+        messages = self._decoder.feed(data, fds, cut=cut)
         if not data:
             self._decoder.end()
             self._disconnect()
@@ -341,7 +267,7 @@ def serve(
     owner = OwnerLoop() if loop is None else loop
     # Signals first and last: the socket's file is there for no moment in which one of them could end the process.
     with (
-        _stopped_by_signals(owner),
+        stopped_by_signals(owner),
         Backend(
             device,
             path=path,
@@ -356,19 +282,3 @@ def serve(
         if ready is not None:
             ready(backend)
         owner.run()
-
-
-@contextmanager
-def _stopped_by_signals(loop: OwnerLoop) -> Generator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(_number: int, _frame: object) -> None:
-        loop.stop()
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -29,8 +29,8 @@ from typing import Final
 
 from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig, QueueState, RingLayout
 from virtio_test.errors import InvalidArgument
+from virtio_test.sockets.fds import EVENTFD, OwnedFd, kernel_name
 
-from .codec import OwnedFd
 from .payloads import VringAddress
 from .rules import violation
 
@@ -250,7 +250,5 @@ def _check_kind(fd: OwnedFd, index: int, *, sockets: bool) -> None:
     mode = os.fstat(fd.fileno()).st_mode
     if stat.S_ISFIFO(mode) or (sockets and stat.S_ISSOCK(mode)):
         return
-    target = str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
-    if target != "anon_inode:[eventfd]":
-        # The name of a file is the front-end's choice: quoted, so that it is one line of a log.
-        raise violation("FdType", f"the fd is {target!r}", queue=index)
+    if (name := kernel_name(fd.fileno())) != EVENTFD:
+        raise violation("FdType", f"the fd is {name!r}", queue=index)

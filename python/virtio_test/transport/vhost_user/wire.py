@@ -2,29 +2,26 @@
 
 Theory
 ------
-A socket is read exactly as far as the present message goes, so its fds are known (see `codec`). The bound holds for
-a whole message: a peer that sends a byte now and then cannot make us wait longer than one that sends none.
+A socket is read exactly as far as the present message goes, so its fds are known (see `sockets.frames`). The bound
+holds for a whole message: a peer that sends a byte now and then cannot make us wait longer than one that sends none.
 """
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import struct
 import time
 from collections.abc import Sequence
-from typing import Final
 
 from virtio_test.errors import PeerDisconnected, PeerTimeout
+from virtio_test.sockets.fds import receive, send
 
 from .codec import Decoder, Message
-from .messages import HEADER_BYTES, MAX_FDS
+from .messages import HEADER_BYTES
 from .rules import violation
 
 __all__ = ["Wire", "connect"]
-
-_FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
 def connect(path: str | os.PathLike[str], *, timeout: float = 10.0) -> socket.socket:
@@ -81,7 +78,7 @@ class Wire:
         """
         try:
             self.socket.settimeout(self.timeout)
-            sent = socket.send_fds(self.socket, [data], list(fds), socket.MSG_NOSIGNAL)
+            sent = send(self.socket, data, fds, socket.MSG_NOSIGNAL)
             if sent < len(data):
                 self.socket.sendall(data[sent:], socket.MSG_NOSIGNAL)
         except TimeoutError:
@@ -164,7 +161,7 @@ class Wire:
         try:
             # A moment at least: 0 would mean not to wait at all.
             self.socket.settimeout(max(1e-3, deadline - time.monotonic()))
-            data, ancillary, _, _ = self.socket.recvmsg(self._decoder.wanted, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+            data, fds, cut = receive(self.socket, self._decoder.wanted)
         except TimeoutError:
             raise PeerTimeout(f"the back-end did not answer within {self.timeout:g} s") from None
         except OSError as error:
@@ -172,12 +169,4 @@ class Wire:
         if not data:
             self._decoder.end()
             raise PeerDisconnected("the back-end has closed the connection")
-        return next(self._decoder.feed(data, _fds(ancillary)), None)
-
-
-def _fds(ancillary: Sequence[tuple[int, int, bytes]]) -> Sequence[int]:
-    fds = array.array("i")
-    for level, kind, content in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    return fds
+        return next(self._decoder.feed(data, fds, cut=cut), None)

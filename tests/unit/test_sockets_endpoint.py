@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from virtio_test.errors import InvalidArgument
-from virtio_test.transport.vhost_user.endpoint import MAX_PATH_BYTES, Endpoint
+from virtio_test.sockets.endpoint import MAX_PATH_BYTES, Endpoint
 
 
 def bound(path: Path, *, mode: int | None = None, listening: bool = False) -> socket.socket:
