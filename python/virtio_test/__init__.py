@@ -10,7 +10,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 from ._core import __version__, build_info
-from .errors import DebugBuildWarning
+from .errors import DebugBuildWarning, RuleViolation
 
 if TYPE_CHECKING:
     from ._core import (
@@ -154,6 +154,16 @@ _WHERE: Final = {
     "VirtioMmio": "transport.mmio",
     "VirtioPci": "transport.pci.function",
 }
+
+
+def _explain(violation: RuleViolation) -> str:
+    from .checks.explain import explain
+
+    return explain(violation)
+
+
+# Errors stand below the catalogue that explains them, and may not know it.
+RuleViolation.explainer = _explain
 
 if build_info()["profile"] == "debug":
     warnings.warn("the core of virtio_test is a debug build: slow, not for measuring", DebugBuildWarning, stacklevel=2)

@@ -18,7 +18,8 @@ hands its findings over), and `repr` of an error evaluates back to an equal one.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 
 class VirtioTestError(Exception):
@@ -81,7 +82,10 @@ class RuleViolation(PeerError):
         head: head descriptor index (split) or buffer id (packed), or None.
         descriptor: index of the descriptor in its table, or None.
         address: guest physical address in question, or None.
+        explainer: whoever knows more of rules than their names; the package hands its catalogue in.
     """
+
+    explainer: ClassVar[Callable[[RuleViolation], str] | None] = None
 
     def __init__(
         self,
@@ -115,6 +119,11 @@ class RuleViolation(PeerError):
             "address": self.address,
         }
         return {name: value for name, value in named.items() if value is not None}
+
+    def explain(self) -> str:
+        """All that is known of the rule, for a terminal: clause, outcomes, what others do, a ring that shows it."""
+        explainer = RuleViolation.explainer
+        return str(self) if explainer is None else explainer(self)
 
     def __str__(self) -> str:
         where = ", ".join(

@@ -183,6 +183,19 @@ def drive(*, path: Path, **options: Any) -> None:
     drive(path, **options, show=click.echo)
 
 
+@cli.command(cls=Command)
+@click.argument("rule", required=False)
+@click.option("--list", "all_rules", is_flag=True, help="One line for each rule there is.")
+@_JSON
+def explain(*, rule: str | None, all_rules: bool, as_json: bool) -> None:
+    """Explain RULE: its clause, what follows when it is broken, what others do, and a ring that shows it."""
+    if (rule is None) != all_rules:
+        raise click.UsageError("give the name of one rule, or --list: one of the two")
+    from .explain import explain
+
+    explain(rule, as_json=as_json, show=click.echo)
+
+
 @cli.command()
 @_JSON
 def info(*, as_json: bool) -> None:

@@ -1,0 +1,26 @@
+"""What rules there are, what is broken in a ring at rest, and what to make of it.
+
+`explain` tells all that is known of a rule, `CATALOGUE` holds it as data, and `check_ring` finds every rule that an
+image of guest memory breaks. The judge is always the core: nothing here reads a ring by itself.
+"""
+
+from __future__ import annotations
+
+from .catalogue import CATALOGUE, entries, nearest
+from .entry import Entry, Outcome
+from .example import Example
+from .explain import as_dict, explain, list_rules
+from .minimal import EXAMPLES
+
+__all__ = [
+    "CATALOGUE",
+    "EXAMPLES",
+    "Entry",
+    "Example",
+    "Outcome",
+    "as_dict",
+    "entries",
+    "explain",
+    "list_rules",
+    "nearest",
+]
