@@ -14,7 +14,7 @@ from virtio_test.driver.blk import BlkDriver
 from virtio_test.driver.registers import Registers
 from virtio_test.driver.rng import RngDriver
 from virtio_test.driver.test import TestDriver
-from virtio_test.errors import AnswerViolation, InvalidArgument, PeerError, QueueFull, RequestFailed
+from virtio_test.errors import AnswerViolation, InvalidArgument, PeerError, QueueFull, RequestFailed, StateError
 from virtio_test.features import FeatureSet
 from virtio_test.spec.blk import FEATURE_NAMES, SECTOR
 
@@ -98,7 +98,8 @@ class Work(ABC, Generic[D]):
                 try:
                     flying.append((item, submit(item)))
                     break
-                except QueueFull:
+                except (QueueFull, StateError):
+                    # No descriptors, or no memory for as much at once.
                     if not flying:
                         raise
                     take()
@@ -178,12 +179,22 @@ class BlkWork(Work[BlkDriver]):
 
     def run(self, count: int) -> None:
         """See `Work.run`."""
-        sectors = min(max(_BLOCK, self.driver.block_size) // SECTOR, self.driver.capacity)
+        block = min(max(_BLOCK, self.driver.block_size) // SECTOR, self.driver.sectors_at_once)
+        sectors = min(block, self.driver.capacity)
         if not sectors:
             raise InvalidArgument("the device has no capacity: there is nothing to read")
         self._sectors = sectors
         self._blocks = self.driver.capacity // sectors
         self._queues = self.driver.num_queues
+        try:
+            self._run(count)
+        except InvalidArgument:
+            # What we ask for lies below the capacity that we have seen: it is another one now.
+            if (now := self.driver.capacity) >= self._blocks * sectors:
+                raise
+            raise PeerError(f"the capacity is {now} sectors now, and was at least {self._blocks * sectors}") from None
+
+    def _run(self, count: int) -> None:
         if self._write:
             self._run_writes(count)
         else:
