@@ -89,6 +89,8 @@ class Liar:
                 reply = RegionInfo(32, 3, asked.index, size=len(self._space))
             case IrqInfo():
                 reply = IrqInfo(16, 1, asked.index, count=0xFFFF_FFFF)
+            case RegionAccess(offset=0x80):
+                reply = RegionData(asked.offset, asked.region, asked.count, bytes(1 << 20))
             case RegionAccess():
                 data = bytes(self._space[asked.offset : asked.offset + asked.count])
                 reply = RegionData(asked.offset, asked.region, asked.count, data)
@@ -163,3 +165,11 @@ def test_a_server_that_reads_nothing_gets_no_half_message_and_then_another() -> 
         assert found.value.rule == "RepliesUnread"
         with pytest.raises(PeerDisconnected):
             client.write_bar(0, 0, 4, 1)
+
+
+def test_a_reply_with_a_mebibyte_for_two_bytes_is_one_short_line() -> None:
+    with lied_to() as (client, _):
+        with pytest.raises(MessageError) as found:
+            client.read_config(0x80, 2)
+        assert found.value.rule == "ReplyData"
+        assert len(str(found.value)) < 200

@@ -355,7 +355,11 @@ class VfioUserClient:
             size,
             size,
         ):
-            raise violation("ReplyData", f"{got} answers a read of {size} bytes at {offset:#x} of region {region}")
+            # Not its data: that may be a MiB.
+            what = (
+                f"{len(got.data)} bytes of {got.count} at {got.offset:#x}" if isinstance(got, RegionData) else "nothing"
+            )
+            raise violation("ReplyData", f"{what} answers a read of {size} bytes at {offset:#x} of region {region}")
         return int.from_bytes(got.data, "little")
 
     def _write(self, region: int, offset: int, data: bytes, *, posted: bool) -> None:
