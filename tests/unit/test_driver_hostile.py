@@ -21,6 +21,7 @@ from virtio_test.errors import (
     StatusViolation,
 )
 from virtio_test.features import FeatureSet
+from virtio_test.spec.status import Status
 
 SPLIT = RING_FEATURES - FeatureSet("RING_PACKED")
 ENOUGH = 5000
@@ -237,3 +238,19 @@ def test_more_buffers_than_a_queue_holds_look_for_no_memory() -> None:
     with pytest.raises(InvalidArgument, match="1000001 buffers does not fit a queue of 16"):
         driver.submit(0, [b"x"], [1] * 1_000_000)
     assert driver.arena.used == used
+
+
+def test_what_made_the_driver_give_up_is_what_is_said() -> None:
+    class Mute(Loopback):
+        def queue_max_sizes(self) -> list[int]:
+            raise PeerTimeout("no reply to the read of a queue's size")
+
+        def write_status(self, status: int) -> None:
+            if status & Status.FAILED:
+                raise PeerDisconnected("nobody listens any more")
+            super().write_status(status)
+
+    driver = Driver(Mute(Keeper()))
+    with pytest.raises(PeerTimeout, match="no reply"):
+        driver.initialize()
+    assert not driver.live

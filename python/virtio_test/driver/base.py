@@ -17,6 +17,7 @@ error, each request once. `initialize()` starts anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Final
 
@@ -164,7 +165,9 @@ class Driver:
             self._advance(Status.DRIVER_OK)
         except VirtioTestError:
             self._status |= Status.FAILED
-            self.registers.write_status(self._status)
+            # What made us give up is what there is to say, not how the device takes it.
+            with suppress(PeerError):
+                self.registers.write_status(self._status)
             raise
         try:
             for queue in self.queues.values():
