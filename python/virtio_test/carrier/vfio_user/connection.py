@@ -13,7 +13,8 @@ our reply.
 
 * Commands that touch neither queues nor memory (`Session.is_prompt`) are served at once, if nothing waits before
   them: a guest that reads the ISR, or kicks another time.
-* Any other write to a region is answered at once, and done later.
+* Any other write to a region is answered at once, and done later; so is the moving of memory, which QEMU has it
+  wait for under that lock too, SeaBIOS' first request for one.
 * What is left is a command that waits for its answer behind such a write. Then the access is given up after half
   the time, and fails; the connection lives on.
 
@@ -40,7 +41,7 @@ from .codec import Message, encode
 from .messages import Command
 from .payloads import MAX_DATA, DmaAccess, DmaData, DmaWritten, Payload
 from .rules import violation
-from .session import Answer, Session, failed
+from .session import MOVES, Answer, Session, failed
 from .wire import Wire
 
 __all__ = ["Connection"]
@@ -54,7 +55,8 @@ _MAX_BACKLOG_BYTES: Final = 4 << 20
 _SOON: Final = 0.01
 """Seconds after which a thread reads for itself."""
 _T = TypeVar("_T")
-_WRITES: Final = frozenset({Command.REGION_WRITE, Command.REGION_WRITE_MULTI})
+_INSIDE: Final = MOVES | {Command.REGION_WRITE, Command.REGION_WRITE_MULTI}
+"""What is answered inside of an access, and done after it."""
 
 
 class _Waiter:
@@ -328,9 +330,10 @@ class Connection:
         """A message that came while the device waits."""
         if message.reply:
             self._replied(message)
-        elif not self._backlog and self.session.is_prompt(message):
-            self._serve(message)
-        elif message.command in _WRITES and not any(isinstance(each, Message) for each, _ in list(self._backlog)):
+        elif self.session.is_prompt(message) and all(each == self.session.settle for each, _ in list(self._backlog)):
+            # No register shows where memory lies, so it may go before what moves it.
+            self._serve(message, inside=True)
+        elif message.command in _INSIDE and not any(isinstance(each, Message) for each, _ in list(self._backlog)):
             answer = self._answer(message, inside=True)
             if answer.then is not None:
                 self._postpone(answer.then, message)

@@ -8,6 +8,12 @@ each access, and the `Port` carries it to the client in pieces that the client t
 DMA_UNMAP names a range. What lies in it is unmapped, be it one region, several (QEMU behind an IOMMU names big
 ranges) or none (QEMU's firmware unmaps what was never mapped): all of that succeeds. A range that would cut a
 region in two changes nothing and is refused.
+
+A client may move its memory while an access of ours to it is under way, and answer that access only when we have
+answered all its commands (QEMU does both under one lock). Then the table changes at once, so that the answer is
+true for the commands that follow, and guest memory when the access is over: `later` and `settle`. Until then the
+access, and what the same operation of the device does after it, goes to memory as it was: messages, which the
+client answers or refuses, and files, which it may have unmapped but which are still there.
 """
 
 from __future__ import annotations
@@ -15,7 +21,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 from virtio_test._core import GuestMemory
@@ -74,6 +83,8 @@ class DmaTable:
         self._memory = memory
         self._port = port
         self._regions: dict[int, _Region] = {}
+        self._mapped: dict[int, _Region] = {}
+        self._changes: deque[Callable[[], None]] = deque()
 
     def __repr__(self) -> str:
         return f"<DmaTable of {len(self._regions)} regions>"
@@ -81,8 +92,8 @@ class DmaTable:
     def __len__(self) -> int:
         return len(self._regions)
 
-    def map(self, asked: DmaMap, fd: OwnedFd | None) -> None:
-        """Add a region.
+    def map(self, asked: DmaMap, fd: OwnedFd | None, *, later: bool = False) -> None:
+        """Add a region; to guest memory only with `settle`, if `later`.
 
         Raises:
             Refused: nothing was changed.
@@ -99,18 +110,46 @@ class DmaTable:
             raise Refused(errno.ENOSPC, "DmaSlots", f"{MAX_MAPS} regions are mapped already")
         writable = bool(asked.flags & _WRITEABLE)
         try:
+            if fd is not None:
+                _check_file(region, asked.offset, fd)
+                if later:
+                    fd = OwnedFd(os.dup(fd.fileno()))
+        except OSError as error:
+            raise Refused(errno.EINVAL, "DmaFile", f"{region}: {error.strerror}") from error
+        self._regions[region.address] = region
+        try:
+            self._change(partial(self._add, region, asked.offset, fd, writable=writable), later=later)
+        except Refused:
+            del self._regions[region.address]
+            raise
+
+    def _change(self, change: Callable[[], None], *, later: bool) -> None:
+        if later:
+            self._changes.append(change)
+        else:
+            self.settle()
+            change()
+
+    def settle(self) -> None:
+        """Bring guest memory to what the table says.
+
+        Raises:
+            Refused: a region that was added `later` cannot be mapped.
+        """
+        while self._changes:
+            self._changes.popleft()()
+
+    def _add(self, region: _Region, offset: int, fd: OwnedFd | None, *, writable: bool) -> None:
+        try:
             if fd is None:
                 self._add_remote(region, writable=writable)
             else:
-                _check_file(region, asked.offset, fd)
-                self._memory.add_region(
-                    region.address, region.size, fd=fd.fileno(), offset=asked.offset, writable=writable
-                )
+                self._memory.add_region(region.address, region.size, fd=fd.fileno(), offset=offset, writable=writable)
         except InvalidArgument as error:
             raise Refused(errno.EINVAL, "DmaRange", str(error)) from error
         except OSError as error:
             raise Refused(errno.EINVAL, "DmaFile", f"{region}: {error.strerror}") from error
-        self._regions[region.address] = region
+        self._mapped[region.address] = region
 
     def _add_remote(self, region: _Region, *, writable: bool) -> None:
         self._memory.add_remote(
@@ -120,8 +159,8 @@ class DmaTable:
             write=self._port.dma_write if writable else None,
         )
 
-    def unmap(self, asked: DmaUnmap) -> None:
-        """Take away what lies in a range; when this returns, nothing uses it any more.
+    def unmap(self, asked: DmaUnmap, *, later: bool = False) -> None:
+        """Take away what lies in a range; when this returns, or with `settle` if `later`, nothing uses it any more.
 
         Raises:
             Refused: nothing was changed.
@@ -133,7 +172,7 @@ class DmaTable:
         if asked.flags & _ALL:
             if asked.address or asked.size:
                 raise Refused(errno.EINVAL, "UnmapFlags", "all is to be unmapped, and a range is named")
-            self.clear()
+            self._remove(list(self._regions.values()), later=later)
             return
         found = _Region(asked.address, asked.size)
         if not found.size or found.end > _END:
@@ -144,17 +183,23 @@ class DmaTable:
                 inside.append(region)
             elif found.address < region.end and region.address < found.end:
                 raise Refused(errno.EINVAL, "UnmapSplit", f"{found} would cut {region} in two")
-        for region in inside:
-            self._remove(region)
+        self._remove(inside, later=later)
 
-    def _remove(self, region: _Region) -> None:
+    def _remove(self, regions: list[_Region], *, later: bool) -> None:
+        for region in regions:
+            self._change(partial(self._drop, region), later=later)
+            del self._regions[region.address]
+
+    def _drop(self, region: _Region) -> None:
         self._memory.remove_region(region.address, region.size)
-        del self._regions[region.address]
+        del self._mapped[region.address]
 
     def clear(self) -> None:
         """Take everything away."""
-        for region in list(self._regions.values()):
-            self._remove(region)
+        self._changes.clear()
+        self._regions.clear()
+        for region in list(self._mapped.values()):
+            self._drop(region)
 
 
 def _check_file(region: _Region, offset: int, fd: OwnedFd) -> None:

@@ -49,7 +49,7 @@ from .payloads import (
 )
 from .rules import Refused, violation
 
-__all__ = ["Answer", "Session"]
+__all__ = ["MOVES", "Answer", "Session"]
 
 _log: Final = logging.getLogger("virtio_test.vfio_user")
 
@@ -65,6 +65,9 @@ _PROMPT: Final = frozenset(
     }
 )
 """Commands that touch neither queues nor guest memory."""
+
+MOVES: Final = frozenset({_C.DMA_MAP, _C.DMA_UNMAP})
+"""Commands that move memory: inside of an access they can be answered, and are done to guest memory after it."""
 
 _HOLD_SECONDS: Final = 0.05
 _LOGGED_REFUSALS: Final = 20
@@ -106,6 +109,7 @@ class Session:
         self.client: Capabilities | None = None
         self._sizes = {bar.index: bar.size for bar in endpoint.bars} | {int(RegionIndex.CONFIG): endpoint.config_size}
         self._held: Timer | None = None
+        self._inside = False
         self._refusals = 0
         self._handlers: dict[int, Callable[[Message], Payload | None]] = {
             _C.VERSION: self._version,
@@ -136,7 +140,8 @@ class Session:
 
         Args:
             message: a command.
-            inside: the device is in the middle of something, so a hold goes on.
+            inside: the device is in the middle of something, so a hold goes on, and `MOVES` change only what is
+                answered; what the answer wants done changes guest memory.
 
         Raises:
             MessageError: the connection must end.
@@ -146,15 +151,17 @@ class Session:
                 "VersionFirst",
                 "VERSION came again" if self.client else f"{message.name} came before VERSION",
             )
-        if message.command not in (_C.DMA_MAP, _C.DMA_UNMAP) and not inside:
+        if message.command not in MOVES and not inside:
             self._release()
         then: Callable[[], None] | None = None
+        self._inside = inside
         try:
             writer = self._writers.get(message.command)
             if writer is not None:
                 payload, then = writer(message)
             else:
                 payload = self._handler(message)(message)
+                then = self.settle if inside and message.command in MOVES else None
         except Refused as refused:
             if message.no_reply:
                 raise refused.error from None
@@ -207,17 +214,33 @@ class Session:
 
     def _dma_map(self, message: Message) -> None:
         assert isinstance(message.payload, DmaMap)
-        self.dma.map(message.payload, message.fds[0] if message.fds else None)
+        self.dma.map(message.payload, message.fds[0] if message.fds else None, later=self._inside)
 
     def _dma_unmap(self, message: Message) -> Payload:
         assert isinstance(message.payload, DmaUnmap)
+        if not self._inside:
+            self._hold()
+        self.dma.unmap(message.payload, later=self._inside)
+        return message.payload
+
+    def settle(self) -> None:
+        """Do to guest memory what was answered inside of an access.
+
+        Raises:
+            MessageError: it cannot be done, and the client believes that it was.
+        """
+        self._hold()
+        try:
+            self.dma.settle()
+        except Refused as refused:
+            raise refused.error from None
+
+    def _hold(self) -> None:
         if self._held is None:
             self.endpoint.hold()
         else:
             self._held.stop()
         self._held = Timer(self.endpoint.loop.clock, self._release, first_after=_HOLD_SECONDS)
-        self.dma.unmap(message.payload)
-        return message.payload
 
     def _release(self) -> None:
         if self._held is not None:
