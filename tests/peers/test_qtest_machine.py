@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from virtio_test.spec.pci import CapType
 
 from tests.kernel import build
 from tests.peers.machines import World
+from tests.unit.world import open_fds
 
 RNG = ["-object", "rng-random,id=r0,filename=/dev/urandom"]
 
@@ -171,13 +171,8 @@ def test_configuration_changes_arrive(
 # --- ends -----------------------------------------------------------------------------------------------------
 
 
-def fds() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - as many as there are, not their paths
-
-
 def test_nothing_is_left_behind() -> None:
-    gc.collect()
-    before = fds()
+    before = open_fds()
     here = machine(device("packed=on"))
     pid, folder = here.process.pid, here.process.folder
     assert pid is not None
@@ -192,8 +187,7 @@ def test_nothing_is_left_behind() -> None:
         driver.initialize()
     # Loop and memory close their own fds when nobody has them any more; they know each other, in a circle.
     del here, driver
-    gc.collect()
-    assert fds() == before
+    assert open_fds() == before
 
 
 def test_a_qemu_that_does_not_come_up_says_why() -> None:

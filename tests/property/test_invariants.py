@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import event, given
@@ -16,6 +15,7 @@ from tests.property.ends import EVENT_IDX, IN_ORDER, INDIRECT_DESC, ModelDriverE
 from tests.property.play import guest, play, transcript
 from tests.property.shapes import Script, scripts
 from tests.property.watch import Watch, WatchedEnd
+from tests.unit.world import mapped_files, open_fds
 
 # ------------------------------------------------------------------------------------------------------ legal traffic
 
@@ -156,7 +156,7 @@ def test_a_thousand_malformed_rings_leave_nothing_behind() -> None:
     """V12: file descriptors and mappings of the process return to where they were."""
 
     def held() -> tuple[int, int]:
-        return len(list(Path("/proc/self/fd").iterdir())), Path("/proc/self/maps").read_text().count("memfd")
+        return open_fds(), mapped_files()
 
     def attack() -> None:
         bench = Bench(packed=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from virtio_test.spec.console import CONTROL, FEATURE_NAMES, RESIZE, ControlEven
 from virtio_test.spec.ids import DeviceId
 
 from .class_world import RINGS, WAYS, errors, indirect, reach
+from .world import open_fds
 
 
 class Sink:
@@ -502,10 +502,6 @@ def test_bad_states_change_nothing() -> None:
     single = ConsoleDevice(Sink()).save()
     with pytest.raises(SavedStateError):
         device.restore(single)
-
-
-def open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.mark.parametrize("end", ["terminal", "controller"])

@@ -6,7 +6,6 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -35,6 +34,8 @@ from virtio_test.errors import (
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
 from virtio_test.spec.status import Status
+
+from .world import open_fds
 
 Ring = Literal["split", "packed"]
 RINGS = pytest.mark.parametrize("ring", ["split", "packed"])
@@ -241,9 +242,6 @@ def test_ten_thousand_requests_leave_nothing_behind(ring: Ring) -> None:
 @pytest.mark.parametrize("detach", [False, True])
 def test_what_is_thrown_away_is_gone(detach: bool) -> None:
     # Loopback, queues and notifiers refer to each other through the core; the collector must see through it.
-    def fds() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
     def one() -> weakref.ref[Loopback]:
         loopback = Loopback(TestDevice(timer=True, console=lambda _: None))
         driver = TestDriver(loopback, timer=True, console=lambda _: None)
@@ -253,12 +251,11 @@ def test_what_is_thrown_away_is_gone(detach: bool) -> None:
             driver.detach()
         return weakref.ref(loopback)
 
-    gc.collect()
-    before = fds()
+    before = open_fds()
     made = [one() for _ in range(20)]
     gc.collect()
     assert [each() for each in made] == [None] * 20
-    assert fds() == before
+    assert open_fds() == before
 
 
 # --- reset of one queue ------------------------------------------------------------------------------------

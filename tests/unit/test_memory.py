@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from virtio_test._core import GuestMemory, Trace
 from virtio_test.errors import InvalidArgument
+
+from .world import mapped_files, open_fds
 
 PAGE = 4096
 
@@ -35,10 +35,6 @@ def file() -> Iterator[int]:
 def plain(array: np.ndarray[Any, Any]) -> Any:
     """The array itself; numpy's types say that it is a buffer only from Python 3.12 on."""
     return array
-
-
-def maps() -> int:
-    return sum("virtio-test-memory" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 def test_repr_evaluates_back() -> None:
@@ -137,16 +133,14 @@ def test_regions_are_added_and_removed_whole_or_not_at_all(memory: GuestMemory, 
 
 
 def test_fds_and_mappings_come_and_go_together(file: int) -> None:
-    gc.collect()  # what earlier tests left to the collector is not ours
-    fds, mapped = len(list(Path("/proc/self/fd").iterdir())), maps()
+    before = open_fds(), mapped_files()
     for _ in range(100):
         memory = GuestMemory([(0, PAGE)])
         memory.add_region(PAGE, PAGE, fd=file)
         with pytest.raises(InvalidArgument):
             memory.replace([(0, PAGE, file, 0), (0, PAGE, file, 0)])
         del memory
-    gc.collect()
-    assert (len(list(Path("/proc/self/fd").iterdir())), maps()) == (fds, mapped)
+    assert (open_fds(), mapped_files()) == before
 
 
 def test_a_live_view_shows_the_bytes_themselves_and_keeps_them_mapped(memory: GuestMemory) -> None:
@@ -163,14 +157,13 @@ def test_a_live_view_shows_the_bytes_themselves_and_keeps_them_mapped(memory: Gu
     memory.write(10, view)
     memory.read_into(8, words)
     assert memory.read(8, 6) == b"\x04\x03\x04\x03\x02\x01"
-    before = maps()
+    before = mapped_files()
     memory.remove_region(0, 16 * PAGE)
-    assert maps() == before
+    assert mapped_files() == before
     assert (bytes(view[:4]), memory.is_mapped(8, 1)) == (b"\x04\x03\x04\x03", False)
     view.release()
     words.release()
-    gc.collect()
-    assert maps() == before - 1
+    assert mapped_files() == before - 1
     with pytest.raises(InvalidArgument, match="one region"):
         GuestMemory([(0, PAGE), (PAGE, PAGE)]).live_view(PAGE - 1, 2)
 

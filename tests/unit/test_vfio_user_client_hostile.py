@@ -27,7 +27,8 @@ from virtio_test.carrier.vfio_user.payloads import (
 from virtio_test.carrier.vfio_user.vectors import MAX_VECTORS
 from virtio_test.errors import MessageError, PeerDisconnected, PeerTimeout
 
-from .vfio_user_world import eventually, open_fds, small_memory
+from .vfio_user_world import small_memory
+from .world import eventually, open_fds
 
 _MSIX_AT = 0x40
 

@@ -6,7 +6,6 @@ import itertools
 import os
 import struct
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +40,8 @@ from virtio_test.carrier.vfio_user.payloads import (
 from virtio_test.carrier.vfio_user.rules import MESSAGE_RULES, violation
 from virtio_test.errors import MessageError
 
+from .world import a_fd, open_fds
+
 ROWS = list(COMMANDS.values())
 KINDS = sorted({row.payload for row in ROWS} | {row.reply for row in ROWS}, key=lambda kind: kind.__name__)
 FROM_CLIENT = [row for row in ROWS if not row.from_server]
@@ -48,14 +49,6 @@ FROM_CLIENT = [row for row in ROWS if not row.from_server]
 
 def header(number: int, command: int, size: int, flags: int = 0, errno: int = 0) -> bytes:
     return struct.pack("=HHIII", number, command, size, flags, errno)
-
-
-def open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def a_fd() -> int:
-    return os.open("/dev/null", os.O_RDONLY)
 
 
 def decode(data: bytes, fds: list[int] | None = None, *, decoder: Decoder | None = None) -> list[Message]:

@@ -49,14 +49,12 @@ from .vfio_user_world import (
     Server,
     a_file,
     bring_up,
-    eventually,
-    mapped_files,
-    open_fds,
     served,
     serving,
     silent,
     small_memory,
 )
+from .world import eventually, mapped_files, open_fds
 
 Frame = tuple[bytes, int]
 """The bytes of a message and how many fds go with it."""

@@ -22,7 +22,8 @@ from virtio_test.loop import OwnerLoop
 from virtio_test.spec import pcibus
 from virtio_test.transport.pci.interface import InterruptSink
 
-from .vfio_user_world import MODERN_BAR, Server, bring_up, open_fds, serving, silent, small_memory
+from .vfio_user_world import MODERN_BAR, Server, bring_up, serving, silent, small_memory
+from .world import open_fds
 
 NONE, BOOL, EVENTFD = IrqSet.DATA_NONE, IrqSet.DATA_BOOL, IrqSet.DATA_EVENTFD
 MASK, UNMASK, TRIGGER = IrqSet.MASK, IrqSet.UNMASK, IrqSet.TRIGGER

@@ -37,14 +37,12 @@ from .vfio_user_world import (
     STATUS,
     Server,
     bring_up,
-    eventually,
-    mapped_files,
-    open_fds,
     served,
     serving,
     silent,
     small_memory,
 )
+from .world import eventually, mapped_files, open_fds
 
 PATIENCE = 0.5
 NEEDS_RESET = 0x40

@@ -53,13 +53,12 @@ from .vfio_user_world import (
     Watched,
     a_file,
     bring_up,
-    eventually,
-    open_fds,
     served,
     serving,
     silent,
     small_memory,
 )
+from .world import eventually, open_fds
 
 CONFIG = RegionIndex.CONFIG
 

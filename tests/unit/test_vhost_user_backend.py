@@ -20,7 +20,8 @@ from virtio_test.transport.vhost_user.messages import BackendRequest, ProtocolFe
 from virtio_test.transport.vhost_user.payloads import U64, VringState
 from virtio_test.transport.vhost_user.session import SUPPORTED
 
-from .vhost_user_world import Server, eventually, guest, open_fds, serving
+from .vhost_user_world import Server, guest, serving
+from .world import eventually, open_fds
 
 F = ProtocolFeature
 BOTH = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])

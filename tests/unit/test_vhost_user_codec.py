@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -28,17 +27,11 @@ from virtio_test.transport.vhost_user.payloads import (
     VringState,
 )
 
+from .world import a_fd, open_fds
+
 
 def header(request: int, flags: int, size: int) -> bytes:
     return struct.pack("=III", request, flags, size)
-
-
-def open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def a_fd() -> int:
-    return os.open("/dev/null", os.O_RDONLY)
 
 
 def decode(data: bytes, fds: list[int] | None = None, *, decoder: Decoder | None = None) -> list[Message]:

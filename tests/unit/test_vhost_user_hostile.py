@@ -31,7 +31,8 @@ from virtio_test.transport.vhost_user.payloads import (
     VringState,
 )
 
-from .vhost_user_world import Guest, Server, eventually, guest, open_fds, serving
+from .vhost_user_world import Guest, Server, guest, serving
+from .world import eventually, open_fds
 
 PAGE = 4096
 U = USER_OFFSET

@@ -20,7 +20,7 @@ from virtio_test.transport.vhost_user.registers import VhostUserRegisters
 
 from .vhost_user_peer import PROTOCOL, memfd
 from .vhost_user_recorder import PACKED_STEPS, SPLIT_STEPS, Killed, recorder
-from .vhost_user_world import eventually, open_fds
+from .world import eventually, open_fds
 
 SIZE = 16
 

@@ -30,7 +30,8 @@ from virtio_test.transport.vhost_user.messages import Request
 from virtio_test.transport.vhost_user.payloads import U64, VringAddress, VringState
 from virtio_test.transport.vhost_user.rings import Kick
 
-from .vhost_user_world import BUFFERS, MEMORY_BYTES, SIZE, Server, eventually, guest, open_fds, serving
+from .vhost_user_world import BUFFERS, MEMORY_BYTES, SIZE, Server, guest, serving
+from .world import eventually, open_fds
 
 
 @pytest.fixture

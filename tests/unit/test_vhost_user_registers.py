@@ -20,7 +20,8 @@ from virtio_test.spec.ids import TEST_DEVICE_ID
 from virtio_test.transport.vhost_user.messages import ProtocolFeature, Request
 from virtio_test.transport.vhost_user.registers import VhostUserRegisters
 
-from .vhost_user_world import PATIENCE, eventually, open_fds, serving
+from .vhost_user_world import serving
+from .world import PATIENCE, eventually, open_fds
 
 F = ProtocolFeature
 RINGS = pytest.mark.parametrize("ring", ["split", "packed"])

@@ -27,7 +27,7 @@ from virtio_test.transport.vhost_user.registers import VhostUserRegisters
 
 from . import vhost_user_peer as peers
 from .vhost_user_peer import PROTOCOL, Fault, Peer, peer
-from .vhost_user_world import eventually, open_fds
+from .world import eventually, open_fds
 
 R = Request
 TIMEOUT = 10.0

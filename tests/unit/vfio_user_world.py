@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import threading
-import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 
 from virtio_test._core import GuestMemory
@@ -22,7 +18,8 @@ from virtio_test.transport.pci.flavours import Flavour
 from virtio_test.transport.pci.function import VirtioPci
 from virtio_test.transport.pci.interface import PciEndpoint
 
-PATIENCE = 10.0
+from .world import ServerThread, eventually
+
 PAGE = 4096
 MODERN_BAR = 4
 STATUS = 0x14
@@ -33,31 +30,10 @@ def silent(_line: str) -> None:
     """A console that nobody reads."""
 
 
-def open_fds() -> int:
-    gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def mapped_files() -> int:
-    """Mappings of shared files: guest memory, ours and the other side's."""
-    gc.collect()
-    return Path("/proc/self/maps").read_text().count("/memfd:")
-
-
 def a_file(size: int = PAGE) -> int:
     fd = os.memfd_create("region", os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
     return fd
-
-
-def eventually(holds: Callable[[], bool], *, patience: float = PATIENCE) -> bool:
-    """Whether `holds` becomes true in time."""
-    end = time.monotonic() + patience
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 class Watched(VirtioPci):
@@ -76,7 +52,7 @@ class Watched(VirtioPci):
         super().release()
 
 
-class Server:
+class Server(ServerThread):
     """A `VfioUserServer` of a PCI function, the test device's if none is given, running in a thread."""
 
     def __init__(
@@ -87,22 +63,12 @@ class Server:
         flavour: Flavour = "transitional",
         patience: float = 2.0,
     ) -> None:
-        self.path = path
         if endpoint is None:
             device = TestDevice(console=silent)
             endpoint = VirtioPci(device, flavour=flavour, loop=OwnerLoop(), memory=GuestMemory())
         self.endpoint = endpoint
-        self.loop = endpoint.loop
         self.server = VfioUserServer(endpoint, path=path, patience=patience)
-        self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.loop.run()
-        except BaseException as error:  # noqa: BLE001 - raised again where the test ends
-            self.failure = error
+        super().__init__(path, self.server)
 
     @property
     def last_error(self) -> MessageError | None:
@@ -117,29 +83,16 @@ class Server:
 
         return eventually(nothing_left)
 
-    def close(self) -> None:
-        self.loop.stop()
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
-        self.server.close()
-        if self.failure is not None:
-            raise self.failure
 
-
-@contextmanager
 def serving(
     path: Path,
     endpoint: PciEndpoint | None = None,
     *,
     flavour: Flavour = "transitional",
     patience: float = 2.0,
-) -> Generator[Server]:
+) -> closing[Server]:
     """A server at `path`, which must live to the end."""
-    server = Server(path, endpoint, flavour=flavour, patience=patience)
-    try:
-        yield server
-    finally:
-        server.close()
+    return closing(Server(path, endpoint, flavour=flavour, patience=patience))
 
 
 def small_memory() -> GuestMemory:

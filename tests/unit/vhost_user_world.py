@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import gc
 import struct
-import threading
-import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Generator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from virtio_test._core import DriverQueue, GuestMemory, Notifier, Policy, QueueConfig, RingLayout
 from virtio_test.devices.test import TestDevice
 from virtio_test.features import FeatureSet
-from virtio_test.loop import OwnerLoop
 from virtio_test.transport.vhost_user.backend import DEFAULT_PROTOCOL_FEATURES, Backend
 from virtio_test.transport.vhost_user.frontend import FrontEnd, FrontEndRing
 from virtio_test.transport.vhost_user.messages import ProtocolFeature
+
+from .world import PATIENCE, ServerThread, eventually
 
 REQUEST = struct.Struct("<4I32s")
 RESPONSE = struct.Struct("<3I")
 SIZE = 128
 MEMORY_BYTES = 1 << 20
 BUFFERS = 0x8_0000
-PATIENCE = 10.0
 
 
-def open_fds() -> int:
-    gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def eventually(holds: Callable[[], bool], *, patience: float = PATIENCE) -> bool:
-    """Whether `holds` becomes true in time."""
-    end = time.monotonic() + patience
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
-
-
-class Server:
+class Server(ServerThread):
     """A `Backend` of a test device, running in a thread."""
 
     def __init__(
@@ -55,44 +37,20 @@ class Server:
         policy: Policy = Policy.interop,
     ) -> None:
         self.lines: list[str] = []
-        self.path = path
         self.device = TestDevice(console=self.lines.append) if device is None else device
-        self.loop = OwnerLoop()
         self.backend = Backend(
             self.device,
             path=path,
-            loop=self.loop,
             features=features,
             protocol_features=protocol_features,
             policy=policy,
         )
-        self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.loop.run()
-        except BaseException as error:  # noqa: BLE001 - raised again where the test ends
-            self.failure = error
-
-    def close(self) -> None:
-        self.loop.stop()
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
-        self.backend.close()
-        if self.failure is not None:
-            raise self.failure
+        super().__init__(path, self.backend)
 
 
-@contextmanager
-def serving(path: Path, device: TestDevice | None = None, **options: object) -> Generator[Server]:
+def serving(path: Path, device: TestDevice | None = None, **options: object) -> closing[Server]:
     """A server at `path`, which must live to the end."""
-    server = Server(path, device, **options)  # type: ignore[arg-type]
-    try:
-        yield server
-    finally:
-        server.close()
+    return closing(Server(path, device, **options))  # type: ignore[arg-type]
 
 
 @dataclass
