@@ -299,4 +299,4 @@ def test_drive_takes_it_for_something_else(daemon: Callable[..., Daemon]) -> Non
     shown: list[str] = []
     with pytest.raises((PeerTimeout, PeerDisconnected, MessageError)):
         drive(disk.path, device="rng", timeout=1.0, show=shown.append)
-    assert "findings  1" in shown[0]
+    assert "findings   1" in shown[0]
