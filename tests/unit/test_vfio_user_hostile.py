@@ -259,6 +259,8 @@ def test_a_connection_that_ends_in_a_message(server: Server, length: int) -> Non
     assert eventually(lambda: server.last_error is not None)
     assert server.last_error is not None
     assert server.last_error.rule == "Truncated"
+    # It must not hold what was on the stack when it was raised.
+    assert server.last_error.__traceback__ is None
     assert server.idle()
     assert Count() == before
     served(server)

@@ -121,6 +121,8 @@ def test_a_connection_that_ends_in_a_message(server: Server) -> None:
     assert eventually(lambda: server.backend.last_error is not None)
     assert server.backend.last_error is not None
     assert server.backend.last_error.rule == "Truncated"
+    # It must not hold what was on the stack when it was raised.
+    assert server.backend.last_error.__traceback__ is None
     served(server)
 
 
