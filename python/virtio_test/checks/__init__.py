@@ -10,6 +10,7 @@ from .catalogue import CATALOGUE, entries, nearest
 from .entry import Entry, Outcome
 from .example import Example
 from .explain import as_dict, explain, list_rules
+from .lint import check_ring
 from .minimal import EXAMPLES
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Example",
     "Outcome",
     "as_dict",
+    "check_ring",
     "entries",
     "explain",
     "list_rules",

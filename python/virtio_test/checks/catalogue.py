@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from itertools import chain
 from types import MappingProxyType
 from typing import Final
 
@@ -13,13 +14,15 @@ from .functions import CLASS_ENTRIES, PCI_ENTRIES
 from .messages import MESSAGE_ENTRIES
 from .registers import REGISTER_ENTRIES
 from .rings import RING_ENTRIES
+from .suppression import SUPPRESSION_ENTRIES
 
 __all__ = ["CATALOGUE", "entries", "nearest"]
 
 
 def _by_name() -> dict[str, tuple[Entry, ...]]:
     found: dict[str, tuple[Entry, ...]] = {}
-    for entry in (*RING_ENTRIES, *REGISTER_ENTRIES, *PCI_ENTRIES, *CLASS_ENTRIES, *MESSAGE_ENTRIES):
+    tables = (RING_ENTRIES, SUPPRESSION_ENTRIES, REGISTER_ENTRIES, PCI_ENTRIES, CLASS_ENTRIES, MESSAGE_ENTRIES)
+    for entry in chain.from_iterable(tables):
         found[entry.name] = (*found.get(entry.name, ()), entry)
     return found
 

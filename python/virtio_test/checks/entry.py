@@ -25,6 +25,7 @@ class Outcome(StrEnum):
     UNUSED = "the structure is not used, and opening fails when a driver cannot do without it"
     RAISED = "raised to the caller; the driver end goes no further"
     FAILED = "the request fails with it"
+    SHOWN = "told of a ring at rest (`virtio-test check`); a running queue ignores it"
     OURS = "not the other side's fault: the device gives up by its own decision, and needs a reset"
     ENDED = "the connection is ended"
     ANSWERED = "answered with an error; nothing is changed"

@@ -71,10 +71,17 @@ class Example:
     pops: int | None = None
     tolerated: bool = False
 
+    def image(self, policy: Policy = Policy.strict) -> tuple[GuestMemory, QueueConfig]:
+        """The ring in fresh memory before anybody meets it, and its queue."""
+        memory = _memory()
+        if self.end == "driver":
+            self._fill_driver(memory, policy)
+        self._put(memory, self.writes)
+        return memory, self._queue_config(policy)
+
     def run(self, policy: Policy = Policy.strict) -> QueueViolation | None:
         """Build it in fresh memory and let a real queue meet it; what it finds broken, or None."""
-        memory = GuestMemory([(0, RAM)])
-        memory.add_region(ROM, 4096, writable=False)
+        memory = _memory()
         try:
             if self.end == "driver":
                 self._meet_driver(memory, policy)
@@ -144,12 +151,16 @@ class Example:
                 self._put(memory, self.later)
 
     def _meet_driver(self, memory: GuestMemory, policy: Policy) -> None:
-        queue = DriverQueue(memory, self._queue_config(policy))
-        queue.add([], [(BUFFER, 16)])
-        queue.publish()
+        queue = self._fill_driver(memory, policy)
         self._put(memory, self.writes)
         while queue.get_used() is not None:
             pass
+
+    def _fill_driver(self, memory: GuestMemory, policy: Policy) -> DriverQueue:
+        queue = DriverQueue(memory, self._queue_config(policy))
+        queue.add([], [(BUFFER, 16)])
+        queue.publish()
+        return queue
 
     def _put(self, memory: GuestMemory, writes: tuple[Write, ...]) -> None:
         ring, entries = self._layout(), RingLayout(_TABLE_SIZE, packed=self.packed, desc=TABLE)
@@ -158,6 +169,12 @@ class Example:
             known = name.replace("table.", "desc.", 1)
             width = layout.fields()[known][1]
             memory.write(layout.at(known, index), value.to_bytes(width, "little"))
+
+
+def _memory() -> GuestMemory:
+    memory = GuestMemory([(0, RAM)])
+    memory.add_region(ROM, 4096, writable=False)
+    return memory
 
 
 def _told(writes: tuple[Write, ...]) -> Iterator[str]:
