@@ -196,6 +196,44 @@ def explain(*, rule: str | None, all_rules: bool, as_json: bool) -> None:
     explain(rule, as_json=as_json, show=click.echo)
 
 
+@cli.command(cls=Command)
+@click.argument("dump", type=click.Path(path_type=Path))
+@click.option(
+    "--queue",
+    type=click.Path(path_type=Path),
+    help="JSON object that describes the queue by the names of these options (avail_from for --avail-from).",
+)
+@click.option("--at", metavar="ADDRESS", default=None, help="Guest address of the dump's first byte, else 0.")
+@click.option("--size", metavar="N", default=None, help="Descriptors of the queue.")
+@click.option("--desc", metavar="ADDRESS", default=None, help="Descriptor table, or ring of a packed queue.")
+@click.option("--driver", metavar="ADDRESS", default=None, help="Avail ring, or driver event area.")
+@click.option("--device", metavar="ADDRESS", default=None, help="Used ring, or device event area.")
+@click.option("--packed", is_flag=True, default=None, help="The queue is packed.")
+@click.option("--features", metavar="NAMES", default=None, help="Negotiated: NAME,NAME or a number of bits.")
+@click.option("--index", metavar="N", default=None, help="Number of the queue in its device, for messages.")
+@click.option(
+    "--avail-from",
+    metavar="N",
+    default=None,
+    help="What the device pops next: an avail index (used.idx); packed: slot, and 0x8000 for wrap counter 1 (0x8000).",
+)
+@click.option("--taken", metavar="N", default=None, help="Used index up to which the driver took elements (split).")
+@click.option(
+    "--policy", type=click.Choice(["interop", "strict"]), default=None, help="What is tolerated; strict if not given."
+)
+@_JSON
+@click.pass_context
+def check(ctx: click.Context, *, dump: Path, **options: Any) -> None:
+    """Find everything that is broken in a queue of DUMP, a raw file of guest memory at rest.
+
+    The queue is described by --size, --desc, --driver and --device, or by --queue. Addresses are guest addresses,
+    decimal or with 0x. Each finding is one line and the exit status 1; it is 0 when nothing is broken.
+    """
+    from .check import check
+
+    ctx.exit(check(dump, **options, show=click.echo))
+
+
 @cli.command()
 @_JSON
 def info(*, as_json: bool) -> None:
