@@ -83,6 +83,7 @@ def test_a_wrong_name_is_answered_with_the_nearest_ones() -> None:
         checks.explain("%%%")
     assert checks.explain("nextoutofrange") == checks.explain("NextOutOfRange")
     assert "QueueSizeZero" in checks.nearest("sizezero")
+    assert "NotNegotiated" in checks.nearest("neg", count=9)
 
 
 def test_the_list_has_every_entry_once() -> None:

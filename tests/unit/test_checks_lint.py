@@ -134,14 +134,23 @@ def test_every_area_is_told_and_the_chains_where_they_can_be_found() -> None:
 
     def moved(**areas: int) -> QueueConfig:
         places = {"desc": layout.desc, "driver": layout.driver, "device": layout.device} | areas
-        return QueueConfig(4, desc=places["desc"], driver=places["driver"], device=places["device"])
+        return QueueConfig(4, desc=places["desc"], driver=places["driver"], device=places["device"], index=5)
 
     assert sorted(each.rule for each in check_ring(memory, moved(desc=RING + 8, driver=NOWHERE, device=RING + 1))) == [
         "RingMisaligned",
         "RingMisaligned",
         "RingUnmapped",
     ]
-    assert [each.rule for each in check_ring(memory, moved(device=NOWHERE))] == ["RingUnmapped", "UnmappedAddress"]
+    found = check_ring(memory, moved(device=NOWHERE))
+    assert [(each.rule, each.queue) for each in found] == [("RingUnmapped", 5), ("UnmappedAddress", 5)]
+    assert [each.rule for each in check_ring(memory, moved(driver=NOWHERE))] == ["RingUnmapped"]
+
+
+def test_a_packed_ring_is_followed_without_its_event_areas() -> None:
+    memory, config = packed(*desc(0, NOWHERE, 16, AVAIL, of="id"))
+    alone = QueueConfig(4, desc=config.desc, driver=1, device=2, features=RING_PACKED)
+    found = [each.rule for each in check_ring(memory, alone)]
+    assert sorted(found) == ["RingMisaligned", "RingMisaligned", "UnmappedAddress"]
 
 
 def test_a_repeated_head_is_told_each_time_but_the_first() -> None:
@@ -149,7 +158,7 @@ def test_a_repeated_head_is_told_each_time_but_the_first() -> None:
     memory, config = split(*desc(1, BUFFER, 1), *desc(2, BUFFER, 1), *heads, ("avail.idx", 0, 4))
     found = check_ring(memory, config)
     assert told(found) == [("HeadInFlight", 2), ("HeadInFlight", 3)]
-    assert [each.head for each in found] == [2, 2]
+    assert [(each.head, each.queue) for each in found] == [(2, 5), (2, 5)]
 
 
 def used(*elements: tuple[int, int], idx: int | None = None) -> list[Write]:
@@ -168,9 +177,18 @@ def test_every_broken_used_element_is_told() -> None:
     found = check_ring(memory, config, driver_state=QueueState(4, 0))
     assert told(found) == [("UsedIdOutOfRange", 1), ("UsedLenTooBig", 2), ("UsedIdNotInFlight", 3)]
     assert [each.address for each in found] == [config.layout().at("used.ring.id", slot) for slot in (1, 2, 3)]
+    assert {each.queue for each in found} == {5}
     # What the driver has taken is not judged; without its state an id is all that can be.
     assert told(check_ring(memory, config, driver_state=QueueState(4, 2))) == [("UsedLenTooBig", 2)]
     assert told(check_ring(memory, config)) == [("UsedIdOutOfRange", 1)]
+
+
+def test_used_elements_are_told_by_their_index_across_its_end() -> None:
+    elements = [("used.ring.id", 3, 4), ("used.ring.id", 0, 5), ("used.idx", 0, 1), ("avail.idx", 0, 1)]
+    memory, config = split(*elements)
+    found = check_ring(memory, config, driver_state=QueueState(1, 0xFFFE))
+    assert told(found) == [("UsedIdOutOfRange", 0xFFFF), ("UsedIdOutOfRange", 0)]
+    assert told(check_ring(memory, config)) == told(found)
 
 
 def test_a_used_idx_that_cannot_be_is_the_devices() -> None:

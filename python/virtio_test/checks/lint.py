@@ -162,19 +162,18 @@ class _Lint:
                 yield at, popped[0]
 
     def _packed_chains(self, layout: RingLayout, begin: int) -> Iterator[tuple[int, int]]:
-        """Position and buffer id of the good ones, for one lap."""
-        at, seen = begin, 0
-        while seen < layout.size:
+        """Position and buffer id of the good ones."""
+        at = begin
+        # Each list has a descriptor at least, and none of them is available in two laps.
+        for _ in range(layout.size):
             before, popped = len(self.found), self._pop(at)
             if popped is not None:
                 yield at & ~_WRAP, popped[0]
-                behind = popped[1]
+                at = popped[1]
             elif len(self.found) > before:
-                behind = self._behind_broken(layout, at)
+                at = self._behind_broken(layout, at)
             else:
                 return
-            seen += (behind & ~_WRAP) - (at & ~_WRAP) + (layout.size if (at ^ behind) & _WRAP else 0)
-            at = behind
 
     def _behind_broken(self, layout: RingLayout, at: int) -> int:
         """Where the next list begins behind a broken one, whose descriptors are linked by NEXT; a lap at most."""
@@ -187,7 +186,7 @@ class _Lint:
 
     def suppression(self) -> None:
         """Judge the fields that ask for fewer notifications."""
-        self.found += check_suppression(self._view, self._config, without=self.bad or ())
+        self.found += check_suppression(self._view, self._config)
 
     # --- used elements --------------------------------------------------------------------------------------
 

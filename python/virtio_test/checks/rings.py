@@ -57,6 +57,7 @@ _TOLD: Final = {
         "A13 Q09 U04",
         "QEMU breaks the device, OpenVMM the queue, Firecracker fails the activation; crosvm and libkrun panicked.",
     ),
+    "MemoryLost": _Told("M05", ""),
     "StateOutOfRange": _Told(
         "P32 R02 R09",
         "QEMU and OpenVMM refuse a saved state whose avail and used are further apart than the queue is long.",

@@ -6,7 +6,7 @@ ring shows them all the same, and with a strict policy `check_ring` tells.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from virtio_test._core import GuestMemory, QueueConfig
@@ -46,32 +46,27 @@ SUPPRESSION_ENTRIES: Final = (
 _CLAUSES: Final = {entry.name: entry.clauses[0] for entry in SUPPRESSION_ENTRIES}
 
 
-def check_suppression(memory: GuestMemory, config: QueueConfig, *, without: Collection[str]) -> list[QueueViolation]:
-    """What is broken in the areas that are not in `without`.
+def check_suppression(memory: GuestMemory, config: QueueConfig) -> list[QueueViolation]:
+    """What is broken in both areas.
 
     Whoever ignores reserved flags in a table (`packed_table_flags` of the policy) ignores them here.
     """
     if config.policy.switches()["packed_table_flags"]:
         return []
-    return [*(_packed if config.packed else _split)(memory, config, without)]
+    return [*(_packed if config.packed else _split)(memory, config)]
 
 
-def _split(memory: GuestMemory, config: QueueConfig, without: Collection[str]) -> Iterator[QueueViolation]:
+def _split(memory: GuestMemory, config: QueueConfig) -> Iterator[QueueViolation]:
     layout, most = config.layout(), 0 if config.features & _EVENT_IDX else 1
-    for area, name, rule in (
-        ("driver", "avail.flags", "AvailFlagsUndefined"),
-        ("device", "used.flags", "UsedFlagsUndefined"),
-    ):
-        if area not in without and (flags := field(memory, layout, name)) > most:
+    for name, rule in (("avail.flags", "AvailFlagsUndefined"), ("used.flags", "UsedFlagsUndefined")):
+        if (flags := field(memory, layout, name)) > most:
             wanted = "0 or 1" if most else "0 with EVENT_IDX"
             yield _violation(rule, f"{name} is {flags:#x}, where it is {wanted}", config, layout.at(name))
 
 
-def _packed(memory: GuestMemory, config: QueueConfig, without: Collection[str]) -> Iterator[QueueViolation]:
+def _packed(memory: GuestMemory, config: QueueConfig) -> Iterator[QueueViolation]:
     layout, most = config.layout(), _DESC if config.features & _EVENT_IDX else 1
     for area in ("driver", "device"):
-        if area in without:
-            continue
         flags, place = (field(memory, layout, f"{area}_event.{name}") for name in ("flags", "off_wrap"))
         where = layout.at(f"{area}_event.flags")
         if flags > most:
