@@ -136,7 +136,7 @@ _TOLD: Final = {
     ),
     "AddressWraps": _Told(
         "B04",
-        "vringh names it; OpenVMM added without a check until 2026.",
+        "vringh has an error of its own for it; OpenVMM once added without a check.",
     ),
     "ReadOnlyAddress": _Told("B15", ""),
     "IndirectNotNegotiated": _Told(
