@@ -99,6 +99,9 @@ class Region:
     @property
     def remote(self) -> bool:
         """Whether it is reached through the functions of `GuestMemory.add_remote`."""
+    @property
+    def lost(self) -> bool:
+        """Whether its file was found cut short: it is zeros from there on, and nobody sees what is written."""
 
 @final
 class Access:
@@ -133,6 +136,9 @@ class Trace:
 @final
 class GuestMemory:
     """Guest memory: a table of regions that never overlap, with an epoch that grows at each change of the table.
+
+    Whoever else has the file of a region can cut it short, unless it is sealed. An access that meets this makes the region
+    `lost`. From then on copies from and to it raise `RuleViolation` ("MemoryLost"), and queues that use it latch.
 
     Args:
         regions: pairs of (guest address, size in bytes), mapped at once. Address and size are multiples of 4096.
@@ -420,12 +426,7 @@ class DeviceQueue:
     """
 
     def __new__(
-        cls,
-        memory: GuestMemory,
-        config: QueueConfig,
-        *,
-        state: QueueState | None = None,
-        call: Notifier | None = None,
+        cls, memory: GuestMemory, config: QueueConfig, *, state: QueueState | None = None, call: Notifier | None = None
     ) -> DeviceQueue: ...
     @property
     def memory(self) -> GuestMemory: ...

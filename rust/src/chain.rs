@@ -169,7 +169,8 @@ impl<'a, A: Access> Walk<'a, A> {
     /// The descriptor table or ring itself vanished while we walk.
     #[cold]
     pub(crate) fn ring_fault(&mut self, index: u32, error: MemoryError) -> Fault {
-        self.fault(Rule::RingUnmapped, index, Some(error.address()), error.to_string())
+        let rule = Rule::RingUnmapped.of_memory(&error);
+        self.fault(rule, index, Some(error.address()), error.to_string())
     }
 
     /// The id of a packed chain is known only from its last descriptor (2.8.1).
@@ -228,6 +229,7 @@ impl<'a, A: Access> Walk<'a, A> {
         let rule = match error {
             MemoryError::Wraps { .. } => Rule::AddressWraps,
             MemoryError::ReadOnly { .. } => Rule::ReadOnlyAddress,
+            MemoryError::Lost { .. } => Rule::MemoryLost,
             MemoryError::Unmapped { .. } | MemoryError::Misaligned { .. } | MemoryError::Transfer { .. } => {
                 Rule::UnmappedAddress
             }
@@ -280,6 +282,17 @@ impl<'a, A: Access> Walk<'a, A> {
             Ok(desc) => Ok(desc),
             Err(error) => Err(self.fault(Rule::IndirectUnmapped, index, Some(error.address()), error.to_string())),
         }
+    }
+
+    /// What became of a table that was `walked`: nothing, if it lies in memory that is lost.
+    #[inline]
+    pub(crate) fn read_from(&mut self, table: Table, walked: Result<(), Fault>) -> Result<(), Fault> {
+        let bytes = u64::from(table.entries) * desc::BYTES;
+        self.mem.intact(table.at.gpa, bytes).map_err(|error| {
+            let text = format!("an indirect table of {bytes} bytes: {error}");
+            self.fault(Rule::MemoryLost, 0, Some(error.address()), text)
+        })?;
+        walked
     }
 
     /// Entry `index` of a packed indirect table: address, length, id, flags (2.8.13); the id is reserved here.

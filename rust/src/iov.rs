@@ -4,7 +4,7 @@
 //! reference would promise that it is not. Segments resolved in an older epoch are translated again.
 
 use crate::chain::Segment;
-use crate::mem::{Access, At, MemoryError, Want};
+use crate::mem::{Access, At, MemoryError, Want, any_lost};
 
 /// The segments of one chain, with the epoch that they were resolved for.
 #[derive(Clone, Copy, Debug)]
@@ -86,13 +86,31 @@ impl<'a> Iov<'a> {
         .map(drop)
     }
 
+    /// After a copy: whether memory that it touched is lost, and what it brought therefore worth nothing.
+    #[inline]
+    fn intact<A: Access>(&self, mem: &A, writable: bool, offset: u64, len: usize) -> Result<(), MemoryError> {
+        if any_lost() {
+            self.find_lost(mem, writable, offset, len)
+        } else {
+            Ok(())
+        }
+    }
+
+    #[cold]
+    fn find_lost<A: Access>(&self, mem: &A, writable: bool, offset: u64, len: usize) -> Result<(), MemoryError> {
+        self.pieces(mem, writable, offset, len, |piece, _| {
+            mem.intact(piece.at.gpa.saturating_add(piece.off), piece.len as u64)
+        })
+        .map(drop)
+    }
+
     /// Gather up to `len` bytes of the readable part from `offset` on; the number copied.
     ///
     /// # Safety
     /// `dst` is valid for writes of `len` bytes. It may overlap guest memory (a live view does).
     ///
     /// # Errors
-    /// When memory of the chain is no longer mapped; `dst` may then be partly written.
+    /// When memory of the chain is no longer mapped, or lost; `dst` may then be partly written.
     #[inline]
     pub unsafe fn gather<A: Access>(
         &self,
@@ -101,12 +119,14 @@ impl<'a> Iov<'a> {
         dst: *mut u8,
         len: usize,
     ) -> Result<usize, MemoryError> {
-        self.pieces(mem, false, offset, len, |piece, before| {
+        let copied = self.pieces(mem, false, offset, len, |piece, before| {
             // SAFETY: `before + piece.len <= len`, so the target stays inside what the caller vouches for.
             let target = unsafe { dst.add(before) };
             // SAFETY: as above, `target` is valid for `piece.len` bytes.
             unsafe { mem.read_raw(piece.at, piece.off, target, piece.len) }
-        })
+        })?;
+        self.intact(mem, false, offset, len)?;
+        Ok(copied)
     }
 
     /// Scatter up to `len` bytes into the writable part from `offset` on; the number copied.
@@ -115,7 +135,7 @@ impl<'a> Iov<'a> {
     /// `src` is valid for reads of `len` bytes. It may overlap guest memory (a live view does).
     ///
     /// # Errors
-    /// When memory of the chain is no longer mapped; then nothing was written.
+    /// When memory of the chain is no longer mapped, and then nothing was written; or when it is lost.
     #[inline]
     pub unsafe fn scatter<A: Access>(
         &self,
@@ -125,12 +145,14 @@ impl<'a> Iov<'a> {
         len: usize,
     ) -> Result<usize, MemoryError> {
         self.check_writable(mem, offset, len)?;
-        self.pieces(mem, true, offset, len, |piece, before| {
+        let copied = self.pieces(mem, true, offset, len, |piece, before| {
             // SAFETY: `before + piece.len <= len`, so the source stays inside what the caller vouches for.
             let source = unsafe { src.add(before) };
             // SAFETY: as above, `source` is valid for `piece.len` bytes.
             unsafe { mem.write_raw(piece.at, piece.off, source, piece.len) }
-        })
+        })?;
+        self.intact(mem, true, offset, len)?;
+        Ok(copied)
     }
 
     /// Gather into a slice; the number of bytes copied.
@@ -157,8 +179,10 @@ impl<'a> Iov<'a> {
     /// As [`Iov::scatter`].
     pub fn fill<A: Access>(&self, mem: &A, offset: u64, len: usize, value: u8) -> Result<usize, MemoryError> {
         self.check_writable(mem, offset, len)?;
-        self.pieces(mem, true, offset, len, |piece, _| {
+        let set = self.pieces(mem, true, offset, len, |piece, _| {
             mem.fill(piece.at, piece.off, piece.len as u64, value)
-        })
+        })?;
+        self.intact(mem, true, offset, len)?;
+        Ok(set)
     }
 }

@@ -3,6 +3,8 @@
 //! The same rule has one clause for the split ring (2.7) and one for the packed ring (2.8); a rule that
 //! only one format knows has only that one.
 
+use crate::mem::MemoryError;
+
 macro_rules! rules {
     ($($(#[$doc:meta])* $name:ident: $split:literal, $packed:literal, $summary:literal;)+) => {
         /// One check on what the other side wrote.
@@ -48,6 +50,7 @@ rules! {
     QueueSizeTooBig: "2.7", "2.8", "A queue has at most 32768 descriptors.";
     RingMisaligned: "2.7.1", "2.8.11", "Each part of a virtqueue is aligned as the specification's table says.";
     RingUnmapped: "2.7.1", "2.8.11", "Each part of a virtqueue lies wholly in guest memory, writable where the device writes.";
+    MemoryLost: "2.6", "2.6", "Memory that holds a virtqueue or its buffers stays there as long as it is shared.";
     StateOutOfRange: "2.7.6", "2.8.1", "A queue goes on from indices that its size allows.";
     AvailIdxTooFar: "2.7.6.1", "", "The avail idx is at most the queue size ahead of what the device has consumed.";
     AvailIdxDecreased: "2.7.6.1", "", "The avail idx never goes back.";
@@ -78,6 +81,15 @@ rules! {
 }
 
 impl Rule {
+    /// What is broken where memory cannot be used: this rule, or that the memory is lost.
+    #[must_use]
+    pub(crate) const fn of_memory(self, error: &MemoryError) -> Self {
+        match error {
+            MemoryError::Lost { .. } => Self::MemoryLost,
+            _ => self,
+        }
+    }
+
     /// The clause that holds for a queue of this format.
     #[must_use]
     pub const fn clause(self, packed: bool) -> &'static str {

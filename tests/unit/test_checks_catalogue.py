@@ -108,8 +108,10 @@ def test_names_are_one_familys_once() -> None:
 
 
 def test_every_rule_of_rings_has_a_ring_in_each_of_its_formats() -> None:
-    assert list(EXAMPLES) == [rule.name for rule in rules()]
-    for rule in rules():
+    # What no ring shows: the file under it is cut short while it runs.
+    shown = [rule for rule in rules() if rule.name != "MemoryLost"]
+    assert list(EXAMPLES) == [rule.name for rule in shown]
+    for rule in shown:
         clauses = rule.clause.split(", ")
         split = clauses[0].startswith("2.7")
         packed = clauses[-1].startswith("2.8") or rule.name == "ChainTooBig"

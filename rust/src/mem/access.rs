@@ -82,6 +82,13 @@ pub trait Access {
     /// resolved at any address.
     fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError>;
 
+    /// Check that what was accessed of `len` bytes at `gpa` was their file's own: asked after accesses, and before anything
+    /// is made of what they brought.
+    ///
+    /// # Errors
+    /// `Lost` when a region of the range is lost.
+    fn intact(&self, gpa: u64, len: u64) -> Result<(), MemoryError>;
+
     /// Relaxed 16-bit load.
     ///
     /// # Errors

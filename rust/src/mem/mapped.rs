@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::table::Table;
-use super::{Access, At, MemoryError, Want, host_size};
+use super::{Access, At, MemoryError, Want, any_lost, host_size};
 
 /// A pinned view of guest memory; see the module's head.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +98,11 @@ impl Access for Mapped<'_> {
     #[inline]
     fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError> {
         self.0.resolve(gpa, len, want)
+    }
+
+    #[inline]
+    fn intact(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
+        if any_lost() { self.0.intact(gpa, len) } else { Ok(()) }
     }
 
     load!(load_u16, AtomicU16, u16);

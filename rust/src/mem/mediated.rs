@@ -216,7 +216,7 @@ impl<'a> Mediated<'a> {
     ///
     /// # Errors
     /// When a byte of either range is not mapped, or one of `dst` is not writable, and then nothing was written; or when
-    /// a transfer fails.
+    /// a transfer fails or memory is lost.
     pub fn copy_within(&self, dst: u64, src: u64, len: u64) -> Result<(), MemoryError> {
         self.check(src, len, Want::Read)?;
         self.check(dst, len, Want::Write)?;
@@ -236,7 +236,8 @@ impl<'a> Mediated<'a> {
             to.cut(step, end).copy_from(from.cut(step, end))?;
             left -= step;
         }
-        Ok(())
+        self.intact(src, len)?;
+        self.intact(dst, len)
     }
 
     /// The remote region of a word that `Mapped` did not find: aligned, so it lies in one region (M3).
@@ -288,6 +289,10 @@ impl Access for Mediated<'_> {
         self.mem.resolve(gpa, len, want).or_else(|_| unresolved())
     }
 
+    fn intact(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
+        self.mem.intact(gpa, len)
+    }
+
     load!(load_u16, u16);
     load!(load_u16_acquire, u16);
     load!(load_u32, u32);
@@ -316,24 +321,28 @@ impl Access for Mediated<'_> {
         self.note(AccessKind::Read, at, off, len as u64);
         if self.mem.direct(at, off, len as u64, Want::Read).is_some() {
             // SAFETY: our caller's promise is the one that is asked for.
-            return unsafe { self.mem.read_raw(at, off, dst, len) };
+            unsafe { self.mem.read_raw(at, off, dst, len) }?;
+        } else {
+            self.each(address(at, off)?, len, Want::Read, |part, done| {
+                // SAFETY: parts add up to `len`, for which `dst` is valid.
+                unsafe { part.read(dst.wrapping_add(done)) }
+            })?;
         }
-        self.each(address(at, off)?, len, Want::Read, |part, done| {
-            // SAFETY: parts add up to `len`, for which `dst` is valid.
-            unsafe { part.read(dst.wrapping_add(done)) }
-        })
+        self.intact(address(at, off)?, len as u64)
     }
 
     unsafe fn write_raw(&self, at: At, off: u64, src: *const u8, len: usize) -> Result<(), MemoryError> {
         self.note(AccessKind::Write, at, off, len as u64);
         if self.mem.direct(at, off, len as u64, Want::Write).is_some() {
             // SAFETY: our caller's promise is the one that is asked for.
-            return unsafe { self.mem.write_raw(at, off, src, len) };
+            unsafe { self.mem.write_raw(at, off, src, len) }?;
+        } else {
+            self.each(address(at, off)?, len, Want::Write, |part, done| {
+                // SAFETY: the part was checked to be writable; parts add up to `len`, for which `src` is valid.
+                unsafe { part.write(src.wrapping_add(done)) }
+            })?;
         }
-        self.each(address(at, off)?, len, Want::Write, |part, done| {
-            // SAFETY: the part was checked to be writable; parts add up to `len`, for which `src` is valid.
-            unsafe { part.write(src.wrapping_add(done)) }
-        })
+        self.intact(address(at, off)?, len as u64)
     }
 
     fn fill(&self, at: At, off: u64, len: u64, value: u8) -> Result<(), MemoryError> {
@@ -345,6 +354,7 @@ impl Access for Mediated<'_> {
                 Place::Remote(remote) => remote.write(part.gpa, &vec![value; part.len])?,
             }
             Ok(())
-        })
+        })?;
+        self.intact(address(at, off)?, len)
     }
 }

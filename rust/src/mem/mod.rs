@@ -5,9 +5,11 @@ compile_error!("guest addresses are 64-bit and are mapped into the host's: a 64-
 
 mod access;
 mod guest;
+mod lost;
 mod mapped;
 mod mediated;
 mod region;
+mod sigbus;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -19,6 +21,7 @@ pub use access::{Access, At, Want};
 #[cfg(any(feature = "python", test))]
 pub(crate) use guest::with_access;
 pub use guest::{GuestMemory, Live, Pin, RegionSpec};
+pub(crate) use lost::any_lost;
 pub use mapped::Mapped;
 pub use mediated::Mediated;
 pub use region::{Backing, Mapping, OWN_ALIGN, RECEIVED_ALIGN, Region, RegionError};
@@ -67,6 +70,13 @@ pub enum MemoryError {
         /// Alignment that it needs, in bytes.
         align: u64,
     },
+    /// The file behind the memory was cut short while it was mapped: what was read of it may be zeros, and what was
+    /// written may be nowhere.
+    #[error("the memory at {gpa:#x} is lost: its file was cut short")]
+    Lost {
+        /// First guest address of the range that is in the lost region.
+        gpa: u64,
+    },
     /// Memory that cannot be mapped, and the other side did not do what it was asked.
     #[error("the transfer at {gpa:#x} failed")]
     Transfer {
@@ -84,6 +94,7 @@ impl MemoryError {
             | Self::Unmapped { gpa }
             | Self::ReadOnly { gpa }
             | Self::Misaligned { gpa, .. }
+            | Self::Lost { gpa }
             | Self::Transfer { gpa } => gpa,
         }
     }

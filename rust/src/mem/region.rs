@@ -10,17 +10,19 @@
 //!
 //! Or it is remote: no bytes of ours at all, but somebody who reads and writes them for us (see `transfer`).
 //!
-//! What is mapped must exist: a file that ends before `offset + size` would kill the process with SIGBUS at the first
-//! access, so it is refused. Our own memfds are sealed against shrinking before anybody else can hold them.
+//! What is mapped must exist: a file that ends before `offset + size` is refused. Our own memfds are sealed against
+//! shrinking before anybody else can hold them. A file that we receive may be cut short later, unless it is sealed
+//! already: then its mapping is guarded (see `lost`).
 
 use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{FileType, MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
+use rustix::fs::{FileType, MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
+use super::lost::{Guard, Guarded};
 use super::{Transfer, host_size};
 
 /// Alignment of memory that we make ourselves, in bytes.
@@ -148,6 +150,8 @@ pub struct Mapping {
     mapped: usize,
     /// First byte of the region, inside the mapping.
     ptr: *mut u8,
+    /// Of a file that can be cut short.
+    guard: Option<Guard>,
 }
 
 // SAFETY: a mapping is an address range that belongs to the process, not to a thread.
@@ -161,10 +165,29 @@ impl Mapping {
     pub const fn ptr(&self) -> *mut u8 {
         self.ptr
     }
+
+    fn guard(&mut self, granule: u64, writable: bool) -> Result<(), Errno> {
+        let guard = Guard::new(Guarded {
+            base: self.base,
+            len: self.mapped,
+            granule: host_size(granule),
+            writable,
+        })?;
+        self.guard = Some(guard);
+        Ok(())
+    }
+
+    fn lost(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::lost)
+    }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // The handler must have forgotten the range before it can be anybody else's (M7).
+        if self.guard.as_ref().is_some_and(|guard| !guard.release()) {
+            return;
+        }
         // SAFETY: `base` and `mapped` are what mmap was given and returned (M1), and the last holder is gone. The
         // call cannot fail for such a range; were it to, the range would stay mapped, which is safe.
         let _ = unsafe { munmap(self.base, self.mapped) };
@@ -237,8 +260,14 @@ impl Region {
             Backing::Anonymous => Ok(at.region(None, 0, true, true, Bytes::mapped(at.map_anonymous()?))),
             Backing::Received { fd, offset, writable } => {
                 check_align("offset", offset, align, gpa)?;
+                // In this order: what is sealed first is as long later as it is found then.
+                let sealed = fcntl_get_seals(&fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
                 let granule = at.check_file(fd.as_fd(), offset)?;
-                let mapping = at.map_file(fd.as_fd(), offset, writable, granule)?;
+                let mut mapping = at.map_file(fd.as_fd(), offset, writable, granule)?;
+                // Huge pages can be missing even so: whoever has the file may punch a hole when there are no more.
+                if !sealed || granule != OWN_ALIGN {
+                    mapping.guard(granule, writable).map_err(at.refused("guard the file"))?;
+                }
                 Ok(at.region(Some(fd), offset, writable, false, Bytes::mapped(mapping)))
             }
             Backing::Remote { transfer, writable } => Ok(at.region(None, 0, writable, false, Bytes::Remote(transfer))),
@@ -285,6 +314,12 @@ impl Region {
     #[must_use]
     pub const fn own(&self) -> bool {
         self.own
+    }
+
+    /// Whether its file was found cut short: what is read there may be zeros, and nobody sees what is written.
+    #[must_use]
+    pub fn lost(&self) -> bool {
+        self.mapping().is_some_and(|mapping| mapping.lost())
     }
 
     /// The host mapping, unless it is remote.
@@ -418,6 +453,7 @@ impl Place {
             base,
             mapped,
             ptr: base.cast::<u8>().wrapping_add(host_size(lead)),
+            guard: None,
         })
     }
 
@@ -431,6 +467,7 @@ impl Place {
             base,
             mapped,
             ptr: base.cast(),
+            guard: None,
         })
     }
 }

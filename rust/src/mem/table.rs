@@ -255,6 +255,18 @@ impl Table {
         Ok(())
     }
 
+    /// Check that no region of the range is lost; see `Access::intact`.
+    #[cold]
+    pub(super) fn intact(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
+        let end = gpa.saturating_add(len);
+        let mut regions = self.regions.iter();
+        let lost = regions.find(|region| region.gpa() < end && gpa < region.end() && region.lost());
+        lost.map_or(Ok(()), |region| {
+            let gpa = gpa.max(region.gpa());
+            Err(MemoryError::Lost { gpa })
+        })
+    }
+
     /// The longest piece that starts at `gpa` and has at most `limit` bytes.
     fn piece_from(&self, gpa: u64, limit: usize) -> Option<Piece> {
         let slot = self.find(gpa)?;

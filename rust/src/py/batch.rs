@@ -73,7 +73,7 @@ impl Popped {
             let mut each = kept.iter().enumerate();
             let gathered = with_queue!(Some(py), shared, |mem, queue| each
                 .try_for_each(|(row, element)| rows.gather(mem, queue, element, target, row)));
-            Ok(gathered?)
+            gathered.map_err(|error| either(py, error))
         })
     }
 
@@ -112,9 +112,10 @@ impl Popped {
             let fits = kept && element.writable >= itemsize as u64;
             let mut written = 0;
             if fits && queue.is_current(&ticket) {
-                match rows.scatter(mem, element, source, row) {
+                match rows.scatter(mem, queue, element, source, row) {
                     Ok(()) => written = itemsize as u64,
-                    Err(misuse) => trouble = trouble.or(Some(misuse)),
+                    Err(QueueError::Misuse(misuse)) => trouble = trouble.or(Some(misuse)),
+                    Err(violation) => return Err(violation),
                 }
             }
             let done = queue.complete(mem, &ticket, written)?;

@@ -12,10 +12,10 @@ use smallvec::SmallVec;
 
 use super::args::{Input, Int, Output, Raw};
 use super::batch::Popped;
-use super::errors::StaleChain;
+use super::errors::{StaleChain, either};
 use super::guard::{Gil, Guarded, detached, with_queue};
 use crate::chain::{Element, Segment};
-use crate::error::Misuse;
+use crate::error::{Misuse, QueueError};
 use crate::iov::Iov;
 use crate::mem::{Access, GuestMemory, Pin};
 use crate::queue::{DeviceQueue, Ticket};
@@ -136,23 +136,26 @@ impl PyChain {
     }
 
     /// The chain's segments, when it may still be touched; asked under the queue's lock, before each copy.
-    fn current(&self, queue: &DeviceQueue) -> Result<Iov<'_>, Misuse> {
+    fn current(&self, queue: &DeviceQueue) -> Result<Iov<'_>, QueueError> {
         if self.done.load(Ordering::Acquire) || !queue.is_current(&self.element.ticket()) {
-            return Err(Misuse::StaleChain);
+            return Err(Misuse::StaleChain.into());
         }
         Ok(Iov::new(&self.segments, self.element.epoch))
     }
 
     fn gather(&self, py: Python<'_>, offset: u64, target: Raw) -> PyResult<usize> {
-        detached(py, target.len, move |gil| {
+        let copied: PyResult<_> = detached(py, target.len, move |gil| {
             let Raw { ptr, len } = { target };
-            let copied = with_queue!(gil, self.shared, |mem, queue| self.current(queue).and_then(|iov| {
-                // SAFETY: `target` comes from a buffer of Python's that its owner keeps alive over this call, or
-                // from memory that we allocated (M6).
-                unsafe { iov.gather(mem, offset, ptr, len) }.map_err(Misuse::StaleMemory)
-            }));
-            Ok(copied?)
-        })
+            Ok(with_queue!(gil, self.shared, |mem, queue| self
+                .current(queue)
+                .and_then(|iov| {
+                    // SAFETY: `target` comes from a buffer of Python's that its owner keeps alive over this call, or
+                    // from memory that we allocated (M6).
+                    let copied = unsafe { iov.gather(mem, offset, ptr, len) };
+                    queue.copied(copied)
+                })))
+        });
+        copied?.map_err(|error| either(py, error))
     }
 
     /// Note how far a copy to `offset` went: under the lock of the copy, so that a completion after it knows.
@@ -230,17 +233,17 @@ impl PyChain {
     #[allow(clippy::needless_pass_by_value, reason = "held until the copy has ended")]
     fn write(&self, py: Python<'_>, data: Input<'_>, offset: Int<u64>) -> PyResult<usize> {
         let (source, offset) = (data.raw(), offset.0);
-        detached(py, source.len, |gil| {
+        let copied: PyResult<_> = detached(py, source.len, |gil| {
             let Raw { ptr, len } = { source };
-            let copied = with_queue!(gil, self.shared, |mem, queue| self.current(queue).and_then(|iov| {
-                // SAFETY: `source` comes from a buffer that `data` keeps alive (M6).
-                let copied = unsafe { iov.scatter(mem, offset, ptr, len) };
-                copied
-                    .map(|copied| self.note(offset, copied))
-                    .map_err(Misuse::StaleMemory)
-            }));
-            Ok(copied?)
-        })
+            Ok(with_queue!(gil, self.shared, |mem, queue| self
+                .current(queue)
+                .and_then(|iov| {
+                    // SAFETY: `source` comes from a buffer that `data` keeps alive (M6).
+                    let copied = unsafe { iov.scatter(mem, offset, ptr, len) };
+                    queue.copied(copied.map(|copied| self.note(offset, copied)))
+                })))
+        });
+        copied?.map_err(|error| either(py, error))
     }
 
     #[pyo3(signature = (value = Int(0), *, offset = Int(0), length = None))]
@@ -249,13 +252,15 @@ impl PyChain {
         let (value, offset, length) = (value.0, offset.0, length.map(|length| length.0));
         let rest = self.element.writable.saturating_sub(offset);
         let length = usize::try_from(length.unwrap_or(rest).min(rest)).unwrap_or(usize::MAX);
-        detached(py, length, |gil| {
-            let set = with_queue!(gil, self.shared, |mem, queue| self.current(queue).and_then(|iov| {
-                let set = iov.fill(mem, offset, length, value);
-                set.map(|set| self.note(offset, set)).map_err(Misuse::StaleMemory)
-            }));
-            Ok(set?)
-        })
+        let set: PyResult<_> = detached(py, length, |gil| {
+            Ok(with_queue!(gil, self.shared, |mem, queue| self
+                .current(queue)
+                .and_then(|iov| {
+                    let set = iov.fill(mem, offset, length, value);
+                    queue.copied(set.map(|set| self.note(offset, set)))
+                })))
+        });
+        set?.map_err(|error| either(py, error))
     }
 
     fn __repr__(&self) -> String {
@@ -290,26 +295,33 @@ impl Rows<'_> {
     pub(crate) fn gather<A: Access>(
         &self,
         mem: &A,
-        queue: &DeviceQueue,
+        queue: &mut DeviceQueue,
         element: &Element,
         target: Raw,
         row: usize,
-    ) -> Result<(), Misuse> {
+    ) -> Result<(), QueueError> {
         if !queue.is_current(&element.ticket()) {
-            return Err(Misuse::StaleChain);
+            return Err(Misuse::StaleChain.into());
         }
         let target = target.row(row, self.itemsize).ok_or_else(|| too_few_rows(row))?;
         // SAFETY: `row` proved that the row lies inside the caller's buffer, which is held (M6).
         let copied = unsafe { self.iov(element).gather(mem, 0, target.ptr, target.len) };
-        copied.map(drop).map_err(Misuse::StaleMemory)
+        queue.copied(copied.map(drop))
     }
 
     /// Scatter row `row` of `source` into the writable part of `element`.
-    pub(crate) fn scatter<A: Access>(&self, mem: &A, element: &Element, source: Raw, row: usize) -> Result<(), Misuse> {
+    pub(crate) fn scatter<A: Access>(
+        &self,
+        mem: &A,
+        queue: &mut DeviceQueue,
+        element: &Element,
+        source: Raw,
+        row: usize,
+    ) -> Result<(), QueueError> {
         let source = source.row(row, self.itemsize).ok_or_else(|| too_few_rows(row))?;
         // SAFETY: as in `gather`.
         let copied = unsafe { self.iov(element).scatter(mem, 0, source.ptr, source.len) };
-        copied.map(drop).map_err(Misuse::StaleMemory)
+        queue.copied(copied.map(drop))
     }
 }
 

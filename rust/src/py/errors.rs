@@ -18,6 +18,7 @@ mod classes {
     pyo3::import_exception!(virtio_test.errors, HandlerError);
     pyo3::import_exception!(virtio_test.errors, StateError);
     pyo3::import_exception!(virtio_test.errors, QueueViolation);
+    pyo3::import_exception!(virtio_test.errors, RuleViolation);
 }
 pub(crate) use classes::{HandlerError, InvalidArgument, StaleChain, StateError};
 
@@ -59,9 +60,22 @@ pub(crate) fn raise(py: Python<'_>, fault: &Fault) -> PyErr {
     }
 }
 
-/// An address that our caller gave cannot be used.
+/// An address that our caller gave cannot be used: our caller's fault, unless the other side took the memory away.
 pub(crate) fn memory_error(error: MemoryError) -> PyErr {
-    after(error, classes::InvalidArgument::new_err(error.to_string()))
+    match error {
+        MemoryError::Lost { gpa } => Python::attach(|py| lost(py, gpa, &error)),
+        _ => after(error, classes::InvalidArgument::new_err(error.to_string())),
+    }
+}
+
+/// No queue is known here, and no format: the clause is the same for both.
+fn lost(py: Python<'_>, gpa: u64, error: &MemoryError) -> PyErr {
+    let rule = Rule::MemoryLost;
+    let raised = [("address", gpa)].into_py_dict(py).and_then(|known| {
+        let class = py.get_type::<classes::RuleViolation>();
+        class.call((rule.name(), rule.split_clause(), error.to_string()), Some(&known))
+    });
+    raised.map_or_else(|other| other, PyErr::from_value)
 }
 
 /// `raised` for a memory error: if a transfer failed, with its cause.

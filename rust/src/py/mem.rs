@@ -50,6 +50,8 @@ pub struct PyRegion {
     writable: bool,
     #[pyo3(get)]
     remote: bool,
+    #[pyo3(get)]
+    lost: bool,
     /// Keeps the fd open, and not the mapping.
     file: Option<Arc<OwnedFd>>,
 }
@@ -62,6 +64,7 @@ impl From<&Arc<Region>> for PyRegion {
             offset: region.offset(),
             writable: region.writable(),
             remote: region.remote().is_some(),
+            lost: region.lost(),
             file: region.fd().cloned(),
         }
     }
@@ -84,7 +87,8 @@ impl PyRegion {
             None => "anonymous".to_owned(),
         };
         let mode = if self.writable { "" } else { ", read-only" };
-        format!("<Region {address:#x} + {size:#x}, {bytes}{mode}>")
+        let lost = if self.lost { ", lost" } else { "" };
+        format!("<Region {address:#x} + {size:#x}, {bytes}{mode}{lost}>")
     }
 }
 

@@ -14,7 +14,6 @@ use super::errors::{HandlerError, either, raise};
 use super::guard::with_queue;
 use super::remote::pressing;
 use crate::chain::Element;
-use crate::error::QueueError;
 
 /// Chains taken at once: enough to spread the cost of a publication.
 const BURST: usize = 32;
@@ -117,8 +116,8 @@ impl PyDeviceQueue {
         };
         let done = with_queue!(Some(py), self.shared(), |mem, queue| {
             let response = response.filter(|_| queue.is_current(&ticket));
-            let copied = response.map_or(Ok(()), |raw| rows.scatter(mem, element, raw, 0));
-            copied.map_err(QueueError::from).and_then(|()| {
+            let copied = response.map_or(Ok(()), |raw| rows.scatter(mem, queue, element, raw, 0));
+            copied.and_then(|()| {
                 let written = if response.is_some() { length as u64 } else { 0 };
                 let done = queue.complete(mem, &ticket, written)?;
                 if done && !fits {
@@ -171,7 +170,7 @@ impl PyDeviceQueue {
                 let target = Raw::of(bytes);
                 let gathered = with_queue!(Some(py), self.shared(), |mem, queue| rows
                     .gather(mem, queue, element, target, 0));
-                Ok(gathered?)
+                gathered.map_err(|error| either(py, error))
             })?;
             requests.push(Some(request));
         }

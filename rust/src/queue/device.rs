@@ -6,10 +6,11 @@ use super::heads::HeadSet;
 use super::{Counters, Life, QueueConfig, QueueState, feature};
 use crate::chain::{ChainRules, Element, Segment};
 use crate::error::{Fault, Misuse, QueueError};
-use crate::mem::{Access, MemoryError};
+use crate::mem::{Access, MemoryError, any_lost};
 use crate::ring::RingLayout;
 use crate::ring::packed::PackedDevice;
 use crate::ring::split::SplitDevice;
+use crate::rule::Rule;
 
 #[derive(Debug)]
 enum Ring {
@@ -91,7 +92,7 @@ impl DeviceQueue {
         } else {
             SplitDevice::new(mem, layout, event_idx, state.avail, state.used).map(Ring::Split)
         };
-        Ok(Self {
+        let queue = Self {
             config,
             layout,
             ring: ring.map_err(|error| unmapped(&rules, error))?,
@@ -107,6 +108,25 @@ impl DeviceQueue {
             armed: false,
             unsignalled: false,
             counters: Counters::default(),
+        };
+        queue.intact(mem)?;
+        Ok(queue)
+    }
+
+    /// All memory that the ring is made of.
+    fn spans(&self) -> [(u64, u64); 3] {
+        self.layout.spans()
+    }
+
+    /// What became of a copy from or to a chain of this queue: lost memory latches it.
+    ///
+    /// # Errors
+    /// `MemoryLost`, or `StaleMemory`.
+    #[inline]
+    pub fn copied<T>(&mut self, result: Result<T, MemoryError>) -> Result<T, QueueError> {
+        result.map_err(|error| match error {
+            MemoryError::Lost { .. } => self.latched_by(unmapped(&self.rules, error)).into(),
+            _ => Misuse::StaleMemory(error).into(),
         })
     }
 
@@ -184,10 +204,12 @@ impl DeviceQueue {
 
     fn look<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
         let rules = &self.rules;
-        each!(&mut self.ring, ring => {
+        let found = each!(&mut self.ring, ring => {
             ring.refresh(mem).map_err(|error| ring.unmapped(rules, error))?;
             ring.look(mem, rules)
-        })
+        });
+        self.intact(mem)?;
+        found
     }
 
     /// Ask the driver for a kick, if kicks are wanted and it does not know yet; whether it was asked. Asking and
@@ -213,14 +235,37 @@ impl DeviceQueue {
         if !matches!(self.life, Life::Running) {
             return Ok(None);
         }
-        match self.pop_or_arm(mem, segments) {
-            Ok(element) => Ok(element),
-            Err(fault) => Err(self.latched_by(fault)),
+        let first = segments.len();
+        let popped = self.pop_or_arm(mem, segments);
+        if any_lost() {
+            if let Ok(Some(element)) = &popped {
+                self.withdraw(mem, segments, first, std::slice::from_ref(element))?;
+            }
+            self.check_intact(mem)?;
         }
+        popped.map_err(|fault| self.latched_by(fault))
+    }
+
+    /// What was just popped was perhaps read from lost memory: then it goes back, and the queue is latched.
+    #[cold]
+    fn withdraw<A: Access>(
+        &mut self,
+        mem: &A,
+        segments: &mut Vec<Segment>,
+        first: usize,
+        popped: &[Element],
+    ) -> Result<(), Fault> {
+        let Err(fault) = self.intact(mem) else { return Ok(()) };
+        for element in popped.iter().rev() {
+            let own = segments.get(element.first..).unwrap_or_default();
+            self.put_back(element, own.get(..element.count).unwrap_or_default());
+        }
+        segments.truncate(first);
+        Err(self.latched_by(fault))
     }
 
     /// Pop up to `limit` chains, fewer when they have very many segments together; their number. A broken chain
-    /// behind good ones is left for the next call.
+    /// behind good ones is left for the next call; of memory that is lost, none is good.
     ///
     /// # Errors
     /// As [`DeviceQueue::pop`], when the first chain is broken.
@@ -231,17 +276,29 @@ impl DeviceQueue {
         segments: &mut Vec<Segment>,
         elements: &mut Vec<Element>,
     ) -> Result<usize, Fault> {
-        let (mut count, full) = (0, segments.len().saturating_add(MAX_SEGMENTS));
+        let (start, first) = (elements.len(), segments.len());
+        let full = first.saturating_add(MAX_SEGMENTS);
+        let (mut count, mut broken) = (0, None);
         while count < limit && segments.len() < full && matches!(self.life, Life::Running) {
             match self.pop_or_arm(mem, segments) {
                 Ok(Some(element)) => elements.push(element),
                 Ok(None) => break,
                 Err(_) if count > 0 => break,
-                Err(fault) => return Err(self.latched_by(fault)),
+                Err(fault) => {
+                    broken = Some(fault);
+                    break;
+                }
             }
             count += 1;
         }
-        Ok(count)
+        if any_lost() {
+            let popped = elements.get(start..).unwrap_or_default();
+            if let Err(fault) = self.withdraw(mem, segments, first, popped) {
+                elements.truncate(start);
+                return Err(fault);
+            }
+        }
+        broken.map_or(Ok(count), |fault| Err(self.latched_by(fault)))
     }
 
     #[inline]
@@ -427,14 +484,14 @@ impl DeviceQueue {
     /// Make all completed chains visible to the driver.
     ///
     /// # Errors
-    /// A violation when the ring is no longer mapped; the queue is then latched.
+    /// A violation when the ring is no longer mapped, or lost; the queue is then latched.
     #[inline]
     pub fn publish<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
         if self.broken() {
             return Ok(());
         }
         // Only what is visible can be announced: not what was completed since, or waits for earlier chains.
-        self.unsignalled |= self.with_ring(mem, |ring| each!(ring, ring => ring.publish(mem)))?;
+        self.unsignalled |= self.with_intact_ring(mem, |ring| each!(ring, ring => ring.publish(mem)))?;
         Ok(())
     }
 
@@ -447,7 +504,7 @@ impl DeviceQueue {
             return Ok(false);
         }
         let on_empty = self.config.notify_on_empty();
-        let wants = self.with_ring(mem, |ring| match ring {
+        let wants = self.with_intact_ring(mem, |ring| match ring {
             Ring::Split(ring) => Ok(ring.wants_call(mem)? || (on_empty && ring.ran_empty(mem)?)),
             Ring::Packed(ring) => ring.wants_call(mem),
         })?;
@@ -514,7 +571,7 @@ fn stage<A: Access>(ring: &mut Ring, mem: &A, head: u16, slots: u16, written: u3
 
 #[cold]
 pub(super) fn unmapped(rules: &ChainRules, error: MemoryError) -> Fault {
-    let mut fault = rules.fault(crate::rule::Rule::RingUnmapped, error.to_string());
+    let mut fault = rules.fault(Rule::RingUnmapped.of_memory(&error), error.to_string());
     fault.address = Some(error.address());
     fault
 }

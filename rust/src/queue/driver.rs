@@ -7,7 +7,7 @@ use super::device::unmapped;
 use super::{Buffer, Counters, Life, QueueConfig, QueueState, Used, feature};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse, QueueError};
-use crate::mem::{Access, At, MemoryError, Want};
+use crate::mem::{Access, At, MemoryError, Want, any_lost};
 use crate::ring::packed::PackedDriver;
 use crate::ring::split::SplitDriver;
 use crate::ring::{RingLayout, desc};
@@ -86,7 +86,7 @@ impl DriverQueue {
         if state.is_none() {
             zero(mem, &layout).map_err(|error| unmapped(&rules, error))?;
         }
-        Ok(Self {
+        let queue = Self {
             config,
             layout,
             rules,
@@ -104,7 +104,19 @@ impl DriverQueue {
             calls: true,
             armed: false,
             counters: Counters::default(),
-        })
+        };
+        queue.intact(mem)?;
+        Ok(queue)
+    }
+
+    /// All memory that the ring and its tables are made of.
+    fn spans(&self) -> [(u64, u64); 4] {
+        let [desc, driver, device] = self.layout.spans();
+        let tables = self.indirect.map_or((0, 0), |area| {
+            let bytes = desc::BYTES * u64::from(area.entries) * u64::from(self.layout.size);
+            (area.address, bytes)
+        });
+        [desc, driver, device, tables]
     }
 
     /// A new generation: everything in flight is forgotten, a latch is cleared. Tokens go on counting, so that
@@ -265,7 +277,7 @@ impl DriverQueue {
         if !self.running() {
             return Ok(0);
         }
-        let count = self.with_ring(mem, |ring| each!(ring, ring => ring.publish(mem)))?;
+        let count = self.with_intact_ring(mem, |ring| each!(ring, ring => ring.publish(mem)))?;
         self.published = self.next_token;
         self.counters.pushed += u64::from(count);
         Ok(count)
@@ -279,7 +291,7 @@ impl DriverQueue {
         if !self.running() {
             return Ok(false);
         }
-        let wants = self.with_ring(mem, |ring| each!(ring, ring => ring.wants_kick(mem)))?;
+        let wants = self.with_intact_ring(mem, |ring| each!(ring, ring => ring.wants_kick(mem)))?;
         let counter = if wants {
             &mut self.counters.notified
         } else {
@@ -293,7 +305,11 @@ impl DriverQueue {
     ///
     /// Who hears that there is nothing goes to sleep, so it asks the device for a call as `get_used` does.
     pub fn has_used<A: Access>(&mut self, mem: &A) -> bool {
-        self.running() && (!self.ready.is_empty() || self.look_or_arm(mem).unwrap_or(true))
+        if !self.running() {
+            return false;
+        }
+        let found = self.ready.is_empty().then(|| self.look_or_arm(mem));
+        found.is_none_or(|found| self.intact(mem).and(found).unwrap_or(true))
     }
 
     /// Whether something was used; if not, the device is asked for a call, unless calls are disabled. Asking and
@@ -332,34 +348,43 @@ impl DriverQueue {
             return Ok(None);
         }
         if self.ready.is_empty() {
-            if let Err(fault) = self.take_used(mem) {
-                return Err(self.latched_by(fault));
-            }
+            let taken = self.take_used(mem);
+            // What zeros made of it stays where `detach` finds it.
+            self.check_intact(mem)?;
+            taken.map_err(|fault| self.latched_by(fault))?;
         }
         let used = self.ready.pop_front();
         self.counters.popped += u64::from(used.is_some());
         Ok(used)
     }
 
-    /// Up to `limit` used buffers. A broken one behind good ones is left for the next call.
+    /// Up to `limit` used buffers. A broken one behind good ones is left for the next call; of memory that is lost, none
+    /// is good.
     ///
     /// # Errors
     /// As [`DriverQueue::get_used`], when the first one is broken.
     pub fn get_used_many<A: Access>(&mut self, mem: &A, limit: usize) -> Result<Vec<(u64, u32)>, Fault> {
-        let mut taken = Vec::new();
+        let (mut taken, mut broken) = (Vec::new(), None);
         while taken.len() < limit && self.running() {
             if self.ready.is_empty() {
                 match self.take_used(mem) {
                     Ok(()) => {}
                     Err(_) if !taken.is_empty() => break,
-                    Err(fault) => return Err(self.latched_by(fault)),
+                    Err(fault) => {
+                        broken = Some(fault);
+                        break;
+                    }
                 }
             }
             let Some(used) = self.ready.pop_front() else { break };
             taken.push(used);
         }
         self.counters.popped += taken.len() as u64;
-        Ok(taken)
+        if let Err(fault) = self.check_intact(mem) {
+            self.give_back(taken);
+            return Err(fault);
+        }
+        broken.map_or(Ok(taken), |fault| Err(self.latched_by(fault)))
     }
 
     /// Put used buffers back that were just taken, as if they had not been: the next calls take them.

@@ -64,6 +64,40 @@ macro_rules! common_to_both_ends {
             QueueState { avail, used }
         }
 
+        /// Nothing counts that was read from memory that is lost, and nothing is announced there: asked after the
+        /// ring was read, and before what was written becomes visible.
+        #[inline]
+        fn intact<A: Access>(&self, mem: &A) -> Result<(), Fault> {
+            if any_lost() { self.find_lost(mem) } else { Ok(()) }
+        }
+
+        #[cold]
+        fn find_lost<A: Access>(&self, mem: &A) -> Result<(), Fault> {
+            let mut spans = self.spans().into_iter();
+            spans
+                .try_for_each(|(gpa, len)| mem.intact(gpa, len))
+                .map_err(|error| each!(&self.ring, ring => ring.unmapped(&self.rules, error)))
+        }
+
+        /// As `intact`, and the loss latches the queue.
+        #[inline]
+        fn check_intact<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
+            self.intact(mem).map_err(|fault| self.latched_by(fault))
+        }
+
+        /// As `with_ring`, for what the other side is told or asked: nothing before the loss is looked for, and no
+        /// answer after.
+        fn with_intact_ring<A: Access, T>(
+            &mut self,
+            mem: &A,
+            f: impl FnOnce(&mut Ring) -> Result<T, MemoryError>,
+        ) -> Result<T, Fault> {
+            self.check_intact(mem)?;
+            let result = self.with_ring(mem, f);
+            self.check_intact(mem)?;
+            result
+        }
+
         /// Run `f` with the ring resolved for the present memory; a memory error latches the queue.
         fn with_ring<A: Access, T>(
             &mut self,

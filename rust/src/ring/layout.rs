@@ -100,6 +100,15 @@ impl RingLayout {
         if self.packed { 4 } else { 6 + 8 * self.size as u64 }
     }
 
+    /// Address and bytes of the three areas: descriptor, driver, device.
+    pub(crate) const fn spans(&self) -> [(u64, u64); 3] {
+        [
+            (self.desc, self.desc_bytes()),
+            (self.driver, self.driver_bytes()),
+            (self.device, self.device_bytes()),
+        ]
+    }
+
     /// Alignment of the three areas in bytes: descriptor, driver, device (2.7, 2.8.11).
     #[must_use]
     pub const fn alignments(&self) -> [u64; 3] {

@@ -1,7 +1,7 @@
 //! The device end of a packed virtqueue.
 
 use super::{Place, arm, disarm};
-use crate::chain::{ChainRules, Element, Segment, Walk};
+use crate::chain::{ChainRules, Element, Segment, Table, Walk};
 use crate::error::Fault;
 use crate::mem::{Access, MemoryError};
 use crate::ring::event::DISABLE;
@@ -77,7 +77,7 @@ impl PackedDevice {
 
     #[cold]
     pub(crate) fn unmapped(&self, rules: &ChainRules, error: MemoryError) -> Fault {
-        let mut fault = rules.fault(Rule::RingUnmapped, error.to_string());
+        let mut fault = rules.fault(Rule::RingUnmapped.of_memory(&error), error.to_string());
         fault.position = Some(self.next_avail.slot);
         fault.address = Some(error.address());
         fault
@@ -243,6 +243,11 @@ fn walk_table<A: Access>(
     flags: u16,
 ) -> Result<(), Fault> {
     let table = walk.table(index, addr, len, flags)?;
+    let walked = walk_entries(walk, rules, table);
+    walk.read_from(table, walked)
+}
+
+fn walk_entries<A: Access>(walk: &mut Walk<'_, A>, rules: &ChainRules, table: Table) -> Result<(), Fault> {
     for index in 0..table.entries {
         // The two formats keep flags at different offsets of an entry.
         let entry = walk.load_packed_entry(table, index)?;

@@ -1,7 +1,7 @@
 //! The device end of a split virtqueue.
 
 use super::{arm, disarm};
-use crate::chain::{ChainRules, Element, Segment, Walk};
+use crate::chain::{ChainRules, Element, Segment, Table, Walk};
 use crate::error::Fault;
 use crate::mem::{Access, MemoryError};
 use crate::ring::desc::{self, Desc};
@@ -111,7 +111,7 @@ impl SplitDevice {
 
     #[cold]
     pub(crate) fn unmapped(&self, rules: &ChainRules, error: MemoryError) -> Fault {
-        let mut fault = rules.fault(Rule::RingUnmapped, error.to_string());
+        let mut fault = rules.fault(Rule::RingUnmapped.of_memory(&error), error.to_string());
         fault.position = Some(self.next_avail);
         fault.address = Some(error.address());
         fault
@@ -196,6 +196,11 @@ impl SplitDevice {
     /// 2.7.5.3.2: zero or more direct descriptors may precede the table.
     fn walk_table<A: Access>(&self, walk: &mut Walk<'_, A>, index: u32, desc: &Desc) -> Result<(), Fault> {
         let table = walk.table(index, desc.addr, desc.len, desc.flags)?;
+        let walked = self.walk_entries(walk, table);
+        walk.read_from(table, walked)
+    }
+
+    fn walk_entries<A: Access>(&self, walk: &mut Walk<'_, A>, table: Table) -> Result<(), Fault> {
         let limit = if walk.beyond_queue() {
             u32::MAX
         } else {

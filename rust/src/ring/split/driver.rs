@@ -222,7 +222,7 @@ impl SplitDriver {
 
     #[cold]
     pub(crate) fn unmapped(&self, rules: &ChainRules, error: MemoryError) -> Fault {
-        let mut fault = rules.fault(Rule::RingUnmapped, error.to_string());
+        let mut fault = rules.fault(Rule::RingUnmapped.of_memory(&error), error.to_string());
         fault.position = Some(self.last_used);
         fault.address = Some(error.address());
         fault
