@@ -264,6 +264,28 @@ fn a_handler_for_once_is_called_once() {
     });
 }
 
+#[test]
+fn what_only_claims_to_be_a_fault_is_passed_on() {
+    lives("what_only_claims_to_be_a_fault_is_passed_on", || {
+        install(count as *const () as usize, 0);
+        let (_fd, mem) = guarded();
+        let place = mem.live(0, 1, virtio_test::mem::Want::Read).unwrap().ptr();
+        // Where the kernel puts the address of a fault, after three numbers and a gap.
+        let mut info = [0u64; 16];
+        // SI_QUEUE: the only kind that a process may send itself with fields of its own.
+        info[1] = 0xffff_ffff;
+        info[2] = place.addr() as u64;
+        let me = i64::from(std::process::id());
+        // SAFETY: 128 bytes, as a siginfo has; it only sends a signal.
+        let sent = unsafe { libc::syscall(libc::SYS_rt_sigqueueinfo, me, i64::from(SIGBUS), info.as_ptr()) };
+        assert_eq!(sent, 0);
+        while CALLED.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        assert!(!mem.regions()[0].lost());
+    });
+}
+
 /// Install `middle` in front of whatever is there.
 fn step_in() {
     let found = install(middle as *const () as usize, SA_SIGINFO);

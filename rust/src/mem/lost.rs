@@ -218,3 +218,69 @@ impl Entry {
         })
     }
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "a test that panics has failed"
+)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::mem::{Backing, Region};
+
+    /// A guard of a mapping that stays as long as the region does.
+    fn guard() -> (Region, Guard) {
+        let region = Region::new(0, 4096, Backing::Anonymous).unwrap();
+        let base = region.mapping().unwrap().ptr().cast();
+        let guard = Guard::new(Guarded {
+            base,
+            len: 4096,
+            granule: 4096,
+            writable: true,
+        });
+        (region, guard.unwrap())
+    }
+
+    #[test]
+    fn whoever_ends_an_entry_waits_for_its_visitors() {
+        let (region, guard) = guard();
+        let visitors = &ENTRIES[guard.0].visitors;
+        visitors.fetch_add(1, Ordering::SeqCst);
+        let start = Instant::now();
+        let gone = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(50));
+                visitors.fetch_sub(1, Ordering::SeqCst);
+            });
+            guard.release()
+        });
+        assert!(gone && start.elapsed() >= Duration::from_millis(50));
+        assert!(!cover(region.mapping().unwrap().ptr().cast()), "it is dead");
+    }
+
+    #[test]
+    fn an_entry_with_a_visitor_is_never_given_away() {
+        let (_region, stuck) = guard();
+        ENTRIES[stuck.0].visitors.fetch_add(1, Ordering::SeqCst);
+        assert!(!stuck.release(), "the mapping has to stay");
+        let others: Vec<_> = (0..3).map(|_| guard()).collect();
+        assert!(others.iter().all(|(_, other)| other.0 != stuck.0));
+        assert!(others.iter().all(|(_, other)| other.release()));
+        ENTRIES[stuck.0].visitors.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    #[test]
+    fn what_is_lost_is_counted_until_it_is_gone() {
+        let (region, one) = guard();
+        assert!(!any_lost() && !one.lost());
+        let address = region.mapping().unwrap().ptr().cast();
+        assert!(cover(address));
+        assert!(any_lost() && one.lost());
+        assert!(cover(address), "by two threads at once, say");
+        assert!(one.release());
+        assert!(!any_lost());
+    }
+}
