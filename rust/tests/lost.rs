@@ -1,4 +1,4 @@
-//! Files that are cut short while they are mapped: every access survives, and nothing is made of what it brought.
+//! Queues over files that are cut short: each step survives, and nothing is made of what it brought.
 
 #![allow(
     clippy::unwrap_used,
@@ -11,17 +11,14 @@
 mod common;
 
 use std::os::fd::OwnedFd;
-use std::sync::Barrier;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
 
 use common::{EVENT_IDX, INDIRECT_DESC, PACKED};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::io::{pread, pwrite};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::pread;
 use virtio_test::chain::Segment;
 use virtio_test::error::{Misuse, QueueError};
 use virtio_test::iov::Iov;
-use virtio_test::mem::{Access, At, Backing, GuestMemory, MemoryError, RegionSpec, Trace, Want};
+use virtio_test::mem::{Access, Backing, GuestMemory, MemoryError, RegionSpec};
 use virtio_test::policy::Policy;
 use virtio_test::queue::{DeviceQueue, DriverQueue, IndirectArea, QueueConfig};
 use virtio_test::rule::Rule;
@@ -48,110 +45,6 @@ fn received(gpa: u64, size: u64, fd: &OwnedFd) -> RegionSpec {
 
 fn lost<T>(gpa: u64) -> Result<T, MemoryError> {
     Err(MemoryError::Lost { gpa })
-}
-
-/// A file of four pages at address 0, one of one page behind it, and own memory behind that.
-fn three(trace: Option<std::sync::Arc<Trace>>) -> (OwnedFd, GuestMemory) {
-    let (fd, whole) = (file(4 * PAGE), file(PAGE));
-    let own = RegionSpec {
-        gpa: 5 * PAGE,
-        size: PAGE,
-        backing: Backing::Memfd,
-    };
-    let regions = vec![received(0, 4 * PAGE, &fd), received(4 * PAGE, PAGE, &whole), own];
-    let mem = GuestMemory::new(regions, trace).unwrap();
-    mem.fill(0, 6 * PAGE, 7).unwrap();
-    (fd, mem)
-}
-
-fn losses(mem: &GuestMemory) -> Vec<bool> {
-    mem.regions().iter().map(|region| region.lost()).collect()
-}
-
-#[test]
-fn each_kind_of_access_says_that_the_memory_is_lost() {
-    type Touch = fn(&GuestMemory) -> Result<(), MemoryError>;
-    let touches: [(Touch, u64); 7] = [
-        (|mem| mem.read(2 * PAGE, &mut [0; 16]), 2 * PAGE),
-        (|mem| mem.read(PAGE - 1, &mut [0; 2]), PAGE - 1),
-        (|mem| mem.write(3 * PAGE, &[1]), 3 * PAGE),
-        (|mem| mem.fill(PAGE, 4 * PAGE, 1), PAGE),
-        (|mem| mem.copy(2 * PAGE, 5 * PAGE, 64), 2 * PAGE),
-        (|mem| mem.copy(5 * PAGE, 2 * PAGE, 64), 2 * PAGE),
-        (|mem| mem.read(0, &mut vec![0; 6 * 4096]), 0),
-    ];
-    for (touch, gpa) in touches {
-        let (fd, mem) = three(None);
-        ftruncate(&fd, PAGE).unwrap();
-        assert_eq!(losses(&mem), [false; 3], "nobody has noticed");
-        assert_eq!(touch(&mem), lost(gpa));
-        assert_eq!(losses(&mem), [true, false, false]);
-        // The whole region from then on, and only that.
-        assert_eq!(mem.read(0, &mut [0]), lost(0));
-        let mut one = [0];
-        mem.read(4 * PAGE, &mut one).unwrap();
-        mem.write(5 * PAGE, &[9]).unwrap();
-        mem.remove(0, 4 * PAGE).unwrap();
-        assert_eq!(losses(&mem), [false; 2]);
-        mem.add(received(0, PAGE, &file(PAGE))).unwrap();
-        mem.read(0, &mut one).unwrap();
-        assert_eq!(one, [0]);
-    }
-}
-
-#[test]
-fn ring_words_are_zeros_then_and_intact_says_so() {
-    let (fd, mem) = three(None);
-    let pin = mem.pin();
-    let view = pin.mapped();
-    let at = view.resolve(0, 4 * PAGE, Want::Write).unwrap();
-    assert_eq!(view.load_u64(at, PAGE).unwrap(), 0x0707_0707_0707_0707);
-    assert_eq!(view.intact(0, u64::MAX), Ok(()));
-    ftruncate(&fd, PAGE).unwrap();
-    view.store_u16(at, 3 * PAGE, 5).unwrap();
-    assert_eq!(view.load_u16_acquire(at, 3 * PAGE).unwrap(), 5, "in a page of our own");
-    assert_eq!(view.load_u64(at, PAGE).unwrap(), 0);
-    assert_eq!(view.load_u16(at, 0).unwrap(), 0x0707, "still the file's");
-    assert_eq!(view.intact(PAGE, 8), lost(PAGE));
-    assert_eq!(view.intact(4 * PAGE, PAGE), Ok(()));
-    assert_eq!(view.intact(4 * PAGE, 0), Ok(()));
-}
-
-#[test]
-fn a_traced_memory_and_a_read_only_one_are_no_exception() {
-    let (fd, mem) = three(Some(std::sync::Arc::new(Trace::new())));
-    ftruncate(&fd, 0).unwrap();
-    let pin = mem.pin();
-    let view = pin.mediated().unwrap();
-    assert_eq!(view.read(At::unresolved(8), 0, &mut [0; 8]), lost(8));
-    assert_eq!(view.write(At::unresolved(8), 0, &[0; 8]), lost(8));
-    assert_eq!(view.fill(At::unresolved(8), 0, 8, 0), lost(8));
-    drop(pin);
-    let fd = file(2 * PAGE);
-    let backing = Backing::Received {
-        fd: fd.try_clone().unwrap(),
-        offset: PAGE + 8,
-        writable: false,
-    };
-    let rom = RegionSpec {
-        gpa: 64,
-        size: 128,
-        backing,
-    };
-    let mem = GuestMemory::new(vec![rom], None).unwrap();
-    ftruncate(&fd, 3).unwrap();
-    assert_eq!(mem.read(64, &mut [0; 128]), lost(64));
-    assert_eq!(mem.write(64, &[0]), Err(MemoryError::ReadOnly { gpa: 64 }));
-}
-
-#[test]
-fn a_sealed_file_cannot_be_cut_and_is_not_lost() {
-    let fd = file(PAGE);
-    fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
-    let mem = GuestMemory::new(vec![received(0, PAGE, &fd)], None).unwrap();
-    assert!(ftruncate(&fd, 0).is_err());
-    mem.fill(0, PAGE, 1).unwrap();
-    assert_eq!(losses(&mem), [false]);
 }
 
 const DESC: u64 = 0x1_0000;
@@ -454,76 +347,127 @@ fn a_batch_hands_out_what_it_had_before_the_loss() {
     }
 }
 
-/// Threads read and write while files are cut under them and the table is exchanged. What a read says is good
-/// is the file's own: no zero ever passes for a byte of it. Memory that is mapped meanwhile stays what it is.
+/// Zeros are legal descriptors of length 0 for who is tolerant: such a chain is popped, and goes back.
 #[test]
-fn races_with_truncation_never_show_a_zero() {
-    const ROUNDS: usize = 4000;
-    const SIZE: u64 = 4 * PAGE;
-    let mem = GuestMemory::new(Vec::new(), None).unwrap();
-    let (stop, good, bad) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    let barrier = Barrier::new(4);
-    thread::scope(|scope| {
-        for thread in 0..3u64 {
-            let (mem, stop, good, bad, barrier) = (&mem, &stop, &good, &bad, &barrier);
-            scope.spawn(move || {
-                barrier.wait();
-                let mut bytes = vec![0; 4096 * 2];
-                for round in 0.. {
-                    if stop.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    thread::yield_now();
-                    let gpa = PAGE * ((round + thread) % 3);
-                    let outcome = if thread == 2 {
-                        mem.write(gpa, &[0xaa; 4096 * 2])
-                    } else {
-                        let read = mem.read(gpa, &mut bytes);
-                        assert!(read.is_err() || bytes.iter().all(|&byte| byte == 0xaa), "a zero");
-                        read
-                    };
-                    match outcome {
-                        Ok(()) => good.fetch_add(1, Ordering::Relaxed),
-                        Err(MemoryError::Lost { .. }) => bad.fetch_add(1, Ordering::Relaxed),
-                        Err(MemoryError::Unmapped { .. }) => 0,
-                        Err(error) => panic!("{error}"),
-                    };
+fn what_was_popped_from_zeros_goes_back() {
+    for many in [false, true] {
+        let world = World::new(0);
+        let (pin, pinned) = (world.mem.pin(), world.other.pin());
+        let (mem, there) = (&pin.mapped(), &pinned.mapped());
+        let mut driver = world.driver(&world.other);
+        let mut device = DeviceQueue::new(mem, world.config, None).unwrap();
+        for _ in 0..2 {
+            driver.add(there, &[(SOURCE, 64)], &[(TARGET, 64)], false).unwrap();
+        }
+        driver.publish(there).unwrap();
+        let (mut segments, mut elements) = (Vec::new(), Vec::new());
+        let before = device.pop(mem, &mut segments).unwrap().unwrap();
+        let at = device.state();
+        world.lose(DESC);
+        let fault = if many {
+            device.pop_many(mem, 8, &mut segments, &mut elements).unwrap_err()
+        } else {
+            device.pop(mem, &mut segments).unwrap_err()
+        };
+        assert_eq!(fault.rule, Rule::MemoryLost);
+        assert_eq!((device.state(), device.in_flight()), (at, 1));
+        assert_eq!((segments.len(), elements.len()), (before.count, 0));
+    }
+}
+
+#[test]
+fn a_fill_of_a_chain_is_a_copy_like_others() {
+    let world = World::new(0);
+    let (pin, pinned) = (world.mem.pin(), world.other.pin());
+    let (mem, there) = (&pin.mapped(), &pinned.mapped());
+    let mut driver = world.driver(&world.other);
+    let mut device = DeviceQueue::new(mem, world.config, None).unwrap();
+    driver.add(there, &[], &[(TARGET, 64)], false).unwrap();
+    driver.publish(there).unwrap();
+    let mut segments = Vec::new();
+    device.pop(mem, &mut segments).unwrap().unwrap();
+    world.lose(TARGET);
+    let filled = Iov::new(&segments, mem.epoch()).fill(mem, 8, 8, 1);
+    assert_eq!(filled, lost(TARGET + 8));
+    assert_eq!(rule_of(device.copied(filled)), Err(Rule::MemoryLost));
+    assert!(device.broken());
+}
+
+/// A used ring of three pages, of which the first remains: what was taken from that is not lost with the others.
+#[test]
+fn a_driver_that_finds_its_used_ring_lost_still_knows_what_was_in_flight() {
+    const COUNT: usize = 700;
+    let files = [file(4 * PAGE), file(PAGE), file(3 * PAGE), file(PAGE)];
+    let places = [(DESC, 4 * PAGE), (DRIVER, PAGE), (DEVICE, 3 * PAGE), (SOURCE, PAGE)];
+    let memory = || {
+        let regions = places
+            .iter()
+            .zip(&files)
+            .map(|(&(gpa, size), fd)| received(gpa, size, fd));
+        GuestMemory::new(regions.collect(), None).unwrap()
+    };
+    let config = QueueConfig {
+        size: 1024,
+        desc: DESC,
+        driver: DRIVER,
+        device: DEVICE,
+        index: 0,
+        features: 0,
+        policy: Policy::INTEROP,
+    };
+    for many in [false, true] {
+        let (mem, other) = (memory(), memory());
+        let (pin, pinned) = (mem.pin(), other.pin());
+        let (mem, there) = (&pin.mapped(), &pinned.mapped());
+        let mut driver = DriverQueue::new(mem, config, None, None).unwrap();
+        let mut device = DeviceQueue::new(there, config, None).unwrap();
+        let tokens: Vec<_> = (0..COUNT)
+            .map(|_| driver.add(mem, &[(SOURCE, 1)], &[], false).unwrap())
+            .collect();
+        driver.publish(mem).unwrap();
+        let (mut segments, mut elements) = (Vec::new(), Vec::new());
+        device.pop_many(there, COUNT, &mut segments, &mut elements).unwrap();
+        for element in &elements {
+            device.complete(there, &element.ticket(), 0).unwrap();
+        }
+        device.publish(there).unwrap();
+        ftruncate(&files[2], PAGE).unwrap();
+        let mut taken = Vec::new();
+        let fault = if many {
+            driver.get_used_many(mem, COUNT).unwrap_err()
+        } else {
+            loop {
+                match driver.get_used(mem) {
+                    Ok(used) => taken.push(used.unwrap().0),
+                    Err(fault) => break fault,
                 }
-            });
-        }
-        barrier.wait();
-        let full = vec![0xaa; 4096 * 4];
-        for round in 0..ROUNDS {
-            let fd = file(SIZE);
-            assert_eq!(pwrite(&fd, &full, 0).unwrap(), full.len());
-            mem.replace(vec![received(0, SIZE, &fd)]).unwrap();
-            if round % 4 != 0 {
-                thread::yield_now();
             }
-            ftruncate(&fd, PAGE * (round as u64 % 4)).unwrap();
-            if round % 3 == 0 {
-                thread::yield_now();
-            }
-            // It may get the addresses of what has just gone, while handlers return from there.
-            mem.replace(Vec::new()).unwrap();
-            let own = RegionSpec {
-                gpa: 0,
-                size: SIZE,
-                backing: Backing::Anonymous,
-            };
-            let fresh = GuestMemory::new(vec![own], None).unwrap();
-            fresh.fill(0, SIZE, 0x55).unwrap();
-            let mut bytes = vec![0; 4096 * 4];
-            fresh.read(0, &mut bytes).unwrap();
-            assert!(
-                bytes.iter().all(|&byte| byte == 0x55),
-                "zeros over memory of somebody else"
-            );
-        }
-        stop.store(true, Ordering::Relaxed);
-    });
-    assert!(
-        good.load(Ordering::Relaxed) > 0 && bad.load(Ordering::Relaxed) > 0,
-        "both happened"
-    );
+        };
+        assert_eq!(fault.rule, Rule::MemoryLost);
+        assert_eq!(driver.counters().popped, taken.len() as u64);
+        taken.extend(driver.detach());
+        assert_eq!(taken, tokens, "each once");
+        ftruncate(&files[2], 3 * PAGE).unwrap();
+    }
+}
+
+#[test]
+fn who_looks_for_used_buffers_hears_that_something_is_broken() {
+    for many in [false, true] {
+        let world = World::new(0);
+        let mut driver = world.driver(&world.mem);
+        let pin = world.mem.pin();
+        let mem = &pin.mapped();
+        driver.add(mem, &[(SOURCE, 1)], &[], false).unwrap();
+        driver.publish(mem).unwrap();
+        world.lose(DEVICE);
+        assert!(driver.has_used(mem), "what is broken counts");
+        let fault = if many {
+            driver.get_used_many(mem, 8).map(drop)
+        } else {
+            driver.get_used(mem).map(drop)
+        };
+        assert_eq!(fault.unwrap_err().rule, Rule::MemoryLost);
+        assert!(!driver.has_used(mem), "latched");
+    }
 }
