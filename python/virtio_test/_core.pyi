@@ -137,7 +137,7 @@ class Trace:
 class GuestMemory:
     """Guest memory: a table of regions that never overlap, with an epoch that grows at each change of the table.
 
-    Whoever else has the file of a region can cut it short, unless it is sealed. An access that meets this makes the region
+    Whoever else has the file of a region can cut it short, unless it is sealed. What meets this makes the region
     `lost`. From then on copies from and to it raise `RuleViolation` ("MemoryLost"), and queues that use it latch.
 
     Args:
