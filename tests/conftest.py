@@ -1,4 +1,4 @@
-"""Hypothesis profiles: how hard a run looks.
+"""Hypothesis profiles: how hard a run looks; and interrupts that arrive, however the run was started.
 
 They are derived from the profile in force (Hypothesis loads its own `ci` where CI is set), and none has a deadline:
 on two busy cores the time of one test case says nothing about the code.
@@ -10,6 +10,7 @@ one. Nothing is loaded at import, so a profile chosen by the caller is never ove
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -24,3 +25,6 @@ for _name, _cases in PROFILES.items():
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--hypothesis-profile", default=None) is None:
         settings.load_profile(os.environ.get("VIRTIO_TEST_PROFILE", "virtio-quick"))
+    # A run in the background of a script starts with interrupts ignored, and so would all processes that it starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

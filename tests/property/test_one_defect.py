@@ -112,7 +112,10 @@ def test_every_row_is_tested_or_says_where_it_is() -> None:
 
 
 def test_every_rule_of_the_core_is_broken_by_a_case() -> None:
-    """Those about used buffers by an evil device (`test_driver_end.py`), all others by a row here."""
+    """Those about used buffers by an evil device (`test_driver_end.py`), all others by a row here.
+
+    But one: that memory gets lost is no state of a ring (`tests/unit/test_memory_lost.py`, `rust/tests/lost.rs`).
+    """
     broken = {outcome.rule for defect in DEFECTS for outcome in defect.outcomes if outcome.rule}
     broken |= {refused.rule for refused in REFUSED}
-    assert {rule.name for rule in rules() if not rule.name.startswith("Used")} == broken
+    assert {rule.name for rule in rules() if not rule.name.startswith("Used")} == broken | {"MemoryLost"}
