@@ -12,40 +12,19 @@ mod common;
 
 use std::os::fd::OwnedFd;
 
+use common::files::{file, lost, received};
 use common::{EVENT_IDX, INDIRECT_DESC, PACKED};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::ftruncate;
 use rustix::io::pread;
 use virtio_test::chain::Segment;
 use virtio_test::error::{Misuse, QueueError};
 use virtio_test::iov::Iov;
-use virtio_test::mem::{Access, Backing, GuestMemory, MemoryError, RegionSpec};
+use virtio_test::mem::{Access, GuestMemory};
 use virtio_test::policy::Policy;
 use virtio_test::queue::{DeviceQueue, DriverQueue, IndirectArea, QueueConfig};
 use virtio_test::rule::Rule;
 
 const PAGE: u64 = 4096;
-
-fn file(size: u64) -> OwnedFd {
-    let fd = memfd_create("lost", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-    ftruncate(&fd, size).unwrap();
-    fd
-}
-
-fn received(gpa: u64, size: u64, fd: &OwnedFd) -> RegionSpec {
-    RegionSpec {
-        gpa,
-        size,
-        backing: Backing::Received {
-            fd: fd.try_clone().unwrap(),
-            offset: 0,
-            writable: true,
-        },
-    }
-}
-
-fn lost<T>(gpa: u64) -> Result<T, MemoryError> {
-    Err(MemoryError::Lost { gpa })
-}
 
 const DESC: u64 = 0x1_0000;
 const DRIVER: u64 = 0x2_0000;

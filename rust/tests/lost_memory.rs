@@ -7,38 +7,19 @@
     reason = "a test stops at what it did not expect"
 )]
 
+mod common;
+
 use std::os::fd::OwnedFd;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use common::files::{file, lost, received};
+use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
 use rustix::io::pwrite;
 use virtio_test::mem::{Access, At, Backing, GuestMemory, MemoryError, RegionSpec, Trace, Want};
 
 const PAGE: u64 = 4096;
-
-fn file(size: u64) -> OwnedFd {
-    let fd = memfd_create("lost", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-    ftruncate(&fd, size).unwrap();
-    fd
-}
-
-fn received(gpa: u64, size: u64, fd: &OwnedFd) -> RegionSpec {
-    RegionSpec {
-        gpa,
-        size,
-        backing: Backing::Received {
-            fd: fd.try_clone().unwrap(),
-            offset: 0,
-            writable: true,
-        },
-    }
-}
-
-fn lost<T>(gpa: u64) -> Result<T, MemoryError> {
-    Err(MemoryError::Lost { gpa })
-}
 
 /// A file of four pages at address 0, one of one page behind it, and own memory behind that.
 fn three(trace: Option<std::sync::Arc<Trace>>) -> (OwnedFd, GuestMemory) {

@@ -10,6 +10,8 @@
     reason = "each suite uses its part; a test stops at what it did not expect"
 )]
 
+pub mod files;
+
 use virtio_test::chain::{Element, Segment};
 use virtio_test::error::Fault;
 use virtio_test::iov::Iov;
