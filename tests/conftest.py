@@ -1,4 +1,4 @@
-"""Hypothesis profiles: how hard a run looks; and interrupts that arrive, however the run was started.
+"""Hypothesis profiles: how hard a run looks; tests that take long; interrupts that arrive, however the run was started.
 
 They are derived from the profile in force (Hypothesis loads its own `ci` where CI is set), and none has a deadline:
 on two busy cores the time of one test case says nothing about the code.
@@ -28,3 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # A run in the background of a script starts with interrupts ignored, and so would all processes that it starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves `deep` tests out. A ``-m`` on the command line replaces that of the ini file, so it cannot say this."""
+    if "deep" in (config.getoption("markexpr") or ""):
+        return
+    deep = [item for item in items if item.get_closest_marker("deep")]
+    if deep:
+        items[:] = [item for item in items if not item.get_closest_marker("deep")]
+        config.hook.pytest_deselected(items=deep)
