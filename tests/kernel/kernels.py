@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,9 +82,13 @@ def uml_kernel() -> Kernel:
     """
     config = GUEST / "uml.config"
     recipe = cache.recipe(_build_uml, packages.fetch)
-    path = cache.entry("uml", cache.digest(config, UML_SOURCE, cache.compiler(), recipe, *_KEPT), _build_uml)
+    path = cache.entry("uml", cache.digest(config, UML_SOURCE, cache.compiler(), recipe, *_KEPT), _fresh(_build_uml))
     version = (path / "versions.txt").read_text().strip()
     return Kernel(image=path / "linux", tree=path / "tree", arguments=("ARCH=um",), version=version)
+
+
+def _fresh(build: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda into: packages.with_fresh_lists(build, into)
 
 
 def _build_uml(into: Path) -> None:
@@ -127,7 +131,9 @@ def debian_kernel() -> Kernel:
         BuildError: they cannot be downloaded.
     """
     path = cache.entry(
-        "debian", cache.digest(DEBIAN_IMAGE, DEBIAN_HEADERS, cache.recipe(_fetch_debian, packages.fetch)), _fetch_debian
+        "debian",
+        cache.digest(DEBIAN_IMAGE, DEBIAN_HEADERS, cache.recipe(_fetch_debian, packages.fetch)),
+        _fresh(_fetch_debian),
     )
     image = next((path / "root/boot").glob("vmlinuz-*"))
     release = image.name.removeprefix("vmlinuz-")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.kernel.cache import BuildError, run
+
+
+class FetchError(BuildError):
+    """What was asked for is not known to apt, or cannot be downloaded."""
 
 
 def depends(package: str, prefix: str) -> list[str]:
@@ -41,6 +45,24 @@ def fetch(packages: Sequence[str], into: Path) -> list[str]:
         raise BuildError(f"apt-get downloaded {len(versions)} packages for {', '.join(packages)}")
     shutil.rmtree(downloads)
     return versions
+
+
+def with_fresh_lists(build: Callable[[Path], None], into: Path) -> None:
+    """Builds into ``into``; when a download fails, apt's lists are renewed and it is tried once more.
+
+    An archive keeps no version that a newer one has replaced, so lists of last month name files that are gone.
+
+    Raises:
+        BuildError: it failed for another reason, or with new lists too.
+    """
+    try:
+        build(into)
+    except FetchError:
+        renew = Path(__file__).parents[2] / "tools" / "debian-packages"
+        run([renew, "--renew"], what="renewing apt's lists")
+        for path in into.iterdir():
+            shutil.rmtree(path)
+        build(into)
 
 
 def extract_suite(suite: str, packages: Sequence[str], into: Path) -> None:
@@ -80,4 +102,4 @@ def _apt(program: str, arguments: Sequence[str], package: str, cwd: Path | None 
     try:
         return run([program, *arguments], what=f"asking apt for {package}", cwd=cwd)
     except BuildError as error:
-        raise BuildError(f"{error}: is this Debian 12, and was 'apt-get update' run?") from error
+        raise FetchError(f"{error}: is this Debian 12, and was 'apt-get update' run?") from error
