@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from virtio_test.checks import CATALOGUE
+from virtio_test.checks import CATALOGUE, ROWS
 
 from tests.cli.conftest import Run
 
@@ -33,6 +33,20 @@ def test_all_of_them(run: Run) -> None:
     assert len(json.loads(run("explain", "--list", "--json").out)["rules"]) == len(lines)
 
 
+def test_a_row_is_explained(run: Run) -> None:
+    result = run("explain", "a05")
+    assert (result.status, result.err) == (0, "")
+    assert "One head is made available twice" in result.out
+    (row,) = json.loads(run("explain", "CVE-2016-5403", "--json").out)["rows"]
+    assert row["rules"] == ["TooManyInFlight"]
+    assert set(row["demands"]) == set(row["clauses"])
+
+
+def test_all_rows(run: Run) -> None:
+    assert len(run("explain", "--list", "--rows").out.splitlines()) == len(ROWS)
+    assert [row["id"] for row in json.loads(run("explain", "--list", "--rows", "--json").out)["rows"]] == list(ROWS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -40,6 +54,8 @@ def test_all_of_them(run: Run) -> None:
         (["explain", "NextOutRange", "--json"], "the nearest names are NextOutOfRange"),
         (["explain"], "give the name of one rule, or --list"),
         (["explain", "ZeroLength", "--list"], "one of the two"),
+        (["explain", "A05", "--rows"], "--rows goes with --list"),
+        (["explain", "A99"], "no row is called 'A99'; the nearest are A09"),
     ],
 )
 def test_bad_usage_is_one_line(run: Run, arguments: list[str], words: str) -> None:

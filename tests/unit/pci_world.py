@@ -39,7 +39,7 @@ def row(*ids: str) -> Callable[[_CaseT], _CaseT]:
     def mark(test: _CaseT) -> _CaseT:
         for each in ids:
             ROWS.setdefault(each, []).append(test.__name__)
-        return pytest.mark.parametrize("row", ids)(test)
+        return pytest.mark.parametrize("row", [pytest.param(each, marks=pytest.mark.row(each)) for each in ids])(test)
 
     return mark
 

@@ -30,6 +30,12 @@ class Outcome(StrEnum):
     ENDED = "the connection is ended"
     ANSWERED = "answered with an error; nothing is changed"
     JUDGED = "the message is answered with an error where the protocol has an answer for it, else the connection ends"
+    UNREAD = "without effect: it is not looked at"
+    SAFE = "survived: the other side may spoil its own ring or data, and nothing else"
+    COMPLETED = "used with a length of 0 or the device's own error; work goes on"
+    DROPPED = "dropped: nothing is written, nobody is notified"
+    MISUSE = "raised to our own caller as a UsageError; guest memory is as it was"
+    APART = "does not apply"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

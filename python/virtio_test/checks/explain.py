@@ -1,18 +1,20 @@
-"""A rule explained: what the clause asks, what follows here, what others do, and a ring that shows it."""
+"""A rule explained: what the clause asks, what follows here, what others do, and a ring that shows it; and a row."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any, Final
 
-from virtio_test.errors import MessageError, RuleViolation
+from virtio_test.errors import InvalidArgument, MessageError, RuleViolation
 
 from .catalogue import CATALOGUE, entries
 from .entry import Entry
 from .minimal import EXAMPLES
+from .rows import ROWS, Row, find_row, rows_of_rule
 
-__all__ = ["as_dict", "explain", "list_rules"]
+__all__ = ["as_dict", "explain", "list_rows", "list_rules"]
 
 _WIDTH: Final = 100
 _PROTOCOLS: Final = {"vhost-user": "vhost-user", "vfio-user": "vfio-user", "linux/virtio_pcidev.h": "uml-pci"}
@@ -24,22 +26,26 @@ def explain(rule: RuleViolation | str, *, width: int = _WIDTH) -> str:
     An error whose rule is somebody else's is its own words and no more.
 
     Args:
-        rule: an error, or the name of a rule.
+        rule: an error, the name of a rule, or the id of a row (``"A05"``, ``"CVE-2016-5403"``).
         width: columns, 40 at least.
 
     Raises:
-        InvalidArgument: no rule has that name.
+        InvalidArgument: no rule has that name, and no row that id.
     """
     width = max(width, 40)
     if isinstance(rule, str):
-        return "\n\n".join(_text(entry, width) for entry in entries(rule))
+        found = _named(rule)
+        return _row_text(found, width) if isinstance(found, Row) else "\n\n".join(_text(each, width) for each in found)
     found = [entry for entry in CATALOGUE.get(rule.rule, ()) if entry.family == _family(rule)]
     lines = _wrapped(str(rule), width, "")
     return "\n\n".join(("\n".join(lines), *(_text(entry, width) for entry in found)))
 
 
 def as_dict(rule: str) -> list[dict[str, Any]]:
-    """The same as plain data, one dictionary for each entry of that name; raises as `explain`."""
+    """The same as plain data, one dictionary for each entry of that name, or for the row; raises as `explain`."""
+    named = _named(rule)
+    if isinstance(named, Row):
+        return [named.as_dict()]
     return [
         {
             "name": entry.name,
@@ -51,10 +57,10 @@ def as_dict(rule: str) -> list[dict[str, Any]]:
             "interop": str(entry.interop),
             "strict": str(entry.strict),
             "peer": entry.peer,
-            "rows": list(entry.rows),
+            "rows": list(_rows(entry)),
             "examples": [each.as_dict() for each in _examples(entry)],
         }
-        for entry in entries(rule)
+        for entry in named
     ]
 
 
@@ -63,6 +69,30 @@ def list_rules() -> str:
     found = [entry for each in CATALOGUE.values() for entry in each]
     name, family = max(len(each.name) for each in found), max(len(each.family) for each in found)
     return "\n".join(f"{each.family:{family}}  {each.name:{name}}  {each.summary}" for each in found)
+
+
+def list_rows() -> str:
+    """One line for each row: id, who meets it, and what happens."""
+    name, meets = max(map(len, ROWS)), max(len(each.meets) for each in ROWS.values())
+    return "\n".join(f"{each.id:{name}}  {each.meets:{meets}}  {each.stimulus}" for each in ROWS.values())
+
+
+def _named(name: str) -> tuple[Entry, ...] | Row:
+    """The entries of a rule, or the row."""
+    try:
+        return entries(name)
+    except InvalidArgument as no_rule:
+        try:
+            return find_row(name)
+        except InvalidArgument as no_row:
+            # Every id has a number of two digits or more, and no rule's name has.
+            raise (no_row if re.search(r"\d\d", name) else no_rule) from None
+
+
+def _rows(entry: Entry) -> tuple[str, ...]:
+    """The rows that it answers; those of a protocol's rule are its own."""
+    more = (each.id for each in rows_of_rule(entry.name)) if entry.family == "virtio" else ()
+    return tuple(dict.fromkeys((*entry.rows, *more)))
 
 
 def _family(error: RuleViolation) -> str:
@@ -83,19 +113,42 @@ def _text(entry: Entry, width: int) -> str:
     lines += _wrapped(entry.summary, width)
     for clause, text in entry.demands.items():
         lines += _section(f"Clause {clause}", text, width)
-    if entry.interop == entry.strict:
-        lines += _section("When it is broken", entry.interop, width)
-    else:
-        tolerance = f"{entry.interop}: {entry.peer}" if entry.peer else str(entry.interop)
-        lines += _section("Policy.interop", tolerance, width)
-        lines += _section("Policy.strict", entry.strict, width)
+    lines += _outcomes("When it is broken", entry, width)
     if entry.practice:
         lines += _section("Elsewhere", entry.practice, width)
-    if entry.rows:
-        lines += _section("Catalogue", ", ".join(entry.rows), width)
+    if rows := _rows(entry):
+        lines += _section("Catalogue", ", ".join(rows), width)
     for example in _examples(entry):
         lines += ["", *(f"  {line}" for line in example.lines())]
     return "\n".join(lines)
+
+
+def _row_text(row: Row, width: int) -> str:
+    also = f" = {', '.join(row.also)}" if row.also else ""
+    lines = _wrapped(f"{row.id}{also} ({row.meets}{': ' if row.clauses else ''}{', '.join(row.clauses)})", width, "")
+    lines += _wrapped(row.stimulus, width)
+    for clause, text in row.demands.items():
+        lines += _section(f"Clause {clause}", text, width)
+    lines += _outcomes("Outcome", row, width)
+    for title, text in (
+        ("How", row.behaviour),
+        ("Why not", row.reason),
+        ("Differs", row.differs),
+        ("Rules", ", ".join(row.rules)),
+        ("Like", ", ".join(row.rows)),
+    ):
+        if text:
+            lines += _section(title, text, width)
+    return "\n".join(lines)
+
+
+def _outcomes(title: str, told: Entry | Row, width: int) -> Iterator[str]:
+    """One for both policies where they agree."""
+    if told.interop == told.strict:
+        yield from _section(title, told.interop, width)
+        return
+    yield from _section("Policy.interop", f"{told.interop}: {told.peer}", width)
+    yield from _section("Policy.strict", told.strict, width)
 
 
 def _wrapped(text: str, width: int, indent: str = "  ") -> list[str]:

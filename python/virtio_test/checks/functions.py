@@ -12,11 +12,11 @@ __all__ = ["CLASS_ENTRIES", "PCI_ENTRIES"]
 _STRUCTURES: Final = table(
     Outcome.UNUSED,
     (
-        ("CapabilityBelowHeader", "4.1.1", "G15", "A capability lies behind the header."),
-        ("CapabilityLoop", "4.1.1", "G15", "The list of capabilities has an end."),
-        ("CapabilityUnaligned", "4.1.1", "G15", "A capability begins at a multiple of 4."),
-        ("CapabilityBeyondSpace", "4.1.1", "G15", "A capability ends within the configuration space."),
-        ("CapabilityTooShort", "4.1.4.2", "G15", "A capability has all fields of its type."),
+        ("CapabilityBelowHeader", "4.1.1", "", "A capability lies behind the header."),
+        ("CapabilityLoop", "4.1.1", "", "The list of capabilities has an end."),
+        ("CapabilityUnaligned", "4.1.1", "", "A capability begins at a multiple of 4."),
+        ("CapabilityBeyondSpace", "4.1.1", "", "A capability ends within the configuration space."),
+        ("CapabilityTooShort", "4.1.4.2", "", "A capability has all fields of its type."),
         ("BadNotifyMultiplier", "4.1.4.4.1", "", "The multiplier of notifications is 0 or an even power of 2."),
         ("NoSuchBar", "4.1.4", "", "A structure lies in a BAR that the function has."),
         ("RegionMisaligned", "4.1.4.3.1 4.1.4.4.1 4.1.4.5.1 4.1.4.6.1", "", "A structure is aligned as its type asks."),

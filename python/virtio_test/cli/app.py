@@ -186,14 +186,21 @@ def drive(*, path: Path, **options: Any) -> None:
 @cli.command(cls=Command)
 @click.argument("rule", required=False)
 @click.option("--list", "all_rules", is_flag=True, help="One line for each rule there is.")
+@click.option("--rows", is_flag=True, help="With --list: a line for each row of the robustness catalogue instead.")
 @_JSON
-def explain(*, rule: str | None, all_rules: bool, as_json: bool) -> None:
-    """Explain RULE: its clause, what follows when it is broken, what others do, and a ring that shows it."""
+def explain(*, rule: str | None, all_rules: bool, rows: bool, as_json: bool) -> None:
+    """Explain RULE: its clause, what follows when it is broken, what others do, and a ring that shows it.
+
+    Instead of a rule it may be a row of the robustness catalogue, such as A05 or CVE-2016-5403: what the other side
+    does, and what comes of it under both policies.
+    """
     if (rule is None) != all_rules:
         raise click.UsageError("give the name of one rule, or --list: one of the two")
+    if rows and not all_rules:
+        raise click.UsageError("--rows goes with --list; a row is explained by its id alone")
     from .explain import explain
 
-    explain(rule, as_json=as_json, show=click.echo)
+    explain(rule, rows=rows, as_json=as_json, show=click.echo)
 
 
 @cli.command(cls=Command)
