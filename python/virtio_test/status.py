@@ -235,6 +235,11 @@ class DeviceStatus:
         return bool(self._status & Status.DRIVER_OK)
 
     @property
+    def moving(self) -> Action | None:
+        """`Action.SUSPEND` or `Action.RESUME` from the driver's write until `suspended` or `resumed`; else None."""
+        return self._moving
+
+    @property
     def broken(self) -> bool:
         """DEVICE_NEEDS_RESET is set."""
         return bool(self._status & Status.DEVICE_NEEDS_RESET)

@@ -16,21 +16,17 @@ still in flight. Guest memory itself is not part of the state.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, cast
 
-from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig, QueueState
+from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueConfig
 from virtio_test.device import Device
-from virtio_test.errors import InvalidArgument, NoFeature, SavedStateError, StateError
-from virtio_test.features import FeatureSet, judge_accepted
+from virtio_test.errors import InvalidArgument, NoFeature, StateError
+from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
 from virtio_test.status import DeviceStatus
 from virtio_test.transport.bank import RegisterBank
+from virtio_test.transport.saved import check, restore, save
 
 __all__ = ["Loopback"]
-
-_STATE_VERSION: Final = 1
-_STATE_FIELDS: Final = {"version", "status", "features", "queues", "device"}
-_QUEUE_FIELDS: Final = ("index", "size", "desc", "driver", "device", "avail", "used")
 
 
 class Loopback:
@@ -202,18 +198,8 @@ class Loopback:
     # --- saved state ----------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, object]:
-        """Status, features, queues and the device's own state as JSON values; everything goes on afterwards."""
-        queues = [
-            dict(zip(_QUEUE_FIELDS, (slot.index, slot.size, *places, state.avail, state.used), strict=True))
-            for slot, places, state in self.bank.save_queues()
-        ]
-        return {
-            "version": _STATE_VERSION,
-            "status": self.status.save(),
-            "features": self.bank.accepted.bits,
-            "queues": queues,
-            "device": self.device.save(),
-        }
+        """The state as JSON values, as `transport.saved` describes it; everything goes on afterwards."""
+        return save(self.bank)
 
     def restore(self, state: Mapping[str, object], *, device: Device | None = None) -> None:
         """Take over what `save` gave, around `device` if one is given.
@@ -221,57 +207,4 @@ class Loopback:
         Raises:
             SavedStateError: the state is malformed or does not fit; nothing was changed.
         """
-        target = self.device if device is None else device
-        status, features, queues = self._checked(state, target)
-        self.bank.restore(
-            target,
-            status=status,
-            features=features,
-            queues={
-                each["index"]: (
-                    each["size"],
-                    each["desc"],
-                    each["driver"],
-                    each["device"],
-                    QueueState(each["avail"], each["used"]),
-                )
-                for each in queues
-            },
-            own=cast("Mapping[str, object]", state["device"]),
-        )
-
-    def _checked(self, state: Mapping[str, object], device: Device) -> tuple[int, FeatureSet, list[dict[str, int]]]:
-        if set(state) != _STATE_FIELDS or state["version"] != _STATE_VERSION or isinstance(state["version"], bool):
-            raise SavedStateError(f"a saved state has version {_STATE_VERSION} and the fields {sorted(_STATE_FIELDS)}")
-        DeviceStatus().restore(state["status"])
-        bits = state["features"]
-        if not isinstance(bits, int) or isinstance(bits, bool):
-            raise SavedStateError(f"the saved features {bits!r} are no number")
-        try:
-            features = FeatureSet.from_bits(bits, device=self.offered.device)
-        except InvalidArgument as error:
-            raise SavedStateError(f"the saved features do not fit: {error}") from None
-        if problem := judge_accepted(self.offered, features) if bits else None:
-            raise SavedStateError(f"the saved features do not fit: {problem}")
-        if not isinstance(state["device"], Mapping) or not isinstance(state["queues"], list):
-            raise SavedStateError("the saved state has no device, or no list of queues")
-        queues = [_checked_queue(each, device) for each in cast("list[object]", state["queues"])]
-        if len({each["index"] for each in queues}) != len(queues):
-            raise SavedStateError("the saved state has a queue twice")
-        return cast("int", state["status"]), features, queues
-
-
-def _checked_queue(saved: object, device: Device) -> dict[str, int]:
-    fields = cast("dict[str, Any]", saved)
-    if not isinstance(saved, dict) or set(fields) != set(_QUEUE_FIELDS):
-        raise SavedStateError(f"a saved queue has the fields {', '.join(_QUEUE_FIELDS)}")
-    if any(
-        isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64 for value in fields.values()
-    ):
-        raise SavedStateError(f"the fields of a saved queue are numbers, not {fields}")
-    sizes = device.queue_sizes
-    if fields["index"] >= len(sizes) or not 1 <= fields["size"] <= sizes[fields["index"]]:
-        raise SavedStateError(f"the saved queue {fields['index']} of {fields['size']} does not fit into {list(sizes)}")
-    if fields["avail"] > 0xFFFF or fields["used"] > 0xFFFF:
-        raise SavedStateError(f"the saved positions {fields['avail']}, {fields['used']} have more than 16 bits")
-    return fields
+        restore(self.bank, check(self.bank, state, self.device if device is None else device))

@@ -19,6 +19,7 @@ _WRITTEN: Final = table(
         ("StatusWidth", "4.1.3.1 4.2.2.2", "D15", "The status is accessed with the width that it has."),
         ("DriverOkWithoutFeaturesOk", "3.1.1", "D04", "DRIVER_OK comes after FEATURES_OK was set and read back."),
         ("SuspendNotPossible", "3.4.1", "D17", "Only a running device with SUSPEND negotiated is suspended."),
+        ("UsedWhileSuspended", "3.4.1", "D17", "A suspended device is neither kicked nor configured."),
         ("DriverSetNeedsReset", "2.1", "D06", "DEVICE_NEEDS_RESET is the device's bit."),
         ("UndefinedStatusBit", "2.1", "D07", "No undefined status bit is set."),
         ("RequirementNotAccepted", "2.2.1", "D03", "A feature is accepted with those that it requires."),

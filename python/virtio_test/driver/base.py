@@ -12,6 +12,9 @@ until then.
 
 A device that breaks (DEVICE_NEEDS_RESET, a broken rule in a used ring) finishes everything in flight with that
 error, each request once. `initialize()` starts anew.
+
+**A suspended device** (3.4) keeps what is in flight. The driver gives it nothing, and looks at nothing that it gives:
+interrupts that still come before it is suspended are kept until the resume, so `on_done` may always submit.
 """
 
 from __future__ import annotations
@@ -44,7 +47,10 @@ from .alloc import Arena
 from .registers import Registers
 from .request import Request
 
-__all__ = ["Driver"]
+__all__ = ["DRIVER_FEATURES", "Driver"]
+
+DRIVER_FEATURES: Final = RING_FEATURES | FeatureSet("SUSPEND")
+"""What a driver accepts beside the features of its class, when it is offered and nothing else was asked for."""
 
 _CONFIG_TRIES: Final = 100
 _INDIRECT_ENTRIES: Final = 16
@@ -57,7 +63,7 @@ class Driver:
 
     Args:
         registers: the device as the transport shows it.
-        wanted: features to accept when offered; those of the ring that the core can do, when None.
+        wanted: features to accept when offered; `DRIVER_FEATURES` when None.
         required: features without which `initialize` fails.
         layout: the configuration space, for `read_field` and `write_field`.
         queue_size: largest size of a queue; the device's own limit when None.
@@ -88,7 +94,7 @@ class Driver:
         self.registers = registers
         self.loop = registers.loop
         self.memory = registers.memory
-        self.wanted = RING_FEATURES if wanted is None else wanted
+        self.wanted = DRIVER_FEATURES if wanted is None else wanted
         self.required = FeatureSet() if required is None else required
         self.layout = ConfigLayout() if layout is None else layout
         self.queue_size = queue_size
@@ -101,20 +107,28 @@ class Driver:
         self._status = 0
         self._broken: Exception | None = None
         self._config_waiting = False
+        self._suspended = False
+        self._calls_waiting: set[int] = set()
         self._flying: dict[tuple[int, int], Request] = {}
         self._lost: list[Request] = []
         self._rings: dict[int, list[int]] = {}
 
     def __repr__(self) -> str:
-        state = "broken" if self._broken is not None else "live" if self.live else "down"
+        states = {"broken": self._broken is not None, "suspended": self._suspended, "live": self.live}
+        state = next((name for name, holds in states.items() if holds), "down")
         return f"<{type(self).__name__} {state}, features {self.features}, {len(self._flying)} in flight>"
 
     # --- bring-up (3.1.1) -----------------------------------------------------------------------------------
 
     @property
     def live(self) -> bool:
-        """Whether DRIVER_OK is set and the device is not broken."""
-        return bool(self._status & Status.DRIVER_OK) and self._broken is None
+        """Whether DRIVER_OK is set and the device is neither broken nor suspended."""
+        return bool(self._status & Status.DRIVER_OK) and self._broken is None and not self._suspended
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the device is suspended, or was asked to be."""
+        return self._suspended
 
     @property
     def broken(self) -> Exception | None:
@@ -178,10 +192,17 @@ class Driver:
             self._break(error)
             raise
         self.started()
+        self._catch_up()
+        return self.features
+
+    def _catch_up(self) -> None:
+        """Deliver what was kept because the driver could not do anything with it."""
+        calls, self._calls_waiting = self._calls_waiting, set()
+        for index in sorted(calls):
+            self._called(index)
         if self._config_waiting:
             self._config_waiting = False
             self._config_interrupt()
-        return self.features
 
     def _advance(self, bit: Status) -> None:
         self._status |= bit
@@ -254,6 +275,8 @@ class Driver:
         self._status = 0
         self._broken = None
         self._config_waiting = False
+        self._suspended = False
+        self._calls_waiting.clear()
         self.features = self.wanted - self.wanted
         lost = [request for index in list(self._rings) for request in self._drop_queue(index)]
         for request in self._lost:
@@ -289,6 +312,56 @@ class Driver:
         self._set_up_queue(index, size)
         self.queues[index].enable_calls()
         return lost
+
+    # --- suspended (3.4) ------------------------------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """Suspend the device and wait, bounded, until it says that it is; what is in flight stays so.
+
+        Raises:
+            NoFeature: SUSPEND was not negotiated.
+            StateError: the driver is not live, or this is inside the loop.
+            DeviceNeedsReset, PeerTimeout, StatusViolation: it does not suspend; only `initialize` helps then.
+        """
+        self._check_up(Status.DRIVER_OK)
+        if "SUSPEND" not in self.features:
+            raise NoFeature("the device cannot be suspended: SUSPEND was not negotiated")
+        self._move(Status.SUSPEND, Status.DRIVER_OK, "the suspension")
+
+    def resume(self) -> None:
+        """Let a suspended device go on and wait, bounded, until it does; what came back meanwhile is delivered.
+
+        Raises:
+            StateError: it is not suspended, or this is inside the loop.
+            DeviceNeedsReset, PeerTimeout, StatusViolation: it does not go on; only `initialize` helps then.
+        """
+        if self._broken is None and not self._suspended:
+            raise StateError("the device is not suspended")
+        self._check_up(Status.FEATURES_OK, suspended=True)
+        self._move(Status.DRIVER_OK, Status.SUSPEND, "the resume")
+        self._suspended = False
+        self._catch_up()
+
+    def _move(self, appears: Status, vanishes: Status, what: str) -> None:
+        """Set one of the two bits and wait until the device has taken the other away (3.4.1)."""
+        if self.loop.running:
+            raise StateError(f"{what} is waited for in the loop, and cannot be from inside it")
+        then = self._status & ~vanishes | appears
+        self._suspended = True
+        try:
+            self.registers.write_status(self._status | appears)
+            self._poll_until(lambda: self._has_moved(then), what)
+            check_read_back(then, self.registers.read_status())
+        except PeerError as error:
+            self._break(error)
+            raise
+        self._status = then
+
+    def _has_moved(self, then: int) -> bool:
+        read = self.registers.read_status()
+        return bool(read & Status.DEVICE_NEEDS_RESET) or not (read ^ then) & (Status.SUSPEND | Status.DRIVER_OK)
+
+    # --- what one queue has ---------------------------------------------------------------------------------
 
     def _drop_queue(self, index: int) -> list[Request]:
         """Take everything in flight back from a queue that the device does not have any more."""
@@ -386,6 +459,9 @@ class Driver:
         queue = self.queues.get(queue_index)
         if queue is None or queue.latched is not None or self._broken is not None:
             return
+        if self._suspended:
+            self._calls_waiting.add(queue_index)
+            return
         try:
             queue.disable_calls()
             for _ in range(queue.size):
@@ -429,9 +505,11 @@ class Driver:
         for request in lost:
             request.finish(error=error)
 
-    def _check_up(self, bit: Status) -> None:
+    def _check_up(self, bit: Status, *, suspended: bool = False) -> None:
         if self._broken is not None:
             raise self._broken.with_traceback(None)
+        if self._suspended and not suspended:
+            raise StateError("the device is suspended: resume() it")
         if not self._status & bit or self._status & Status.FAILED:
             raise StateError("the driver is not live: initialize() it")
 
@@ -466,8 +544,11 @@ class Driver:
         """Write a field of `layout`.
 
         Raises:
+            StateError: the device is suspended (3.4.1).
             StatusViolation: the space is shorter.
         """
+        if self._suspended:
+            raise StateError("the device is suspended, and its configuration space is not written: resume() it")
         field = self.layout[name]
         self._check_space(field.offset, field.size)
         self.registers.write_config(field.offset, field.encode(value))
@@ -478,7 +559,7 @@ class Driver:
             raise StatusViolation("ConfigTooShort", "2.5", message)
 
     def _config_interrupt(self) -> None:
-        if not self._status & Status.DRIVER_OK:
+        if self._suspended or not self._status & Status.DRIVER_OK:
             self._config_waiting = True
         elif self._intact():
             try:

@@ -27,7 +27,6 @@ from typing import Final, NamedTuple
 
 from virtio_test._core import Policy
 from virtio_test.config import ConfigLayout
-from virtio_test.device import RING_FEATURES
 from virtio_test.errors import (
     AnswerViolation,
     InvalidArgument,
@@ -54,7 +53,7 @@ from virtio_test.spec.blk import (
 )
 
 from .alloc import Arena
-from .base import Driver
+from .base import DRIVER_FEATURES, Driver
 from .registers import Registers
 from .request import Request
 
@@ -162,7 +161,7 @@ class BlkDriver(Driver):
             raise InvalidArgument(f"max_transfer is {max_transfer}; one sector of {SECTOR} bytes is the least")
         super().__init__(
             registers,
-            wanted=_WANTED | RING_FEATURES if wanted is None else (_NONE | wanted) - _ZONED,
+            wanted=_WANTED | DRIVER_FEATURES if wanted is None else (_NONE | wanted) - _ZONED,
             required=required,
             layout=ConfigLayout(*CONFIG_FIELDS),
             queue_size=queue_size,

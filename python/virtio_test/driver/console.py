@@ -21,7 +21,6 @@ from typing import Final
 
 from virtio_test._core import Policy
 from virtio_test.config import ConfigLayout
-from virtio_test.device import RING_FEATURES
 from virtio_test.errors import AnswerViolation, InvalidArgument, NoFeature, QueueFull, StateError
 from virtio_test.features import FeatureSet
 from virtio_test.spec.console import (
@@ -35,7 +34,7 @@ from virtio_test.spec.console import (
 )
 
 from .alloc import Arena
-from .base import Driver
+from .base import DRIVER_FEATURES, Driver
 from .registers import Registers
 from .request import Request
 
@@ -114,7 +113,7 @@ class ConsoleDriver(Driver):
         features = _WANTED if multiport else _WANTED - _MULTIPORT
         super().__init__(
             registers,
-            wanted=features | (RING_FEATURES if wanted is None else wanted),
+            wanted=features | (DRIVER_FEATURES if wanted is None else wanted),
             layout=ConfigLayout(*CONFIG_FIELDS),
             queue_size=queue_size,
             indirect=indirect,

@@ -22,7 +22,6 @@ from typing import Final
 
 from virtio_test._core import Policy
 from virtio_test.config import ConfigLayout
-from virtio_test.device import RING_FEATURES
 from virtio_test.errors import AnswerViolation, InvalidArgument, NoFeature, QueueFull, RequestFailed, StateError
 from virtio_test.features import FeatureSet
 from virtio_test.spec.net import (
@@ -47,7 +46,7 @@ from virtio_test.spec.net import (
 )
 
 from .alloc import Arena
-from .base import Driver
+from .base import DRIVER_FEATURES, Driver
 from .registers import Registers
 from .request import Request
 
@@ -115,7 +114,7 @@ class NetDriver(Driver):
         features = _WANTED if mergeable else _WANTED - _MERGEABLE
         super().__init__(
             registers,
-            wanted=features | (RING_FEATURES if wanted is None else wanted),
+            wanted=features | (DRIVER_FEATURES if wanted is None else wanted),
             layout=ConfigLayout(*CONFIG_FIELDS),
             queue_size=queue_size,
             indirect=indirect,

@@ -12,14 +12,13 @@ from typing import Final, NamedTuple
 from virtio_test._core import Policy
 from virtio_test.config import ConfigLayout
 from virtio_test.console import Console, print_line, signed
-from virtio_test.device import RING_FEATURES
 from virtio_test.errors import InvalidArgument, NoFeature, PeerError, QueueFull
 from virtio_test.features import FeatureSet
 from virtio_test.spec.status import Status
 from virtio_test.spec.testdevice import CONFIG_FIELDS, COUNTER, FEATURE_NAMES, REQUEST, RESPONSE, TEXT
 
 from .alloc import Arena
-from .base import Driver
+from .base import DRIVER_FEATURES, Driver
 from .registers import Registers
 from .request import Request
 
@@ -82,7 +81,7 @@ class TestDriver(Driver):
     ) -> None:
         super().__init__(
             registers,
-            wanted=_CAN_PRINT | (RING_FEATURES if wanted is None else wanted),
+            wanted=_CAN_PRINT | (DRIVER_FEATURES if wanted is None else wanted),
             layout=ConfigLayout(*CONFIG_FIELDS),
             queue_size=queue_size,
             indirect=indirect,

@@ -21,16 +21,18 @@ ignored until the next reset, so no device is driven half by one and half by the
 
 **Memory that must not be used** (`hold`, `release`), because a carrier exchanges regions or a function is no bus
 master: no queue starts and none is worked on, and what a device's own threads complete waits (`Holdable`).
+
+`suspend` has what happens between SUSPEND and the resume, `saved` what of all this is kept in a saved state.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Final, Literal
 
-from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueState, RingLayout
+from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueState
 from virtio_test.clock import Clock, VirtualClock
 from virtio_test.device import Device, Holdable
 from virtio_test.errors import (
@@ -38,31 +40,32 @@ from virtio_test.errors import (
     InvalidArgument,
     PeerError,
     QueueViolation,
-    SavedStateError,
-    StateError,
     StatusViolation,
 )
 from virtio_test.features import FeatureSet, check_own_offer, judge_accepted
 from virtio_test.loop import OwnerLoop
 from virtio_test.status import Action, DeviceStatus, Status
 
-from .slot import Area, QueueSlot
+from .queues import QueueRegisters
+from .slot import QueueSlot
+from .suspend import Suspension
 
 __all__ = ["MAX_ERRORS", "RegisterBank"]
 
 MAX_ERRORS: Final = 1000
 """Errors that are kept; all are counted. A driver can cause any number of them."""
 
-TRANSPORT_FEATURES: Final = FeatureSet("ACCESS_PLATFORM", "ORDER_PLATFORM", "NOTIFICATION_DATA", "NOTIF_CONFIG_DATA")
-"""Features that change nothing for a device, only for what lies between it and its driver."""
+TRANSPORT_FEATURES: Final = FeatureSet(
+    "ACCESS_PLATFORM", "ORDER_PLATFORM", "NOTIFICATION_DATA", "NOTIF_CONFIG_DATA", "SUSPEND"
+)
+"""Features that change nothing for a device, only for what lies between it and its driver. None is offered unasked."""
 
 _MEMORY_SIZE: Final = 16 << 20
 _WORD: Final = 0xFFFF_FFFF
 _LEGACY_OFFER: Final = FeatureSet("NOTIFY_ON_EMPTY", "ANY_LAYOUT")
-_MAX_SPLIT: Final = 32768
 
 
-class RegisterBank:
+class RegisterBank(QueueRegisters):
     """The registers of one device, and its `Bus`.
 
     Args:
@@ -103,6 +106,7 @@ class RegisterBank:
         self.policy = policy
         self.kind = transport
         self.status = DeviceStatus()
+        self.suspension = Suspension(self)
         self.errors: list[Exception] = []
         self.ignored: Counter[str] = Counter()
         self.on_call: Callable[[int], object] = lambda _: None
@@ -112,6 +116,7 @@ class RegisterBank:
         self._interface: Literal["modern", "legacy"] | None = None
         self._active = False
         self._held = False
+        self._config_marked = False
         self._waiting: set[int] = set()
         self._slots = self._fresh_slots()
         device.attach(self)
@@ -135,35 +140,52 @@ class RegisterBank:
 
     def call(self, queue_index: int) -> None:
         """See `Bus.call`."""
-        if self.live:
+        if self.suspension.active:
+            self.suspension.calls.add(queue_index)
+        elif self.suspension.notices():
             self._loop.pend((self, "call", queue_index), lambda: self._deliver_call(queue_index))
 
     def config_changed(self) -> None:
         """See `Bus.config_changed`."""
-        if self.live:
-            self._loop.pend((self, "config"), self._deliver_config)
+        if self.suspension.active:
+            self.suspension.config = True
+        elif self.suspension.notices():
+            self._mark_config()
 
     def broken(self, error: Exception) -> None:
         """See `Bus.broken`."""
         self.note(error)
         notify = self.status.needs_reset()
+        self._latch_all(str(error))
+        if notify:
+            self._mark_config()
+
+    def _latch_all(self, why: str) -> None:
+        """No queue pops, completes or interrupts any more, not even the ones that nothing was wrong with."""
         for slot in self._slots:
-            # No queue pops, completes or interrupts any more, not even the ones that nothing was wrong with.
             if slot.queue is not None and slot.queue.latched is None:
                 slot.queue.latch(
-                    QueueViolation("DeviceBroken", "2.1.2", f"the device is broken: {error}", queue=slot.index)
+                    QueueViolation("DeviceBroken", "2.1.2", f"the device is broken: {why}", queue=slot.index)
                 )
-        if notify:
-            self._loop.pend((self, "config"), self._deliver_config)
+
+    def _mark_config(self) -> None:
+        self._config_marked = True
+        self._loop.pend((self, "config"), self._deliver_config)
 
     def _deliver_call(self, index: int) -> None:
         # Asked again: since it was pended (by a thread, perhaps) the device may have broken, or the queue been reset.
         slot = self.slot(index)
-        if self.live and slot is not None and slot.enabled:
+        if self.suspension.active:
+            self.call(index)
+        elif self.suspension.notices() and slot is not None and slot.enabled:
             self.on_call(index)
 
     def _deliver_config(self) -> None:
-        self.on_config()
+        self._config_marked = False
+        if self.suspension.active:
+            self.config_changed()
+        else:
+            self.on_config()
 
     def note(self, error: Exception) -> None:
         """Keep and count something that the driver did against the rules."""
@@ -182,6 +204,16 @@ class RegisterBank:
     def accepted(self) -> FeatureSet:
         """What the driver has written so far; what was agreed upon once FEATURES_OK stands."""
         return self._accepted
+
+    @property
+    def interface(self) -> Literal["modern", "legacy"] | None:
+        """The interface in use; None before the first write after a reset."""
+        return self._interface
+
+    @property
+    def config_due(self) -> bool:
+        """Whether a configuration change notification is still to be sent."""
+        return self._config_marked or self.suspension.config
 
     @property
     def live(self) -> bool:
@@ -253,9 +285,12 @@ class RegisterBank:
                 self._reset()
             elif action is Action.ACTIVATE:
                 self._activate()
+            elif action is Action.SUSPEND:
+                self.suspension.suspend()
+            elif action is Action.RESUME:
+                self.suspension.resume()
             elif action is Action.FAILED:
-                for slot in self._slots:
-                    self._stop(slot)
+                self.stop_queues()
 
     def _accept_legacy(self) -> None:
         """What a legacy driver has written is agreed upon: there is no step in which it could be refused."""
@@ -285,6 +320,8 @@ class RegisterBank:
             self._loop.unpend((self, "kick", slot.index))
             self._loop.unpend((self, "call", slot.index))
         self._loop.unpend((self, "config"))
+        self._config_marked = False
+        self.suspension.reset()
         self._waiting.clear()
         self._slots = self._fresh_slots()
         self._accepted = self.offered - self.offered
@@ -296,71 +333,6 @@ class RegisterBank:
 
     # --- queues ---------------------------------------------------------------------------------------------
 
-    @property
-    def slots(self) -> Sequence[QueueSlot]:
-        """The virtqueues, by index; to be read, and changed by the methods below."""
-        return self._slots
-
-    def slot(self, index: int) -> QueueSlot | None:
-        """The virtqueue that a driver has selected; None when there is none."""
-        return self._slots[index] if 0 <= index < len(self._slots) else None
-
-    def queue(self, index: int) -> DeviceQueue:
-        """The device end of an enabled queue.
-
-        Raises:
-            StateError: it is not enabled.
-        """
-        slot = self.slot(index)
-        if slot is None or slot.queue is None:
-            raise StateError(
-                f"queue {index} is not enabled; enabled are {[each.index for each in self._slots if each.enabled]}"
-            )
-        return slot.queue
-
-    def write_queue_size(self, index: int, size: int) -> None:
-        """The driver chooses a size; one that cannot be is not taken over (Q01 to Q04)."""
-        slot = self._writable(index, "size")
-        if slot is None:
-            return
-        packed = "RING_PACKED" in self._accepted
-        if not 1 <= size <= slot.max_size or (not packed and size & (size - 1)):
-            limit = f"1 to {slot.max_size}" + ("" if packed else ", a power of two")
-            self._note_queue("BadQueueSize", "2.6", f"size {size}, where it can be {limit}", index)
-        else:
-            slot.size = size
-
-    def write_queue_address(
-        self, index: int, area: Area, value: int, *, half: Literal["low", "high"] | None = None
-    ) -> None:
-        """The driver gives an address, whole or one half of 32 bits of it."""
-        slot = self._writable(index, area)
-        if slot is None:
-            return
-        if half == "low":
-            value = getattr(slot, area) & ~_WORD | value & _WORD
-        elif half == "high":
-            value = getattr(slot, area) & _WORD | (value & _WORD) << 32
-        setattr(slot, area, value)
-
-    def place_legacy_queue(self, index: int, address: int, *, align: int = 4096) -> None:
-        """A legacy driver places its queue at `address` and so enables it; 0 takes it away (4.1.5.1.3.1, 4.2.4)."""
-        slot = self.slot(index)
-        if slot is None:
-            self._note_queue("NoSuchQueue", "4.1.5.1.3.1", f"placed, but there are {len(self._slots)} queues", index)
-        elif address == 0:
-            self.disable_queue(index)
-        elif slot.enabled:
-            self._note_queue("EnabledQueueWritten", "2.6", "placed again while it is in use", index)
-        else:
-            try:
-                layout = RingLayout.legacy(slot.size, address, align=align)
-            except InvalidArgument as error:
-                self._note_queue("BadQueueAddress", "2.7.2", str(error), index)
-                return
-            slot.desc, slot.driver, slot.device = layout.desc, layout.driver, layout.device
-            self.enable_queue(index)
-
     def enable_queue(self, index: int) -> None:
         """The driver enables a queue. One that cannot be breaks the device (D11) once it is to run."""
         slot = self._writable(index, "enable")
@@ -368,7 +340,7 @@ class RegisterBank:
             return
         slot.enabled = True
         if self.status.features_ok or self._active:
-            self._build(slot, None)
+            self._build(slot)
         if self._active:
             self._start(slot)
 
@@ -388,7 +360,8 @@ class RegisterBank:
     def reset_queue(self, index: int) -> None:
         """The driver resets one queue (RING_RESET; 2.6.1); ignored without the feature."""
         if "RING_RESET" not in self._accepted or not self.status.features_ok:
-            self._note_queue("QueueResetNotNegotiated", "2.6.1", "reset alone without RING_RESET", index)
+            without = "reset alone without RING_RESET"
+            self.note(QueueViolation("QueueResetNotNegotiated", "2.6.1", without, queue=index))
         else:
             self.disable_queue(index)
 
@@ -400,39 +373,48 @@ class RegisterBank:
         if 0 <= index < len(self._slots):
             self._loop.pend((self, "kick", index), lambda: self._run(index))
 
-    def _writable(self, index: int, what: str) -> QueueSlot | None:
-        slot = self.slot(index)
-        if slot is None:
-            self._note_queue("NoSuchQueue", "2.6", f"{what} written, but there are {len(self._slots)} queues", index)
-        elif slot.enabled:
-            self._note_queue("EnabledQueueWritten", "2.6", f"{what} written while the queue is enabled", index)
-        else:
-            return slot
-        return None
-
-    def _note_queue(self, rule: str, clause: str, message: str, index: int) -> None:
-        self.note(QueueViolation(rule, clause, message, queue=index))
-
     def _fresh_slots(self) -> list[QueueSlot]:
         return [QueueSlot(index, size, size) for index, size in enumerate(self.device.queue_sizes)]
 
-    def _build(self, slot: QueueSlot, state: QueueState | None) -> None:
+    def _build(self, slot: QueueSlot) -> None:
         """Make the device end of an enabled queue; an impossible one breaks the device."""
         try:
-            slot.queue = self._make(slot, state)
+            slot.queue = self.make_queue(slot, self._accepted)
         except PeerError as error:
             self.broken(error)
 
-    def _make(self, slot: QueueSlot, state: QueueState | None) -> DeviceQueue:
+    def make_queue(self, slot: QueueSlot, features: FeatureSet, state: QueueState | None = None) -> DeviceQueue:
+        """The device end of a queue as its registers say, which interrupts through this bank.
+
+        Raises:
+            PeerError: they cannot be a queue.
+        """
         index = slot.index
         call = Notifier.callback(lambda: self.call(index))
-        return slot.make(self._memory, self._accepted, policy=self.policy, state=state, call=call)
+        return slot.make(self._memory, features, policy=self.policy, state=state, call=call)
+
+    def start_queues(self) -> None:
+        """Let every enabled queue run, of a device that does."""
+        if not self._active:
+            self._activate()
+        for slot in self._slots:
+            if slot.enabled and not slot.started:
+                self._start(slot)
+
+    def stop_queues(self) -> None:
+        """Stop every queue; marks of kicks, which a queue that starts again gets anyway, are forgotten."""
+        self._waiting.clear()
+        for slot in self._slots:
+            self._loop.unpend((self, "kick", slot.index))
+            self._stop(slot)
 
     def _start(self, slot: QueueSlot) -> None:
         if slot.queue is None:
-            self._build(slot, None)
+            self._build(slot)
         if slot.queue is None or not self.live or self._held:
             return
+        if slot.queue.stopped:
+            slot.queue.resume()
         slot.started = True
         with self._guarded():
             self.device.start_queue(slot.queue)
@@ -452,6 +434,8 @@ class RegisterBank:
             # Some legacy drivers use the device before DRIVER_OK, which a transitional device must bear (3.1.2).
             self._accept_legacy()
             self._activate()
+        if self.suspension.refuses(f"queue {index} kicked"):
+            return False
         with self._guarded():
             return self.live and self.device.kicked(index)
         return False
@@ -500,7 +484,8 @@ class RegisterBank:
 
     def config_generation(self) -> int:
         """The generation of the configuration space; a transport shows as many bits of it as it has."""
-        return self.device.config.generation
+        view = self.suspension.view
+        return self.device.config.generation if view is None else view[1]
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Bytes of the configuration space.
@@ -508,7 +493,8 @@ class RegisterBank:
         Raises:
             StatusViolation: `ConfigOutOfRange`.
         """
-        return self.device.config.read(offset, length)
+        data, view = self.device.config.read(offset, length), self.suspension.view
+        return data if view is None else view[0][offset : offset + length]
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Write to the configuration space; fields that the driver may not write stay.
@@ -516,6 +502,8 @@ class RegisterBank:
         Raises:
             StatusViolation: `ConfigOutOfRange`; nothing was written.
         """
+        if self.suspension.refuses("configuration space written"):
+            return
         try:
             self.device.config.write(offset, data)
         except StatusViolation:
@@ -526,58 +514,48 @@ class RegisterBank:
 
     # --- saved state ----------------------------------------------------------------------------------------
 
-    def save_queues(self) -> list[tuple[QueueSlot, tuple[int, int, int], QueueState]]:
-        """Park each enabled queue, note where it stands, and let it go on: (slot, its three addresses, position)."""
-        saved: list[tuple[QueueSlot, tuple[int, int, int], QueueState]] = []
+    def park(self) -> list[tuple[QueueSlot, QueueState | None]]:
+        """Stop each queue, note where it stands, and let it go on; None for one that was never made.
+
+        What was under way towards a suspension, or out of it, is done before.
+        """
+        self.suspension.finish()
+        parked: list[tuple[QueueSlot, QueueState | None]] = []
         for slot in self._slots:
-            if slot.queue is None:
-                continue
             running = slot.started
             self._stop(slot)
-            saved.append((slot, (slot.desc, slot.driver, slot.device), slot.queue.state))
-            if running and slot.queue.latched is None and self.live:
-                slot.queue.resume()
+            parked.append((slot, None if slot.queue is None else slot.queue.state))
+            if running and slot.queue is not None and slot.queue.latched is None:
                 self._start(slot)
-        return saved
+        return parked
 
-    def restore(
+    def adopt(
         self,
         device: Device,
         *,
         status: int,
         features: FeatureSet,
-        queues: Mapping[int, tuple[int, int, int, int, QueueState]],
+        interface: Literal["modern", "legacy"] | None,
+        slots: list[QueueSlot],
         own: Mapping[str, object],
+        config_due: bool,
     ) -> None:
-        """Take over a saved state that was checked by itself, around `device`.
+        """Take over a saved state that `saved` has checked, around `device`.
 
         Args:
             device: the device from now on; the present one, or another.
             status: the device status.
-            features: what was agreed upon.
-            queues: index → size, three addresses, position.
+            features: what was accepted.
+            interface: the interface in use.
+            slots: the virtqueues, each enabled one with its queue where it has one.
             own: the device's own state.
+            config_due: whether a configuration change notification is still to be sent.
 
         Raises:
-            SavedStateError: it does not fit; nothing was changed.
+            SavedStateError: the device refuses `own`; nothing was changed.
         """
-        before, self._accepted = self._accepted, features
-        slots = [QueueSlot(index, size, size) for index, size in enumerate(device.queue_sizes)]
-        try:
-            for index, (size, desc, driver, area, state) in queues.items():
-                slot = QueueSlot(index, slots[index].max_size, size, desc, driver, area, enabled=True)
-                slot.queue = self._make(slot, state)
-                slots[index] = slot
-            device.restore(own)
-        except SavedStateError:
-            self._accepted = before
-            raise
-        except (PeerError, ValueError) as error:
-            self._accepted = before
-            raise SavedStateError(f"the saved queues do not fit: {error}") from error
-        for slot in self._slots:
-            slot.revoke()
-        self.device.reset()
+        device.restore(own)
+        self.reset()
         if device is self.device:
             # Its reset may have taken something back; the same state was accepted a moment ago.
             device.restore(own)
@@ -587,11 +565,16 @@ class RegisterBank:
             if self._held and isinstance(device, Holdable):
                 device.hold()
         self.device: Device = device
-        self._slots = slots
+        self._slots, self._accepted, self._interface = slots, features, interface
         self.status.restore(status)
-        self._active = False
+        indices = {slot.index for slot in slots if slot.queue is not None}
+        self.suspension.restored(calls=indices, config=config_due)
+        if self.status.broken:
+            self._latch_all("it was when its state was saved")
         if self.status.live:
             self._activate()
-            for index in sorted(queues):
+            for index in sorted(indices):
                 # What was used just before the state was saved may not have been told.
                 self.call(index)
+        if config_due and not self.suspension.active:
+            self._mark_config()

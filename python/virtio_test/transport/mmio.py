@@ -16,6 +16,8 @@ its bit. `interrupt` is called when the level changes.
 **Wrong on purpose**: `registers` says what a register reads instead, `writes` what becomes of a value written. Both
 stand between the driver and the honest device, which knows nothing about it.
 
+**Saved state**: `save` and `restore`; see `saved` for what is not of this page alone.
+
 A legacy driver says GuestPageSize once, before it resets the device for the first time: a reset keeps it.
 """
 
@@ -28,7 +30,7 @@ from typing import Final, Literal
 
 from virtio_test._core import GuestMemory, Policy
 from virtio_test.device import Device
-from virtio_test.errors import InvalidArgument, QueueViolation, StatusViolation
+from virtio_test.errors import InvalidArgument, QueueViolation, SavedStateError, StatusViolation
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
 from virtio_test.spec.mmio import (
@@ -44,6 +46,7 @@ from virtio_test.spec.mmio import (
     VERSION_LEGACY,
 )
 
+from . import saved
 from .bank import RegisterBank
 from .slot import Area, QueueSlot
 
@@ -55,6 +58,18 @@ PAGE: Final = 0x1000
 DEFAULT_VENDOR_ID: Final = 0x1AF4
 _WORD: Final = 0xFFFF_FFFF
 _DEFAULT_ALIGN: Final = 4096
+_STATE_VERSION: Final = 1
+_STATE_FIELDS: Final = (
+    "page_version",
+    "queue_sel",
+    "shm_sel",
+    "device_features_sel",
+    "driver_features_sel",
+    "interrupt_status",
+    "guest_page_size",
+    "aligns",
+    "pages",
+)
 
 Override = int | Callable[[int], int]
 """What a register reads: a number, or a function of the number that it would read."""
@@ -316,6 +331,49 @@ class VirtioMmio:
 
     def _reset(self) -> None:
         self._forget()
+        self._drive()
+
+    # --- saved state ----------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, object]:
+        """Device, queues and the page's registers as JSON values; everything goes on afterwards."""
+        bank = saved.save(self.bank)
+        indices = range(len(self.bank.slots))
+        values = {
+            "page_version": self.version,
+            **{name: getattr(self, name) for name in _STATE_FIELDS[1:7]},
+            "aligns": [self.aligns.get(index, 0) for index in indices],
+            "pages": [self.pages.get(index, 0) for index in indices],
+        }
+        return {"version": _STATE_VERSION, "bank": bank, "page": values}
+
+    def restore(self, state: Mapping[str, object], *, device: Device | None = None) -> None:
+        """Take over what `save` gave, around `device` if one is given.
+
+        Raises:
+            SavedStateError: the state is malformed or does not fit; nothing was changed.
+        """
+        target = self.device if device is None else device
+        parts = saved.fields(state, "state of an MMIO page", ("version", "bank", "page"))
+        saved.version(parts["version"], _STATE_VERSION)
+        page = saved.fields(parts["page"], "MMIO page", _STATE_FIELDS)
+        if page["page_version"] != self.version:
+            raise SavedStateError(f"the saved page has version {page['page_version']!r}, this one {self.version}")
+        selects = {
+            name: None if page[name] is None else saved.number(page[name], name, _WORD)
+            for name in ("device_features_sel", "driver_features_sel")
+        }
+        plain = {name: saved.number(page[name], name, _WORD) for name in ("queue_sel", "shm_sel", "guest_page_size")}
+        events = saved.number(page["interrupt_status"], "interrupt status", INTERRUPT_DEFINED)
+        count = len(target.queue_sizes)
+        aligns, pages = (saved.numbers(page[name], name, _WORD, count=count) for name in ("aligns", "pages"))
+        if any(value & (value - 1) for value in (*aligns, plain["guest_page_size"])):
+            raise SavedStateError(f"a saved page size or alignment is no power of two: {aligns}, {plain}")
+        saved.restore(self.bank, saved.check(self.bank, parts["bank"], target))
+        for name, value in {**selects, **plain, "interrupt_status": events}.items():
+            setattr(self, name, value)
+        self.aligns = {index: value for index, value in enumerate(aligns) if value}
+        self.pages = {index: value for index, value in enumerate(pages) if value}
         self._drive()
 
     # --- what the rows call ---------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from typing import Final
 
 from virtio_test.errors import QueueViolation, StatusViolation
 from virtio_test.spec.pci import COMMON, NO_VECTOR
-from virtio_test.transport.bank import Area, QueueSlot, RegisterBank
+from virtio_test.transport.bank import RegisterBank
+from virtio_test.transport.slot import Area, QueueSlot
 
 from .declaration import Declaration
 from .interrupts import Interrupts

@@ -84,6 +84,14 @@ class ConfigBytes:
             take = self._writable[at]
             self.data[at] = self.data[at] & ~take & ~(value & self._cleared[at]) | value & take
 
+    def impossible(self, data: bytes) -> int | None:
+        """The first offset at which `data` has what software could not have written over what was declared."""
+        for at, (value, first) in enumerate(zip(data, self._first, strict=True)):
+            own = _INTERRUPT_STATUS if at == _STATUS else 0
+            if (value ^ first) & ~(self._writable[at] | own):
+                return at
+        return None
+
     def word(self, offset: int) -> int:
         """16 bits at `offset`."""
         return int.from_bytes(self.data[offset : offset + 2], "little")

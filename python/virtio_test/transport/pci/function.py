@@ -13,20 +13,23 @@ and messages wait in their pending bits. The line needs neither. The window is c
 **Resets.** Status 0 takes vectors, ISR status and pending bits; the MSI-X table stays. A reset of the function takes
 everything, as power on.
 
+**Saved state**: `save` and `restore`; see `transport.saved`, and `saved` for what is the function's.
+
 Nothing that the driver does raises. What is not defined reads as ones, writes nothing, and is in `violations`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from virtio_test._core import GuestMemory, Policy
 from virtio_test.device import Device
-from virtio_test.errors import InvalidArgument, StatusViolation
+from virtio_test.errors import InvalidArgument, SavedStateError, StatusViolation
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
 from virtio_test.spec.pci import LEGACY
+from virtio_test.transport import saved
 from virtio_test.transport.bank import RegisterBank
 
 from .capabilities import (
@@ -49,10 +52,12 @@ from .interrupts import Interrupts
 from .legacy import LegacyRegisters
 from .msix import PendingBits
 from .regions import DeviceConfig, IsrStatus, Notifications, Ram, Region, find_region
+from .saved import SavedFunction
 from .window import Window
 
 __all__ = ["VirtioPci"]
 
+_STATE_VERSION: Final = 1
 _LEGACY_NOTIFY: Final = (LEGACY["queue_notify"].offset, LEGACY["queue_notify"].size)
 
 
@@ -137,6 +142,15 @@ class VirtioPci:
             for name, each in named
             if isinstance(each, Express) and each.flr
         ] + [(places[name] + AF_CONTROL, 0x01) for name, each in named if isinstance(each, AdvancedFeatures)]
+        self._registers = SavedFunction(
+            self._config,
+            self._common,
+            self._legacy,
+            self.interrupts,
+            self.shared,
+            power_at=[at for at, _ in self._power_at],
+            flr_at=self._flr_at,
+        )
         self._carrier_holds = False
         self._held = False
         self.bank.on_call = self.interrupts.call
@@ -296,6 +310,36 @@ class VirtioPci:
         if self.interrupts.table is not None:
             self.interrupts.table.power_on()
         self._settle()
+
+    # --- saved state ----------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, object]:
+        """Device, queues and the function's registers as JSON values; everything goes on afterwards."""
+        return {"version": _STATE_VERSION, "bank": saved.save(self.bank), "function": self._registers.save()}
+
+    def restore(self, state: Mapping[str, object], *, device: Device | None = None) -> None:
+        """Take over what `save` gave, around `device` if one is given: one with as many queues.
+
+        Raises:
+            SavedStateError: the state is malformed or does not fit; nothing was changed.
+        """
+        target = self.bank.device if device is None else device
+        parts = saved.fields(state, "state of a PCI function", ("version", "bank", "function"))
+        saved.version(parts["version"], _STATE_VERSION)
+        if len(target.queue_sizes) != len(self.bank.slots):
+            raise SavedStateError(
+                f"the device has {len(target.queue_sizes)} queues, this function {len(self.bank.slots)}"
+            )
+        registers = self._registers.check(parts["function"])
+        checked = saved.check(self.bank, parts["bank"], target)
+        # No queue starts before the restored command register allows it.
+        self._held = True
+        self.bank.hold()
+        try:
+            saved.restore(self.bank, checked)
+            self._registers.apply(registers)
+        finally:
+            self._settle()
 
     def _device_reset(self) -> None:
         self._common.reset()

@@ -17,7 +17,8 @@ from typing import Final
 
 from virtio_test.errors import PeerError, StatusViolation
 from virtio_test.spec.pci import NO_VECTOR
-from virtio_test.transport.bank import QueueSlot, RegisterBank
+from virtio_test.transport.bank import RegisterBank
+from virtio_test.transport.slot import QueueSlot
 
 from .declaration import Declaration
 from .interrupts import Interrupts

@@ -68,6 +68,21 @@ class MsixTable:
         self._pending.clear()
 
     @property
+    def entries(self) -> bytes:
+        """The table as bytes."""
+        return bytes(self._table)
+
+    def possible(self, entries: bytes) -> bool:
+        """Whether a table of these bytes can be: only the mask bit of each vector control is there."""
+        controls = (entries[at : at + 4] for at in range(_CONTROL, len(entries), _ENTRY))
+        return all(each in (b"\0\0\0\0", b"\1\0\0\0") for each in controls)
+
+    def take_over(self, entries: bytes, pending: set[int]) -> None:
+        """The table of a saved state, as long as this one, and its pending bits; nothing is sent yet."""
+        self._table[:] = entries
+        self._pending = set(pending)
+
+    @property
     def pending(self) -> list[int]:
         """The vectors with their pending bit set."""
         return sorted(self._pending)

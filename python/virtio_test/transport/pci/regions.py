@@ -117,7 +117,7 @@ class Notifications:
         if index != meant:
             message = f"the value is {value:#x}, the place is queue {index}'s"
             self._bank.note(QueueViolation("NotificationValue", "4.1.5.2.1", message, queue=index))
-        if not self._bank.status.driver_ok:
+        if not self._bank.status.driver_ok and not self._bank.suspension.active:
             # It is looked at all the same once the device is live (3.1.1).
             self._bank.note(StatusViolation("NotifiedEarly", "3.1.1", f"queue {index} notified before DRIVER_OK"))
         if not self._deaf:
