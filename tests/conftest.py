@@ -15,6 +15,8 @@ import signal
 import pytest
 from hypothesis import settings
 
+from tests import shown
+
 PROFILES = {"virtio-quick": 50, "virtio-ci": 200, "virtio-deep": 5000}
 """Test cases per property, by profile."""
 
@@ -30,8 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves `deep` tests out. A ``-m`` on the command line replaces that of the ini file, so it cannot say this."""
+    """Notes which rows have tests, and leaves `deep` tests out.
+
+    A ``-m`` on the command line replaces that of the ini file, so it cannot say that.
+    """
+    shown.note(config, items)
     if "deep" in (config.getoption("markexpr") or ""):
         return
     deep = [item for item in items if item.get_closest_marker("deep")]

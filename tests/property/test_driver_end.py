@@ -17,6 +17,7 @@ POLICIES = pytest.mark.parametrize("policy", [Policy.interop, Policy.strict], id
 FORMATS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 
 
+@pytest.mark.row("G01")
 @POLICIES
 @FORMATS
 @pytest.mark.parametrize("identity", [8, 0x7FFF, 0xFFFF, 0x10000, 0xFFFF_FFFF])
@@ -29,6 +30,7 @@ def test_g01_used_id_beyond_the_queue(packed: bool, policy: Policy, identity: in
     bench.assert_breaks("UsedIdOutOfRange", tokens)
 
 
+@pytest.mark.row("G02")
 @POLICIES
 @FORMATS
 def test_g02_used_id_of_nothing_in_flight(packed: bool, policy: Policy) -> None:
@@ -40,6 +42,7 @@ def test_g02_used_id_of_nothing_in_flight(packed: bool, policy: Policy) -> None:
     bench.assert_breaks("UsedIdNotInFlight", tokens)
 
 
+@pytest.mark.row("G02")
 @POLICIES
 @FORMATS
 def test_g02_used_id_of_the_middle_of_a_chain(packed: bool, policy: Policy) -> None:
@@ -51,6 +54,7 @@ def test_g02_used_id_of_the_middle_of_a_chain(packed: bool, policy: Policy) -> N
     bench.assert_breaks("UsedIdNotInFlight", [token])
 
 
+@pytest.mark.row("G02")
 @POLICIES
 def test_g02_used_id_of_a_buffer_that_was_not_shown_yet(policy: Policy) -> None:
     bench = DriverBench(packed=False, policy=policy)
@@ -61,6 +65,7 @@ def test_g02_used_id_of_a_buffer_that_was_not_shown_yet(policy: Policy) -> None:
     bench.assert_breaks("UsedIdNotInFlight", [first, second])
 
 
+@pytest.mark.row("G04")
 @POLICIES
 @FORMATS
 @pytest.mark.parametrize("length", [33, 1 << 31, 0xFFFF_FFFF])
@@ -71,6 +76,7 @@ def test_g04_used_length_beyond_the_buffer(packed: bool, policy: Policy, length:
     bench.assert_breaks("UsedLenTooBig", tokens)
 
 
+@pytest.mark.row("G04")
 @FORMATS
 def test_g04_clamped_where_the_policy_says_so(packed: bool) -> None:
     bench = DriverBench(packed, Policy(used_len_beyond=True))
@@ -79,6 +85,7 @@ def test_g04_clamped_where_the_policy_says_so(packed: bool) -> None:
     assert bench.queue.get_used() == (token, 32)
 
 
+@pytest.mark.row("G04")
 @POLICIES
 @FORMATS
 def test_g04_a_readable_buffer_takes_nothing(packed: bool, policy: Policy) -> None:
@@ -89,6 +96,7 @@ def test_g04_a_readable_buffer_takes_nothing(packed: bool, policy: Policy) -> No
     bench.assert_breaks("UsedLenTooBig", [token])
 
 
+@pytest.mark.row("G05", "G06")
 @POLICIES
 @pytest.mark.parametrize("idx", [3, 9, 0x8000, 0xFFFF])
 def test_g05_g06_used_idx_ahead_or_back(policy: Policy, idx: int) -> None:
@@ -99,6 +107,7 @@ def test_g05_g06_used_idx_ahead_or_back(policy: Policy, idx: int) -> None:
     bench.assert_breaks("UsedIdxTooFar", tokens)
 
 
+@pytest.mark.row("G05")
 @POLICIES
 def test_g05_what_was_not_shown_cannot_be_used(policy: Policy) -> None:
     bench = DriverBench(packed=False, policy=policy)
@@ -108,6 +117,7 @@ def test_g05_what_was_not_shown_cannot_be_used(policy: Policy) -> None:
     bench.assert_breaks("UsedIdxTooFar", tokens)
 
 
+@pytest.mark.row("G08")
 @POLICIES
 @FORMATS
 def test_g08_one_id_twice(packed: bool, policy: Policy) -> None:
@@ -120,6 +130,7 @@ def test_g08_one_id_twice(packed: bool, policy: Policy) -> None:
     bench.assert_breaks("UsedIdNotInFlight", [second])
 
 
+@pytest.mark.row("G09")
 @POLICIES
 @FORMATS
 def test_g09_calls_for_nothing(packed: bool, policy: Policy) -> None:
@@ -138,6 +149,7 @@ def test_g09_calls_for_nothing(packed: bool, policy: Policy) -> None:
     assert [access.kind for access in bench.trace.log()] == ["load"] * 100
 
 
+@pytest.mark.row("G10")
 @given(st.booleans(), st.booleans(), st.lists(st.tuples(*[st.integers(0, 0xFFFF)] * 2), max_size=8))
 def test_g10_garbage_in_the_suppression_fields_costs_notifications_only(
     packed: bool, event_idx: bool, words: list[tuple[int, int]]
@@ -154,6 +166,7 @@ def test_g10_garbage_in_the_suppression_fields_costs_notifications_only(
     assert bench.queue.latched is None
 
 
+@pytest.mark.row("G11")
 @POLICIES
 @pytest.mark.parametrize("flags", [0, AVAIL, USED, W, AVAIL | W, USED | W])
 def test_g11_a_descriptor_that_is_not_used_is_not_taken(policy: Policy, flags: int) -> None:
@@ -167,6 +180,7 @@ def test_g11_a_descriptor_that_is_not_used_is_not_taken(policy: Policy, flags: i
     assert bench.queue.latched is None
 
 
+@pytest.mark.row("G11")
 @POLICIES
 @FORMATS
 def test_g11_nothing_in_flight_is_nothing_used(packed: bool, policy: Policy) -> None:
@@ -176,6 +190,7 @@ def test_g11_nothing_in_flight_is_nothing_used(packed: bool, policy: Policy) -> 
     bench.assert_breaks("UsedIdNotInFlight" if packed else "UsedIdxTooFar", [])
 
 
+@pytest.mark.row("P19")
 @pytest.mark.parametrize("flags", [AVAIL | USED, AVAIL | USED | W])
 def test_p19_a_length_without_write_counts_only_for_interop(flags: int) -> None:
     """2.8.4: without WRITE the length is reserved; QEMU never sets it."""
@@ -207,6 +222,7 @@ def test_what_the_device_scribbles_over_descriptors_is_never_read_back(packed: b
         assert bench.queue.free == 8
 
 
+@pytest.mark.row("U11")
 @POLICIES
 @FORMATS
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(0, 3))
@@ -222,6 +238,7 @@ def test_u11_one_used_entry_for_a_batch(packed: bool, policy: Policy, sizes: lis
     assert bench.queue.free == 8
 
 
+@pytest.mark.row("U11")
 @POLICIES
 def test_u11_a_batch_beyond_used_idx(policy: Policy) -> None:
     """IN_ORDER: the entry names the third buffer, and used.idx says that one was used."""

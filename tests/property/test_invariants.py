@@ -30,12 +30,14 @@ def watched(script: Script) -> tuple[list[tuple[object, ...]], list[tuple[str, i
     return events, [(access.kind, access.address, access.length) for access in device.watch.history]
 
 
+@pytest.mark.row("U06")
 @given(scripts())
 def test_legal_traffic_keeps_the_invariants_and_is_deterministic(script: Script) -> None:
     """V1 to V7 are judged by `Watch` at every call; V13: the same again is the same to the last access."""
     assert watched(script) == watched(script)
 
 
+@pytest.mark.row("U10")
 def test_in_order_does_not_let_more_in_flight_than_the_ring_has() -> None:
     """V6: chains that wait for their turn are still in flight; else an evil driver makes the host keep ever more."""
     for policy in (Policy.interop, Policy.strict):
@@ -152,6 +154,7 @@ def test_random_bytes_are_survived(content: bytes, packed: bool) -> None:
         assert bench.trace.log() == []
 
 
+@pytest.mark.row("U12")
 def test_a_thousand_malformed_rings_leave_nothing_behind() -> None:
     """V12: file descriptors and mappings of the process return to where they were."""
 
@@ -221,6 +224,7 @@ def changes(packed: bool, shape: str) -> Iterator[tuple[str, int, int, int]]:
                     yield f"{where} {name}[{index}] = {value:#x}", layout.at(name, index), fields[name][1], value
 
 
+@pytest.mark.row("T01", "T02", "T03", "T04", "T05", "T06", "T07", "T09")
 @pytest.mark.parametrize("policy", [Policy.interop, Policy.strict], ids=["interop", "strict"])
 @pytest.mark.parametrize(
     ("packed", "shape"),

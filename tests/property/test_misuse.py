@@ -39,6 +39,7 @@ def refused(bench: Bench, error: type[UsageError], call: Callable[[], object]) -
     assert bench.queue.latched is None
 
 
+@pytest.mark.row("U01")
 @FORMATS
 def test_u01_more_written_than_the_chain_can_take(packed: bool) -> None:
     bench = Bench(packed)
@@ -49,6 +50,7 @@ def test_u01_more_written_than_the_chain_can_take(packed: bool) -> None:
     bench.complete()
 
 
+@pytest.mark.row("U02")
 @FORMATS
 def test_u02_less_reported_than_written_is_allowed(packed: bool) -> None:
     bench = Bench(packed)
@@ -60,6 +62,7 @@ def test_u02_less_reported_than_written_is_allowed(packed: bool) -> None:
     assert [written for _, written in bench.driver.take()] == [3]
 
 
+@pytest.mark.row("U03")
 @FORMATS
 def test_u03_chains_that_are_not_to_be_pushed(packed: bool) -> None:
     bench, other = Bench(packed), Bench(packed)
@@ -84,6 +87,7 @@ def test_u03_chains_that_are_not_to_be_pushed(packed: bool) -> None:
     assert bench.pop().head == second.head
 
 
+@pytest.mark.row("U03")
 @FORMATS
 def test_u03_a_chain_of_before_the_reset(packed: bool) -> None:
     bench = Bench(packed)
@@ -102,6 +106,7 @@ def test_u03_a_chain_of_before_the_reset(packed: bool) -> None:
     assert bench.pop().generation == 1
 
 
+@pytest.mark.row("U04")
 @FORMATS
 def test_u04_a_ring_that_is_gone_takes_no_used_entry(packed: bool) -> None:
     bench = Bench(packed)
@@ -117,6 +122,7 @@ def test_u04_a_ring_that_is_gone_takes_no_used_entry(packed: bool) -> None:
     assert bench.memory.read(RING, 1 << 16) == bytes(1 << 16)
 
 
+@pytest.mark.row("U05", "U07")
 @FORMATS
 def test_u05_u07_a_batch_over_the_end_of_the_index_is_shown_by_one_store(packed: bool) -> None:
     bench = Bench(packed, start=0x8006 if packed else 0xFFFE)
@@ -132,6 +138,7 @@ def test_u05_u07_a_batch_over_the_end_of_the_index_is_shown_by_one_store(packed:
     assert [written for _, written in bench.driver.take()] == [8] * 4
 
 
+@pytest.mark.row("U10")
 @FORMATS
 def test_u10_in_order_pushes_are_shown_in_order(packed: bool) -> None:
     bench = Bench(packed, features=INDIRECT_DESC | IN_ORDER)
@@ -364,6 +371,7 @@ def test_any_calls_in_any_order(packed: bool, features: int, script: list[tuple[
     assert bench.queue.counters.pushed == bench.queue.counters.popped == 8
 
 
+@pytest.mark.row("T14")
 def test_t14_threads_that_share_a_queue_complete_each_chain_once() -> None:
     for packed in (False, True):
         bench = Bench(packed, Policy.interop, size=256)

@@ -102,6 +102,7 @@ def prepare(setup: Setup) -> GuestMemory:
     return memory
 
 
+@pytest.mark.row("N01", "N03", "N05", "N10")
 @given(queues, steps)
 def test_our_device_end_calls_exactly_when_the_driver_asked_for_it(setup: Setup, script: list[Step]) -> None:
     memory = prepare(setup)
@@ -125,6 +126,7 @@ def compare(setup: Setup, ours: list[Decision], model: list[Decision]) -> None:
             assert core.notified == judge.notified
 
 
+@pytest.mark.row("N01")
 @given(queues, steps)
 def test_our_driver_end_kicks_exactly_when_the_device_asked_for_it(setup: Setup, script: list[Step]) -> None:
     memory = prepare(setup)
@@ -182,6 +184,7 @@ def test_whoever_disables_notifications_is_told_of_nothing_more(setup: Setup, be
     assert sum(told) <= (setup.event_idx and not setup.packed)
 
 
+@pytest.mark.row("N06")
 @given(queues)
 def test_work_that_came_before_the_arming_is_seen_by_it(setup: Setup) -> None:
     """The race of 2.7.7.1: what arrives between the last look and the arming is reported by the arming (N06)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from virtio_test._core import DeviceQueue, Policy, QueueState, rules
@@ -19,11 +19,19 @@ DEFECTS = [*split.SPLIT, *BUFFERS, *packed.PACKED]
 REFUSED = [*split.REFUSED, *packed.REFUSED]
 POLICIES = {"interop": Policy.interop, "strict": Policy.strict}
 
+
+def cases(name: str, found: Sequence[Defect | Refused | Special]) -> pytest.MarkDecorator:
+    """One test for each, under its title, as one of its row."""
+    return pytest.mark.parametrize(
+        name, [pytest.param(case, id=str(case), marks=pytest.mark.row(case.row)) for case in found]
+    )
+
+
 policies = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 
 @policies
-@pytest.mark.parametrize("defect", DEFECTS, ids=str)
+@cases("defect", DEFECTS)
 def test_one_defect(defect: Defect, policy: Policy) -> None:
     bench = defect.where.bench(policy)
     outcome = defect.outcomes.strict if policy == Policy.strict else defect.outcomes.interop
@@ -77,7 +85,7 @@ def test_the_rings_are_legal_before_the_defect(
     assert len(bench.driver.take()) == chains
 
 
-@pytest.mark.parametrize("refused", REFUSED, ids=str)
+@cases("refused", REFUSED)
 def test_a_queue_that_cannot_be_is_refused(refused: Refused) -> None:
     """With nothing of guest memory touched; a queue that works keeps working when its reset is refused."""
     bench = Bench(refused.packed)
@@ -99,7 +107,7 @@ def test_a_queue_that_cannot_be_is_refused(refused: Refused) -> None:
 
 
 @policies
-@pytest.mark.parametrize("special", SPECIAL, ids=str)
+@cases("special", SPECIAL)
 def test_a_row_with_a_story(special: Special, policy: Policy) -> None:
     special.run(policy)
 

@@ -105,6 +105,7 @@ def test_the_sequence_of_3_1_1() -> None:
     assert driver.live
 
 
+@pytest.mark.row("G17")
 @pytest.mark.parametrize(
     ("refuse", "rule"), [(Status.FEATURES_OK, "FeaturesRefused"), (Status.DRIVER, "StatusBitLost")]
 )
@@ -124,6 +125,7 @@ def test_a_status_that_does_not_read_back_sets_failed(refuse: Status, rule: str)
     assert driver.submit(0, [b"x"], [1]).wait() == b"x"
 
 
+@pytest.mark.row("G17")
 def test_features_it_cannot_do_without() -> None:
     needed = FeatureSet("MAGIC", device={"MAGIC": 3})
     driver = Driver(Loopback(BaseDevice(7, handlers={0: echo})), required=needed)
@@ -134,6 +136,7 @@ def test_features_it_cannot_do_without() -> None:
     assert "MAGIC" in Driver(Loopback(rich), required=needed).initialize()
 
 
+@pytest.mark.row("G19")
 def test_a_reset_that_never_ends_is_bounded_and_frees_nothing() -> None:
     registers = Recording(BaseDevice(7, handlers={0: echo}))
     driver = Driver(registers, timeout=3)
@@ -158,6 +161,7 @@ def test_no_device() -> None:
         Driver(Nobody(BaseDevice(7, handlers={0: echo}))).initialize()
 
 
+@pytest.mark.row("G16")
 @RINGS
 @pytest.mark.parametrize("limit", [1, 2, 5, 128, None])
 def test_queue_sizes(ring: str, limit: int | None) -> None:
@@ -265,6 +269,7 @@ def test_impossible_chains_change_nothing(readable: list[bytes], writable: list[
     assert driver.in_flight == []
 
 
+@pytest.mark.row("G13")
 def test_no_answer_is_bounded_and_the_request_stays_in_flight() -> None:
     device = Silent()
     loop = OwnerLoop(clock=VirtualClock())
@@ -305,6 +310,7 @@ def test_a_response_over_several_buffers() -> None:
 # --- loss --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("G19")
 @RINGS
 def test_detach_returns_everything_once(ring: str) -> None:
     device = Silent()
@@ -351,6 +357,7 @@ def test_without_ring_reset_a_queue_is_not_reset_alone() -> None:
         driver.reset_queue(0)
 
 
+@pytest.mark.row("G14")
 @RINGS
 def test_a_broken_device_fails_everything_once_and_comes_back(ring: str) -> None:
     loopback = Loopback(device := Silent())
@@ -433,6 +440,7 @@ def test_fields_by_name() -> None:
         driver.read_field("nothing")
 
 
+@pytest.mark.row("T10", "G15")
 def test_bytes_of_one_generation() -> None:
     device = BaseDevice(7, handlers={0: echo}, config=ConfigSpace(LAYOUT, low=1, high=1))
 
@@ -456,6 +464,7 @@ def test_bytes_of_one_generation() -> None:
     assert found.value.rule == "ConfigNeverStable"
 
 
+@pytest.mark.row("G15")
 def test_a_space_that_is_too_short() -> None:
     driver = Driver(Loopback(BaseDevice(7, handlers={0: echo})), layout=LAYOUT)
     driver.initialize()

@@ -171,6 +171,7 @@ def test_an_early_kick_is_not_lost(ring: Ring) -> None:
     assert handled == [b"early"]
 
 
+@pytest.mark.row("A17")
 def test_kicks_for_queues_that_are_not_there_are_ignored() -> None:
     loopback = Loopback(TestDevice())
     for index in (0, 1, 65535):
@@ -193,6 +194,7 @@ def test_failed_stops_the_queues() -> None:
     assert handled == [b"y"]
 
 
+@pytest.mark.row("D08")
 def test_a_reset_in_the_middle_leaves_no_marks() -> None:
     calls: list[int] = []
     loopback = Loopback(BaseDevice(7, handlers={0: echo}))
@@ -282,6 +284,7 @@ class Generous(BaseDevice):
         return chain.writable >= 0
 
 
+@pytest.mark.row("Q13")
 @RINGS
 @pytest.mark.parametrize("written", [b"", b"par"])
 def test_a_queue_that_is_reset_writes_nothing_any_more(ring: Ring, written: bytes) -> None:
@@ -304,6 +307,7 @@ def test_a_queue_that_is_reset_writes_nothing_any_more(ring: Ring, written: byte
     assert device.complete(chain, b"late") is False
 
 
+@pytest.mark.row("N07")
 @RINGS
 def test_in_a_broken_device_no_queue_writes_any_more(ring: Ring) -> None:
     calls: list[int] = []
@@ -356,6 +360,7 @@ def test_a_device_is_replaced_under_a_driver_that_notices_nothing(ring: Ring) ->
     assert loopback.errors == []
 
 
+@pytest.mark.row("R10")
 def test_a_used_buffer_that_was_not_told_is_told_after_the_restore() -> None:
     loopback = Loopback(BaseDevice(7, handlers={0: echo}))
     driver = Driver(loopback)

@@ -243,6 +243,7 @@ def test_what_no_field_can_be_is_not_served(offset: int, length: int) -> None:
     assert machine.rules() == {"ConfigAccess": 2}
 
 
+@pytest.mark.row("X09")
 def test_behind_the_end_there_is_nothing() -> None:
     machine = configured()
     assert machine.mmio.read(CONFIG + 20, 4) == bytes(4)

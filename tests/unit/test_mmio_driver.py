@@ -145,6 +145,7 @@ def test_the_page_size_survives_a_reset() -> None:
     assert registers.read("QueuePFN") == 3
 
 
+@pytest.mark.row("Q17")
 @pytest.mark.parametrize(
     ("register", "value", "rule"),
     [
@@ -334,6 +335,7 @@ WRONG_LEGACY: list[tuple[dict[str, Override], str]] = [
 ]
 
 
+@pytest.mark.row("G16", "G17")
 @pytest.mark.parametrize(("registers", "writes", "rule"), WRONG)
 def test_a_device_that_does_not_come_up(
     registers: dict[str, Override], writes: dict[str, WriteOverride], rule: str
@@ -418,6 +420,7 @@ def test_a_queue_reset_that_takes_its_time(*, inside: bool) -> None:
     assert left[0] == 0
 
 
+@pytest.mark.row("G15")
 def test_a_generation_that_never_stands_still() -> None:
     layout = ConfigLayout(("field", "le32"))
     mmio = VirtioMmio(
@@ -460,6 +463,7 @@ def test_a_shared_memory_region_beyond_all_addresses() -> None:
 # --- interrupts --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("G09")
 @pytest.mark.parametrize("status", [0, 0xFFFF_FFFC])
 def test_a_line_without_a_cause(status: int) -> None:
     driver = wrong({"InterruptStatus": status})

@@ -35,6 +35,7 @@ def test_an_eventfd_counts() -> None:
     assert (notifier.drain(), notifier.count, twin.count) == (1, 3, 1)
 
 
+@pytest.mark.row("N11")
 def test_a_pipe_takes_eight_bytes_and_a_full_one_blocks_nobody(pipe: tuple[int, int]) -> None:
     reader, writer = (Notifier.from_fd(fd) for fd in pipe)
     writer.notify()

@@ -167,6 +167,7 @@ TOLERATED: dict[str, Case] = {
 }
 
 
+@pytest.mark.row("X-capabilities")
 @pytest.mark.parametrize(("change", "rule", "clause"), TOLERATED.values(), ids=TOLERATED)
 def test_found_and_lived_with(change: Callable[[FakePci], object], rule: str, clause: str) -> None:
     fake = FakePci()
@@ -235,6 +236,7 @@ def forgetful(fake: FakePci) -> Callable[[int, int, int], None]:
     return write_config
 
 
+@pytest.mark.row("X-capabilities")
 @pytest.mark.parametrize(("change", "rule", "clause"), FATAL.values(), ids=FATAL)
 def test_found_and_refused(change: Callable[[FakePci], object], rule: str, clause: str) -> None:
     fake = FakePci()

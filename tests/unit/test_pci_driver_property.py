@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from virtio_test.driver.base import Driver
@@ -82,6 +83,7 @@ def capability() -> st.SearchStrategy[bytes]:
     return st.builds(build, kinds, lengths, bars, byte, st.lists(place, min_size=4, max_size=4))
 
 
+@pytest.mark.row("X-capabilities")
 @given(st.lists(st.one_of(capability(), st.sampled_from([*GOOD, shared(1, 0, 4096), vendor(1)])), max_size=7), byte)
 def test_arbitrary_capabilities(caps: list[bytes], end: int) -> None:
     fake = FakePci()
@@ -114,6 +116,7 @@ def test_right_but_for_some_bytes(
     drive(fake, interface, "auto")
 
 
+@pytest.mark.row("X-capabilities")
 @given(st.lists(st.one_of(st.none(), word), max_size=60), st.sampled_from(LINES))
 def test_registers_that_change_their_mind(answers: list[int | None], lines: Literal["auto", "msix", "intx"]) -> None:
     """Each read is answered truthfully, or with anything; after those given, truthfully."""

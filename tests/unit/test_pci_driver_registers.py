@@ -272,6 +272,7 @@ BAD: dict[str, Case] = {
 }
 
 
+@pytest.mark.row("G16", "G17")
 @pytest.mark.parametrize(("change", "rule", "clause"), BAD.values(), ids=BAD)
 def test_bring_up_ends_with_the_rule_that_was_broken(
     change: Callable[[FakePci], object], rule: str, clause: str
@@ -286,6 +287,7 @@ def test_bring_up_ends_with_the_rule_that_was_broken(
     assert fake.writes[-1][3] & Status.FAILED
 
 
+@pytest.mark.row("G17")
 def test_features_ok_refused() -> None:
     fake = FakePci()
     fake.lie("device_status", lambda: fake.bars[0][COMMON["device_status"].offset] & ~Status.FEATURES_OK)
@@ -301,6 +303,7 @@ def test_no_queues() -> None:
     assert driver.queues == {}
 
 
+@pytest.mark.row("G16")
 def test_a_queue_of_size_0_is_not_there() -> None:
     fake = FakePci()
     fake.put("queue_size", 0)
@@ -352,6 +355,7 @@ def test_a_queue_reset_needs_the_feature_and_the_queue() -> None:
         registers.reset_queue(1)
 
 
+@pytest.mark.row("G15", "T10")
 def test_a_generation_that_never_stands_still() -> None:
     fake = FakePci()
     driver, _ = brought_up(fake)
@@ -366,6 +370,7 @@ def test_a_generation_that_never_stands_still() -> None:
         driver.read_config(0, 4)
 
 
+@pytest.mark.row("G15")
 def test_a_configuration_space_that_is_too_short() -> None:
     fake = FakePci([common(), notify(), isr(), device(length=6), window(), msix()])
     driver, registers = brought_up(fake)
@@ -414,6 +419,7 @@ def test_a_device_that_goes_away_reads_as_ones() -> None:
         driver.initialize()
 
 
+@pytest.mark.row("G09")
 @pytest.mark.parametrize("status", [0, 1, 2, 3])
 def test_a_line_that_is_never_lowered(status: int) -> None:
     """4.1.4.5.1: reading clears. On a virtual clock nothing else would end the wait."""
@@ -426,6 +432,7 @@ def test_a_line_that_is_never_lowered(status: int) -> None:
         request.wait()
 
 
+@pytest.mark.row("G09")
 def test_spurious_messages_and_calls_before_bring_up() -> None:
     fake = FakePci()
     registers = bare(fake)

@@ -12,6 +12,8 @@ from virtio_test.checks import CATALOGUE, ROWS, SECTIONS, Entry, Meets, Outcome,
 from virtio_test.checks.entry import clause_text
 from virtio_test.errors import InvalidArgument
 
+from tests import shown
+
 
 def numbers(letter: str, *ranges: int | tuple[int, int]) -> set[str]:
     spans = (range(each, each + 1) if isinstance(each, int) else range(each[0], each[1] + 1) for each in ranges)
@@ -64,6 +66,14 @@ def test_every_id_of_the_catalogue_is_there() -> None:
         name for name in KNOWN if name[:4] in ("GHSA", "RUST")
     }
     assert KNOWN - IDS - set(VULNERABILITIES.split()) == aliases | {"X-capabilities"}
+
+
+INVARIANTS = {f"V{number}" for number in range(1, 14)}
+"""What holds for all rows; a test may name them beside its rows."""
+
+
+def test_no_test_shows_a_row_that_is_not_there(pytestconfig: pytest.Config) -> None:
+    assert set(shown.rows(pytestconfig)) <= KNOWN | INVARIANTS
 
 
 def test_no_id_is_there_twice() -> None:

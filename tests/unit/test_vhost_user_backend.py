@@ -149,6 +149,7 @@ def test_without_protocol_features_a_ring_is_enabled_at_once(server: Server) -> 
         g.request(1)
 
 
+@pytest.mark.row("M12")
 @BOTH
 def test_the_base_comes_back_and_the_ring_goes_on_there(server: Server, *, packed: bool) -> None:
     with guest(server.path, packed=packed) as g:
@@ -267,6 +268,7 @@ def test_one_broken_rule_is_one_change_of_state(server: Server, caplog: pytest.L
         g.request(2)
 
 
+@pytest.mark.row("M13")
 def test_device_reset_clears_a_broken_ring(server: Server) -> None:
     for clear in ("RESET_DEVICE", "status 0"):
         with guest(server.path) as g:
@@ -424,6 +426,7 @@ def test_configuration_changes_that_nobody_reads_hold_nothing_up(server: Server)
 # --- memory -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("T12")
 def test_memory_can_be_changed_under_a_running_ring(server: Server) -> None:
     with guest(server.path) as g:
         g.setup()
@@ -443,6 +446,7 @@ def test_memory_can_be_changed_under_a_running_ring(server: Server) -> None:
         g.request(4)
 
 
+@pytest.mark.row("M06")
 def test_memory_slots(server: Server) -> None:
     with guest(server.path) as g:
         assert g.front.number(Request.GET_MAX_MEM_SLOTS) == 509
@@ -491,6 +495,7 @@ def test_in_band_an_enabled_ring_runs_without_a_kick(tmp_path: Path) -> None:
 # --- connections --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("U12")
 def test_front_ends_come_and_go_without_a_leak(server: Server) -> None:
     def once(number: int) -> None:
         with guest(server.path, packed=bool(number % 2)) as g:
@@ -509,6 +514,7 @@ def test_front_ends_come_and_go_without_a_leak(server: Server) -> None:
     assert server.failure is None
 
 
+@pytest.mark.row("M20")
 def test_a_second_front_end_waits_and_disturbs_nobody(server: Server) -> None:
     with guest(server.path) as first:
         first.setup()
@@ -522,6 +528,7 @@ def test_a_second_front_end_waits_and_disturbs_nobody(server: Server) -> None:
     second.close()
 
 
+@pytest.mark.row("M20")
 def test_the_configuration_of_one_front_end_does_not_reach_the_rings_of_the_next(server: Server) -> None:
     with guest(server.path) as g:
         g.setup()

@@ -78,6 +78,7 @@ RAW = [
 ]
 
 
+@pytest.mark.row("M01", "M03")
 @pytest.mark.parametrize(("rule", "data", "count"), RAW)
 def test_a_malformed_message_ends_its_connection_only(
     server: Server, caplog: pytest.LogCaptureFixture, rule: str, data: bytes, count: int
@@ -106,6 +107,7 @@ def test_a_malformed_message_ends_its_connection_only(
     served(server)
 
 
+@pytest.mark.row("M02")
 def test_a_message_may_come_byte_by_byte(server: Server) -> None:
     with FrontEnd(server.path) as front:
         for byte in encode(Request.SET_OWNER, need_reply=True) + encode(Request.GET_FEATURES):
@@ -115,6 +117,7 @@ def test_a_message_may_come_byte_by_byte(server: Server) -> None:
         assert front.receive().request == Request.GET_FEATURES
 
 
+@pytest.mark.row("M02")
 def test_a_connection_that_ends_in_a_message(server: Server) -> None:
     with FrontEnd(server.path) as front:
         front.send_bytes(encode(Request.SET_FEATURES, U64(0))[:-1], [0])
@@ -136,6 +139,7 @@ def test_a_front_end_that_never_reads_is_disconnected(server: Server) -> None:
     served(server)
 
 
+@pytest.mark.row("M21")
 def test_ten_thousand_bad_messages_leave_no_fd(tmp_path: Path) -> None:
     with serving(tmp_path / "s") as server:
         served(server)
@@ -255,7 +259,10 @@ def ask(front: FrontEnd, request: Request, payload: Payload, kinds: list[str], *
         os.close(fd)
 
 
-@pytest.mark.parametrize(("row", "rule", "request_", "payload", "kinds"), REFUSED)
+@pytest.mark.parametrize(
+    ("row", "rule", "request_", "payload", "kinds"),
+    [pytest.param(*refused, marks=pytest.mark.row(refused[0])) for refused in REFUSED],
+)
 def test_what_cannot_be_done_is_refused_and_changes_nothing(
     server: Server,
     caplog: pytest.LogCaptureFixture,
@@ -292,6 +299,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
     served(server)
 
 
+@pytest.mark.row("M04")
 def test_features_cannot_change_while_rings_run(server: Server) -> None:
     with guest(server.path) as g:
         g.setup()
@@ -320,6 +328,7 @@ def test_a_request_whose_reply_cannot_be_given_ends_the_connection(server: Serve
     served(server)
 
 
+@pytest.mark.row("M04")
 def test_in_band_notifications_alone_end_the_connection(tmp_path: Path) -> None:
     inband = ProtocolFeature.INBAND_NOTIFICATIONS
     with serving(tmp_path / "s", protocol_features=inband | ProtocolFeature.REPLY_ACK) as server:
@@ -331,6 +340,7 @@ def test_in_band_notifications_alone_end_the_connection(tmp_path: Path) -> None:
         assert server.backend.last_error.rule == "InbandAlone"
 
 
+@pytest.mark.row("M16")
 def test_an_unknown_request_is_answered_or_ignored(server: Server) -> None:
     with FrontEnd(server.path) as front:
         front.send_bytes(struct.pack("=III", 200, 1, 4) + b"abcd", [0])
@@ -339,6 +349,7 @@ def test_an_unknown_request_is_answered_or_ignored(server: Server) -> None:
         assert front.number(Request.GET_FEATURES)
 
 
+@pytest.mark.row("M11")
 def test_messages_in_any_order_do_no_harm(server: Server) -> None:
     """M11: nothing runs before it can, whatever comes first."""
     with guest(server.path) as g:
@@ -355,6 +366,7 @@ def test_messages_in_any_order_do_no_harm(server: Server) -> None:
         g.request(1)
 
 
+@pytest.mark.row("M09")
 def test_addresses_before_memory_are_refused(server: Server) -> None:
     with FrontEnd(server.path) as front:
         front.negotiate()
@@ -363,6 +375,7 @@ def test_addresses_before_memory_are_refused(server: Server) -> None:
             front.request(Request.SET_VRING_ADDR, VringAddress(0, 0, U, U, U))
 
 
+@pytest.mark.row("M08")
 @pytest.mark.parametrize("base", [1, 200, 0x7FFF], ids=["one too few", "beyond the size", "far away"])
 def test_a_base_that_does_not_fit_the_used_ring_stops_the_ring(server: Server, base: int) -> None:
     with guest(server.path) as g:
@@ -395,6 +408,7 @@ def writing_end(g: Guest) -> None:
     os.close(write)
 
 
+@pytest.mark.row("M10")
 @pytest.mark.parametrize("hang_up", [hang_up_pipe, writing_end])
 def test_a_kick_fd_whose_other_end_is_gone_does_not_spin(server: Server, hang_up: Callable[[Guest], None]) -> None:
     with guest(server.path) as g:
@@ -415,6 +429,7 @@ def test_a_kick_fd_whose_other_end_is_gone_does_not_spin(server: Server, hang_up
         assert g.used() == [2]
 
 
+@pytest.mark.row("M10", "N11")
 @pytest.mark.parametrize("end", ["reading end of a pipe", "closed pipe", "closed socket"])
 def test_call_and_err_fds_that_do_not_work_harm_nobody_else(server: Server, end: str) -> None:
     read, write = os.pipe()
@@ -441,6 +456,7 @@ def test_call_and_err_fds_that_do_not_work_harm_nobody_else(server: Server, end:
     assert server.failure is None
 
 
+@pytest.mark.row("M10")
 def test_a_kick_fd_replaced_while_it_is_waited_on(server: Server) -> None:
     with guest(server.path) as g:
         g.setup()
@@ -452,6 +468,7 @@ def test_a_kick_fd_replaced_while_it_is_waited_on(server: Server) -> None:
             g.request(number)
 
 
+@pytest.mark.row("M20")
 def test_disconnecting_in_the_middle_of_anything(server: Server) -> None:
     stream = [
         (encode(Request.SET_OWNER), 0),
