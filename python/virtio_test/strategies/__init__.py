@@ -1,0 +1,54 @@
+"""Rings, legal and broken, as data: for Hypothesis, for plain random numbers, and for all cases in turn.
+
+A `RingCase` says how a legal ring is made, what is changed in it, and what must come of it under either policy:
+
+    >>> from virtio_test.strategies import cases
+    >>> case = next(cases("A04"))
+    >>> case
+    RingCase(row='A04', title='head 0x8', writes=(Put(field='avail.ring', value=8, place=0),), ...)
+    >>> case.run("strict").rule
+    'HeadOutOfRange'
+
+`case.check()` holds it against our core, or against the device end of your own; `case.script()` is a Python script that
+replays it; `case.to_json()` is what a corpus keeps, and the module `codec` describes the format.
+"""
+
+from __future__ import annotations
+
+from .acts import Act, Add, Buffer, Change, Copy, Look, Map, Pop, Publish, Push, Put, Race, Take, Unmap, Use, Write
+from .case import CaseFailed, Outcome, RingCase
+from .corpus import load, save
+from .draw import Draw, RandomDraw, every
+from .rows import ROWS, cases, random_case
+from .scene import Scene
+
+__all__ = [
+    "ROWS",
+    "Act",
+    "Add",
+    "Buffer",
+    "CaseFailed",
+    "Change",
+    "Copy",
+    "Draw",
+    "Look",
+    "Map",
+    "Outcome",
+    "Pop",
+    "Publish",
+    "Push",
+    "Put",
+    "Race",
+    "RandomDraw",
+    "RingCase",
+    "Scene",
+    "Take",
+    "Unmap",
+    "Use",
+    "Write",
+    "cases",
+    "every",
+    "load",
+    "random_case",
+    "save",
+]

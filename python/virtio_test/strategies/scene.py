@@ -1,0 +1,323 @@
+"""A case on stage: the ring in guest memory, the legal peer that made it, and the end that is judged.
+
+`Scene` builds what a case describes and does its acts one by one; what is handed out and the rule that is found broken
+stay in it. Memory is kept from one scene to the next (`Stage`): mapping is slower than all that happens in a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final, Protocol
+
+from virtio_test._core import Chain, DeviceQueue, DriverQueue, GuestMemory, QueueConfig, QueueState, RingLayout, Trace
+from virtio_test.errors import QueueViolation
+
+from .acts import (
+    Act,
+    Add,
+    Buffer,
+    Copy,
+    Look,
+    Map,
+    Pop,
+    Publish,
+    Push,
+    Put,
+    Race,
+    Take,
+    Unmap,
+    Use,
+    Write,
+)
+from .case import AVAIL, USED, Name, Outcome, RingCase
+
+__all__ = ["DeviceEnd", "Scene", "Stage"]
+
+_SMALL: Final = 1 << 20
+"""Bytes of a memory that is worth zeroing and keeping."""
+
+
+class DeviceEnd(Protocol):
+    """What a scene needs of a device end; `DeviceQueue` is one, and so can be your own."""
+
+    def has_work(self) -> bool:
+        """Whether a chain is available."""
+        ...
+
+    def pop(self) -> Any:
+        """The next chain, an object with `segments`; None when there is none."""
+        ...
+
+    def push(self, chain: Any, written: int | None = None, /) -> object:
+        """Complete a chain."""
+        ...
+
+
+MakeDevice = Callable[[GuestMemory, QueueConfig, QueueState], DeviceEnd]
+
+
+def our_device(memory: GuestMemory, config: QueueConfig, state: QueueState) -> DeviceQueue:
+    """The device end of the core."""
+    return DeviceQueue(memory, config, state=state)
+
+
+class Stage:
+    """Memories that are zeroed and used again, one for each map that was asked for."""
+
+    def __init__(self) -> None:
+        self._memories: dict[tuple[object, bool], GuestMemory] = {}
+
+    def memory(self, case: RingCase) -> GuestMemory:
+        """Zeros in the regions of the case."""
+        key = (case.regions, case.traced)
+        memory = self._memories.pop(key, None)
+        if memory is None:
+            return _fresh(case)
+        for address, size, writable in case.regions:
+            if writable:
+                memory.fill(address, size)
+        return memory
+
+    def give_back(self, case: RingCase, memory: GuestMemory) -> None:
+        """Keep it for the next one, if it is small and as it was."""
+        regions = tuple(sorted((each.address, each.size, each.writable) for each in memory.regions))
+        if regions == tuple(sorted(case.regions)) and sum(size for _, size, _ in regions) <= _SMALL:
+            self._memories[case.regions, case.traced] = memory
+
+
+STAGE: Final = Stage()
+"""The one that cases use by themselves."""
+
+
+def _fresh(case: RingCase) -> GuestMemory:
+    memory = GuestMemory(
+        [(address, size) for address, size, writable in case.regions if writable],
+        backing="anonymous",
+        trace=Trace() if case.traced else None,
+    )
+    for address, size, writable in case.regions:
+        if not writable:
+            memory.add_region(address, size, writable=False)
+    return memory
+
+
+@cache
+def _widths(packed: bool) -> dict[str, int]:  # noqa: FBT001 (a key of the cache)
+    return {name: width for name, (_, width, _, _) in RingLayout(1, packed=packed).fields().items()}
+
+
+class Scene:
+    """One case, built up to the point where the judged end exists; then `run`, or your own calls.
+
+    Attributes:
+        case: what is played.
+        memory: guest memory.
+        driver: the driver end; the legal peer, unless it is the judged one.
+        device: the device end; None when its configuration was refused, and in a driver's case before the first `Use`.
+        chains: what the device end handed out.
+        used: (number of the buffer, bytes written) of what the driver end handed out.
+        violation: the rule that the judged end found broken; None so far.
+    """
+
+    def __init__(
+        self,
+        case: RingCase,
+        policy: Name = "interop",
+        *,
+        memory: GuestMemory | None = None,
+        device: MakeDevice = our_device,
+    ) -> None:
+        self.case = case
+        self.policy = policy
+        self.memory = _fresh(case) if memory is None else memory
+        self.chains: list[Any] = []
+        self.used: list[tuple[int, int]] = []
+        self.violation: QueueViolation | None = None
+        self.built = True
+        self.device: DeviceEnd | None = None
+        self._layout, self._table, self._widths = case.layout(), case.table(), _widths(case.packed)
+        self._numbers: dict[int, int] = {}
+        self._theirs: list[Chain] = []
+        if (case.state or case.areas) and case.end == "driver":
+            self._refuse(lambda: DriverQueue(self.memory, case.config(policy), state=case.begin()))
+            return
+        judged = case.end == "driver"
+        self._begin()
+        tables = case.tables if any(buffer.indirect for buffer in case.buffers) else None
+        self.driver = DriverQueue(
+            self.memory,
+            case.config(policy, judged=judged),
+            state=case.begin(judged=judged),
+            indirect=tables,
+            indirect_entries=case.entries,
+        )
+        for buffer in case.buffers:
+            self._add(buffer)
+        self.driver.publish()
+        if judged:
+            for change in case.writes:
+                self.do(change)
+            return
+        for change in case.writes:
+            self.do(change)
+        self._refuse(lambda: device(self.memory, case.config(policy), case.begin()))
+
+    def _refuse(self, build: Callable[[], DeviceEnd | DriverQueue]) -> None:
+        try:
+            end = build()
+        except QueueViolation as violation:
+            self.violation, self.built = violation, False
+            return
+        if isinstance(end, DriverQueue):
+            self.driver = end
+        else:
+            self.device = end
+
+    def _begin(self) -> None:
+        """The ring of a queue that stands at `start` with nothing in flight (2.7.6, 2.8.1)."""
+        case = self.case
+        if not case.packed:
+            self.put("avail.idx", case.start)
+            self.put("used.idx", case.start)
+            return
+        here, wrap = case.start & 0x7FFF, case.start >> 15
+        for slot in range(case.size):
+            if wrap if slot < here else not wrap:
+                self.put("desc.flags", AVAIL | USED, slot)
+
+    # ----------------------------------------------------------------------------------------------------- the fields
+
+    def at(self, field: str, index: int = 0) -> int:
+        """Address of a field."""
+        if field.startswith("table."):
+            return self._table.at("desc." + field[6:], index)
+        return self._layout.at(field, index)
+
+    def width(self, field: str) -> int:
+        """Bytes of a field."""
+        return self._widths[field.replace("table.", "desc.", 1)]
+
+    def put(self, field: str, value: int, index: int = 0) -> None:
+        """Write one field."""
+        self.memory.write(self.at(field, index), value.to_bytes(self.width(field), "little"))
+
+    def get(self, field: str, index: int = 0) -> int:
+        """Read one field."""
+        return int.from_bytes(self.memory.read(self.at(field, index), self.width(field)), "little")
+
+    # -------------------------------------------------------------------------------------------------------- the acts
+
+    def do(self, act: Act) -> None:
+        """One act; what the judged end finds broken is raised."""
+        match act:
+            case Put(field, value, place):
+                self.put(field, value, place)
+            case Write(address, data):
+                self.memory.write(address, data)
+            case Copy(destination, source, length):
+                self.memory.copy(destination, source, length)
+            case Map(address, size, writable):
+                self.memory.add_region(address, size, writable=writable)
+            case Unmap(address, size):
+                self.memory.remove_region(address, size)
+            case Race(number, field, value, place):
+                trace = self.memory.trace
+                assert trace is not None
+                number += len(trace.log())
+                trace.change_at(number, self.at(field, place), value.to_bytes(self.width(field), "little"))
+            case Add(buffer):
+                self._add(buffer)
+            case Publish():
+                self.driver.publish()
+            case Use(which, written):
+                self._use(which, written)
+            case Take(limit):
+                self._take(limit)
+            case Look():
+                self._look()
+            case Pop(limit):
+                self._pop(limit)
+            case Push(which, written):
+                self._end.push(self.chains[which], written)
+
+    @property
+    def _end(self) -> DeviceEnd:
+        assert self.device is not None
+        return self.device
+
+    def _add(self, buffer: Buffer) -> None:
+        data = buffer.data
+        for address, length in buffer.readable:
+            if not data:
+                break
+            self.memory.write(address, data[:length])
+            data = data[length:]
+        token = self.driver.add(buffer.readable, buffer.writable, indirect=buffer.indirect)
+        self._numbers[token] = len(self._numbers)
+
+    def _look(self) -> None:
+        if self.case.end == "driver":
+            self.driver.has_used()
+        else:
+            self._end.has_work()
+
+    def _pop(self, count: int) -> int:
+        for taken in range(count):
+            chain = self._end.pop()
+            if chain is None:
+                return taken
+            self.chains.append(chain)
+        return count
+
+    def _use(self, which: int, written: int) -> None:
+        if self.device is None:
+            self.device = DeviceQueue(self.memory, self.case.config(judged=False), state=self.case.begin(judged=False))
+        while (chain := self._end.pop()) is not None:
+            self._theirs.append(chain)
+        self._end.push(self._theirs[which], written)
+
+    def _take(self, limit: int) -> int:
+        for taken in range(limit):
+            found = self.driver.get_used()
+            if found is None:
+                return taken
+            token, written = found
+            self.used.append((self._numbers[token], written))
+        return limit
+
+    def run(self) -> Outcome:
+        """All that happens later, and then everything that there is to take."""
+        if self.built:
+            try:
+                for act in self.case.later:
+                    self.do(act)
+                self.drain()
+            except QueueViolation as violation:
+                self.violation = violation
+        return self.outcome
+
+    def drain(self) -> None:
+        """Take everything; more than twice what the ring has room for is an error of the judged end."""
+        limit = 2 * self.case.size + 2
+        count = self._take(limit) if self.case.end == "driver" else self._pop(limit)
+        if count == limit:
+            raise AssertionError(f"{count} were handed out of a ring of {self.case.size}")
+
+    @property
+    def outcome(self) -> Outcome:
+        """What has come of it so far."""
+        rule = None if self.violation is None else self.violation.rule
+        if self.case.end == "driver":
+            return Outcome(len(self.used), rule, self.built, used=tuple(self.used))
+        return Outcome(len(self.chains), rule, self.built, tuple(tuple(chain.segments) for chain in self.chains))
+
+    def returned(self) -> list[tuple[int, int, bytes]]:
+        """What the legal driver gets back: (number of the buffer, bytes written, those bytes)."""
+        found: list[tuple[int, int, bytes]] = []
+        for token, written in self.driver.get_used_many():
+            number = self._numbers[token]
+            spans = self.case.buffers[number].writable
+            whole = b"".join(self.memory.read(address, length) for address, length in spans)
+            found.append((number, written, whole[:written]))
+        return found

@@ -1,0 +1,76 @@
+"""The frozen cases: each is replayed here by our core, and by the Rust fuzzers, which begin with them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from virtio_test.errors import InvalidArgument
+from virtio_test.strategies import RingCase, cases, load, save
+
+FOLDER = Path(__file__).parents[1] / "corpus"
+CORPUS = dict(load(FOLDER))
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_a_frozen_case_still_ends_as_it_must(name: str) -> None:
+    CORPUS[name].check()
+
+
+def test_the_corpus_is_there_and_its_names_are_those_of_its_cases(tmp_path: Path) -> None:
+    assert len(CORPUS) > 80
+    for name, case in CORPUS.items():
+        assert save(case, tmp_path).stem == name
+        assert (tmp_path / f"{name}.json").read_bytes() == (FOLDER / f"{name}.json").read_bytes()
+
+
+def test_every_case_comes_back_from_its_json_and_from_its_repr() -> None:
+    import virtio_test.strategies as strategies
+
+    for case in cases():
+        assert RingCase.from_json(case.to_json()) == case
+        assert eval(repr(case), dict(vars(strategies))) == case
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"virtio-test": "ring-case", "version": 2}',
+        '{"virtio-test": "something", "version": 1}',
+        '{"virtio-test": "ring-case", "version": 1, "odd": 1}',
+        '{"virtio-test": "ring-case", "version": 1, "later": [["odd"]]}',
+        '{"virtio-test": "ring-case", "version": 1, "later": [["put"]]}',
+        '{"virtio-test": "ring-case", "version": 1, "later": [["put", 1, 2]]}',
+        '{"virtio-test": "ring-case", "version": 1, "size": "8"}',
+        '{"virtio-test": "ring-case", "version": 1, "writes": [["write", 1, "x"]]}',
+        '{"virtio-test": "ring-case", "version": 1, "state": [1]}',
+        '{"virtio-test": "ring-case", "version": 1, "regions": [[1, 2]]}',
+        '{"virtio-test": "ring-case", "version": 1, "interop": {"rule": "x"}}',
+    ],
+)
+def test_what_is_no_case_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        RingCase.from_json(text)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(InvalidArgument, match=r"odd\.json"):
+        list(load(tmp_path))
+
+
+@pytest.mark.parametrize("row", ["A09", "A13", "B15", "C07", "I17", "G08"])
+def test_the_script_of_a_case_replays_it(row: str, tmp_path: Path) -> None:
+    """And says so by its exit code: with another outcome written into the case it is 1."""
+    case = next(cases(row))
+    for each, code in ((case, 0), (case.but(strict=case.strict and case.strict._replace(chains=77)), 1)):
+        path = tmp_path / "replay.py"
+        path.write_text(each.script("strict"))
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", path], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert run.returncode == code, run.stdout + run.stderr
+        assert run.stderr == ""
