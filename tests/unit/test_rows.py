@@ -8,11 +8,11 @@ from itertools import chain
 
 import pytest
 from virtio_test import checks
-from virtio_test.checks import CATALOGUE, ROWS, SECTIONS, Entry, Meets, Outcome, Row, find_row
+from virtio_test.checks import CATALOGUE, ROWS, SECTIONS, Entry, Meets, Outcome, Row, find_row, rows_of_rule
 from virtio_test.checks.entry import clause_text
 from virtio_test.errors import InvalidArgument
 
-from tests import shown
+from tests import rows, shown
 
 
 def numbers(letter: str, *ranges: int | tuple[int, int]) -> set[str]:
@@ -111,6 +111,7 @@ ENTRIES = [entry for found in CATALOGUE.values() for entry in found if entry.row
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.family}-{entry.name}")
 def test_rules_and_rows_name_each_other(entry: Entry) -> None:
     assert [name for name in entry.rows if name not in ROWS or entry.name not in ROWS[name].rules] == []
+    assert set(entry.rows) <= {row.id for row in rows_of_rule(entry.name)}
 
 
 def test_what_a_row_tolerates_its_rule_does() -> None:
@@ -167,3 +168,7 @@ def test_a_wrong_id_is_answered_with_the_nearest_ones() -> None:
 def test_the_list_has_every_row_once() -> None:
     lines = checks.list_rows().splitlines()
     assert [line.split()[0] for line in lines] == list(ROWS)
+
+
+def test_the_page_is_that_of_the_data() -> None:
+    assert rows.DOCS.read_text(encoding="utf-8") == rows.page(), "run `python -m tests.rows write`"

@@ -7,11 +7,14 @@ the catalogue's sections; others are vulnerabilities, and issues or commits of o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import chain
 from types import MappingProxyType
 from typing import Final
 
+from virtio_test.checks.catalogue import CATALOGUE
 from virtio_test.errors import InvalidArgument
 
 from .buffers import BUFFER_ROWS, TABLE_ROWS
@@ -29,28 +32,35 @@ from .state import STATE_ROWS
 
 __all__ = ["ROWS", "SECTIONS", "Meets", "Row", "find_row", "rows_of_rule"]
 
-SECTIONS: Final = MappingProxyType(
-    {
-        "Avail ring and heads (split)": HEAD_ROWS,
-        "Walking a chain (split)": CHAIN_ROWS,
-        "Buffers": BUFFER_ROWS,
-        "Indirect tables": TABLE_ROWS,
-        "Packed ring": PACKED_ROWS,
-        "Queue configuration": QUEUE_ROWS,
-        "Status, features, reset": STATUS_ROWS,
-        "PCI": PCI_ROWS,
-        "Completion": USED_ROWS,
-        "Notifications": NOTIFY_ROWS,
-        "What changes meanwhile": RACE_ROWS,
-        "Saved state and what is in flight": STATE_ROWS,
-        "vhost-user messages": MESSAGE_ROWS,
-        "Our driver before a hostile device": DRIVER_ROWS,
-        "What went wrong in QEMU": QEMU_ROWS,
-        "What went wrong in Linux": LINUX_ROWS,
-        "What went wrong in DPDK": DPDK_ROWS,
-        "What went wrong in other monitors and libraries": VMM_ROWS,
-    }
-)
+_TABLES: Final[Mapping[str, tuple[Row, ...]]] = {
+    "Avail ring and heads (split)": HEAD_ROWS,
+    "Walking a chain (split)": CHAIN_ROWS,
+    "Buffers": BUFFER_ROWS,
+    "Indirect tables": TABLE_ROWS,
+    "Packed ring": PACKED_ROWS,
+    "Queue configuration": QUEUE_ROWS,
+    "Status, features, reset": STATUS_ROWS,
+    "PCI": PCI_ROWS,
+    "Completion": USED_ROWS,
+    "Notifications": NOTIFY_ROWS,
+    "What changes meanwhile": RACE_ROWS,
+    "Saved state and what is in flight": STATE_ROWS,
+    "vhost-user messages": MESSAGE_ROWS,
+    "Our driver before a hostile device": DRIVER_ROWS,
+    "What went wrong in QEMU": QEMU_ROWS,
+    "What went wrong in Linux": LINUX_ROWS,
+    "What went wrong in DPDK": DPDK_ROWS,
+    "What went wrong in other monitors and libraries": VMM_ROWS,
+}
+
+
+def _whole(row: Row) -> Row:
+    """With the rules that name it."""
+    naming = (name for name, found in CATALOGUE.items() if any(row.id in entry.rows for entry in found))
+    return replace(row, rules=tuple(dict.fromkeys((*row.rules, *naming))))
+
+
+SECTIONS: Final = MappingProxyType({title: tuple(map(_whole, rows)) for title, rows in _TABLES.items()})
 """All rows, in the order of the catalogue."""
 
 ROWS: Final = MappingProxyType({row.id: row for row in chain.from_iterable(SECTIONS.values())})
