@@ -55,7 +55,8 @@ class Policy:
         packed_table_flags: ignore flags other than WRITE in a packed indirect table (else INDIRECT there is broken).
         avail_decrease: accept an avail index that goes back without passing what was consumed.
         used_len_beyond: clamp a used length above the writable size instead of refusing it (driver end).
-        used_without_write: take the used length of a packed descriptor without WRITE as written bytes (driver end).
+        used_without_write: take the used length of a packed descriptor without WRITE as written bytes, if the buffer
+            has so many (driver end).
         max_indirect: entries of one indirect table at most, 1 to 65536.
     """
 

@@ -27,7 +27,7 @@ pub struct Policy {
     pub avail_decrease: bool,
     /// Clamp a used length above the writable size (driver end).
     pub used_len_beyond: bool,
-    /// Take the length of a packed used descriptor without WRITE as written bytes (driver end).
+    /// Take the length of a packed used descriptor without WRITE as written bytes, if it can be one (driver end).
     pub used_without_write: bool,
     /// Entries of one indirect table at most.
     pub max_indirect: u32,

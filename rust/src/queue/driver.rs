@@ -429,6 +429,10 @@ impl DriverQueue {
         if u64::from(used.len) <= shadow.writable {
             return Ok(used.len);
         }
+        if !used.told {
+            // What cannot be a length is what is reserved.
+            return Ok(0);
+        }
         if self.rules.policy.used_len_beyond {
             return Ok(u32::try_from(shadow.writable).unwrap_or(u32::MAX));
         }

@@ -140,6 +140,8 @@ pub(crate) struct Buffer {
 pub(crate) struct Used {
     pub(crate) id: u32,
     pub(crate) len: u32,
+    /// Whether the length is certainly one: a packed descriptor without WRITE has something reserved there (2.8.4).
+    pub(crate) told: bool,
     pub(crate) position: u16,
     pub(crate) address: u64,
 }

@@ -174,8 +174,10 @@ impl PackedDriver {
         let Some((flags, len, id)) = read().map_err(|e| self.unmapped(rules, e))? else {
             return Ok(None);
         };
-        // 2.8.4: without WRITE the length is reserved; QEMU never sets WRITE and means the length.
-        let len = if flags & desc::WRITE != 0 || rules.policy.used_without_write {
+        // 2.8.4: without WRITE the length is reserved; QEMU never sets WRITE and means the length, DPDK leaves there what
+        // the driver wrote.
+        let told = flags & desc::WRITE != 0;
+        let len = if told || rules.policy.used_without_write {
             len
         } else {
             0
@@ -184,6 +186,7 @@ impl PackedDriver {
         Ok(Some(Used {
             id: u32::from(id),
             len,
+            told,
             position: slot,
             address,
         }))

@@ -172,6 +172,7 @@ impl SplitDriver {
         Ok(Used {
             id,
             len,
+            told: true,
             position: self.last_used,
             address: self.layout.device.wrapping_add(entry),
         })
