@@ -392,13 +392,13 @@ class FrontEnd:
 
 
 def ring_address(config: QueueConfig) -> VringAddress:
-    """The addresses of a queue as this front-end writes them."""
+    """The addresses of a queue as this front-end writes them, wherever it lies: what is nowhere the back-end refuses."""
     return VringAddress(
         config.index,
         0,
-        config.desc + USER_OFFSET,
-        config.device + USER_OFFSET,
-        config.driver + USER_OFFSET,
+        config.desc + USER_OFFSET & _WORD64,
+        config.device + USER_OFFSET & _WORD64,
+        config.driver + USER_OFFSET & _WORD64,
     )
 
 
