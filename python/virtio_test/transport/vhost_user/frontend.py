@@ -392,7 +392,7 @@ class FrontEnd:
 
 
 def ring_address(config: QueueConfig) -> VringAddress:
-    """The addresses of a queue as this front-end writes them, wherever it lies: what is nowhere the back-end refuses."""
+    """The addresses of a queue as this front-end writes them; the back-end refuses what lies nowhere."""
     return VringAddress(
         config.index,
         0,
