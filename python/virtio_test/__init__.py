@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .carrier.pci import PciLoopback
     from .carrier.qtest.machine import QtestMachine
     from .carrier.vfio_user.client import VfioUserClient
+    from .checks.ring import Ring
     from .clock import Clock, MonotonicClock, Timer, VirtualClock
     from .config import ConfigLayout, ConfigSpace
     from .device import RING_FEATURES, Bus, Device
@@ -95,6 +96,7 @@ __all__ = [
     "QueueState",
     "Registers",
     "Request",
+    "Ring",
     "RingLayout",
     "RngDevice",
     "RngDriver",
@@ -146,6 +148,7 @@ _WHERE: Final = {
     "QtestMachine": "carrier.qtest.machine",
     "Registers": "driver.registers",
     "Request": "driver.request",
+    "Ring": "checks.ring",
     "RngDevice": "devices.rng",
     "RngDriver": "driver.rng",
     "TestDevice": "devices.test",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from virtio_test._core import GuestMemory, Policy, QueueConfig, QueueState
-from virtio_test.checks import check_ring
+from virtio_test.checks import Ring
 from virtio_test.console import print_line
 from virtio_test.errors import InvalidArgument, QueueViolation
 from virtio_test.features import FeatureSet
@@ -60,7 +60,7 @@ def check(
     # A pipe without a writer must not keep us: it is refused as what it is.
     fd = os.open(dump, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        found = check_ring(_mapped(fd, dump, at), config, state=device, driver_state=driver)
+        found = Ring(_mapped(fd, dump, at), config, state=device, driver_state=driver).check()
     finally:
         os.close(fd)
     if as_json:
