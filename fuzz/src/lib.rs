@@ -1,0 +1,16 @@
+//! What must hold at both ends of a queue whatever the bytes are: one module for each fuzz target.
+//!
+//! # Theory
+//!
+//! Every target is a function from bytes that panics when something is wrong; libFuzzer calls it with bytes that it
+//! makes up (`targets/`), tests call it with bytes from elsewhere. A run begins by choosing a queue (`setup`), and reaches
+//! memory through [`watched::Watched`], which counts loads and knows where stores may go. Memory is made once for each
+//! process: mapping is slower than the code under test.
+
+pub mod device;
+pub mod differential;
+pub mod driver;
+pub mod setup;
+pub mod state;
+pub mod tables;
+pub mod watched;

@@ -1,0 +1,6 @@
+//! See `virtio_test_fuzz::differential`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    virtio_test_fuzz::differential::run(data);
+});
