@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import pytest
-from virtio_test._core import Chain, DeviceQueue, GuestMemory, Policy, QueueConfig, RingLayout, Trace, rules
-from virtio_test.errors import QueueViolation
+from virtio_test._core import Chain, DeviceQueue, GuestMemory, Policy, QueueConfig, RingLayout, Trace
 
 from tests.property.ends import INDIRECT_DESC, Setup, features_of
 from tests.property.model import Plan, Segment
@@ -91,11 +90,6 @@ class Bench:
         """Three descriptors: 0 and 1 readable, 2 writable."""
         self.add((READ_A, 16, False), (READ_B, 8, False), (WRITE, 32, True))
 
-    def pair(self) -> None:
-        """Two chains of two descriptors: 0, 1 and 2, 3."""
-        for at in (0, 64):
-            self.add((READ_A, 16, False), (WRITE + at, 32, True))
-
     def several(self) -> None:
         """Five chains of one descriptor."""
         for at in range(5):
@@ -106,10 +100,6 @@ class Bench:
         for at in range(self.size):
             self.add((WRITE + 64 * at, 32, True))
 
-    def readers(self) -> None:
-        """One chain of all descriptors, all readable."""
-        self.add(*((READ_A + at, 1, False) for at in range(self.size)))
-
     def tabled(self) -> None:
         """Three entries in an indirect table."""
         self.add(table=((READ_A, 16, False), (READ_B, 8, False), (WRITE, 32, True)))
@@ -117,10 +107,6 @@ class Bench:
     def mixed(self) -> None:
         """Split only: one direct descriptor, then INDIRECT with two entries (2.7.5.3.2)."""
         self.add((READ_A, 16, False), table=((READ_B, 8, False), (WRITE, 32, True)))
-
-    def table_of(self, count: int) -> None:
-        """An indirect table of `count` readable bytes."""
-        self.add(table=tuple((READ_A, 1, False) for _ in range(count)))
 
     # --------------------------------------------------------------------------------------------------- the defect
 
@@ -178,25 +164,6 @@ class Bench:
         flags, length = self.get("desc.flags", slot), self.get("desc.len", slot)
         assert flags == (AVAIL | USED) * wrap | W * (length > 0), f"used flags {flags:#x} (P19)"
         return self.get("desc.id", slot), length
-
-    def assert_broken(self, error: QueueViolation, rule: str) -> None:
-        """R4, V8, V9: said once, with its place; then the queue is silent until its reset."""
-        assert error.rule == rule
-        clauses = {found.name: found.clause.split(", ") for found in rules()}
-        assert error.clause in clauses[rule]
-        assert error.queue == 3
-        assert self.queue.latched == error
-        before = self.image()
-        self.trace.clear()
-        assert self.queue.pop() is None
-        assert self.queue.has_work() is False
-        assert len(self.queue.pop_many()) == 0
-        assert self.queue.process(lambda _: b"") == 0
-        assert self.queue.signal() is False
-        for chain in self.popped:
-            assert self.queue.push(chain, 0) is False
-        assert self.trace.log() == []
-        assert self.image() == before
 
     def assert_reset_heals(self) -> None:
         """A new generation on a fresh ring works, whatever happened before."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import pytest
 from virtio_test._core import DriverQueue, GuestMemory, Policy, Trace
-from virtio_test.errors import QueueViolation, StateError
 
 from tests.property.bench import AVAIL, DATA, RING, USED, W
 from tests.property.ends import Setup, features_of
@@ -62,34 +60,3 @@ class DriverBench:
         self.put("used.ring.id", identity, slot)
         self.put("used.ring.len", length, slot)
         self.put("used.idx", slot + 1 if idx is None else idx)
-
-    def assert_breaks(self, rule: str, tokens: list[int]) -> None:
-        """Said once; then silence, every token comes back once by `detach`, and a reset heals."""
-        assert self.queue.has_used()
-        with pytest.raises(QueueViolation) as caught:
-            self.queue.get_used_many()
-        assert caught.value.rule == rule
-        assert caught.value.queue == 3
-        assert self.queue.latched == caught.value
-        before = self.memory.read(RING, 1 << 16)
-        self.trace.clear()
-        assert self.queue.get_used() is None
-        assert self.queue.get_used_many() == []
-        assert not self.queue.has_used()
-        assert not self.queue.signal()
-        with pytest.raises(StateError):
-            self.publish()
-        assert self.trace.log() == []
-        assert self.memory.read(RING, 1 << 16) == before
-        assert self.queue.detach() == tokens
-        assert self.queue.detach() == []
-        assert self.queue.in_flight == 0
-        self.heal()
-
-    def heal(self) -> None:
-        self.queue.reset()
-        self.setup = Setup(self.packed, self.size, RING, 0x8000 if self.packed else 0, self.setup.features, self.policy)
-        self.device = self.setup.model_device(self.memory)
-        (token,) = self.publish()
-        self.device.push((self.pop(), 5))
-        assert self.queue.get_used() == (token, 5)

@@ -15,7 +15,25 @@ replays it; `case.to_json()` is what a corpus keeps, and the module `codec` desc
 
 from __future__ import annotations
 
-from .acts import Act, Add, Buffer, Change, Copy, Look, Map, Pop, Publish, Push, Put, Race, Take, Unmap, Use, Write
+from .acts import (
+    Act,
+    Add,
+    Buffer,
+    Change,
+    Copy,
+    Fill,
+    Look,
+    Map,
+    Pop,
+    Publish,
+    Push,
+    Put,
+    Race,
+    Take,
+    Unmap,
+    Use,
+    Write,
+)
 from .case import CaseFailed, Outcome, RingCase
 from .corpus import load, save
 from .draw import Draw, RandomDraw, every
@@ -31,6 +49,7 @@ __all__ = [
     "Change",
     "Copy",
     "Draw",
+    "Fill",
     "Look",
     "Map",
     "Outcome",

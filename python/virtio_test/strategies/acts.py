@@ -9,7 +9,22 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["Act", "Add", "Buffer", "Copy", "Look", "Map", "Pop", "Publish", "Push", "Put", "Race", "Span", "Take"]
+__all__ = [
+    "Act",
+    "Add",
+    "Buffer",
+    "Copy",
+    "Fill",
+    "Look",
+    "Map",
+    "Pop",
+    "Publish",
+    "Push",
+    "Put",
+    "Race",
+    "Span",
+    "Take",
+]
 __all__ += ["ACTS", "Change", "Unmap", "Use", "Write"]
 
 Span = tuple[int, int]
@@ -39,6 +54,15 @@ class Put(NamedTuple):
     field: str
     value: int
     place: int = 0
+
+
+class Fill(NamedTuple):
+    """Write `value`, `value + step`, and so on, to the first `number` places of a field."""
+
+    field: str
+    value: int
+    step: int
+    number: int
 
 
 class Write(NamedTuple):
@@ -120,11 +144,11 @@ class Use(NamedTuple):
     written: int = 0
 
 
-Change = Put | Write | Copy | Map | Unmap
+Change = Put | Fill | Write | Copy | Map | Unmap
 Act = Change | Race | Look | Pop | Push | Add | Publish | Take | Use
 
 ACTS: Final[dict[str, type[Act]]] = {
     kind.__name__.lower(): kind
-    for kind in (Put, Write, Copy, Map, Unmap, Race, Look, Pop, Push, Add, Publish, Take, Use)
+    for kind in (Put, Fill, Write, Copy, Map, Unmap, Race, Look, Pop, Push, Add, Publish, Take, Use)
 }
 """Name in JSON to act."""

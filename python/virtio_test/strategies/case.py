@@ -161,14 +161,17 @@ class RingCase:
     # ----------------------------------------------------------------------------------------------------- what it does
 
     @contextmanager
-    def play(self, policy: Name = "interop", *, device: MakeDevice | None = None) -> Generator[Scene]:
+    def play(
+        self, policy: Name = "interop", *, device: MakeDevice | None = None, traced: bool = False
+    ) -> Generator[Scene]:
         """The case on stage, in memory that the next one uses again; the judged end is built, and nothing has happened.
 
+        With `traced` the memory records every access of queues and chains (`scene.memory.trace`).
         An exception that leaves the block carries the case and the script that replays it.
         """
         from .scene import STAGE, Scene, our_device
 
-        memory = STAGE.memory(self)
+        memory = STAGE.memory(self, traced=traced)
         try:
             yield Scene(self, policy, memory=memory, device=device or our_device)
         except Exception as error:

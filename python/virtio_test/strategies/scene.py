@@ -6,18 +6,19 @@ stay in it. Memory is kept from one scene to the next (`Stage`): mapping is slow
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Final, Protocol
 
 from virtio_test._core import Chain, DeviceQueue, DriverQueue, GuestMemory, QueueConfig, QueueState, RingLayout, Trace
-from virtio_test.errors import QueueViolation
+from virtio_test.errors import InvalidArgument, QueueViolation
 
 from .acts import (
     Act,
     Add,
     Buffer,
     Copy,
+    Fill,
     Look,
     Map,
     Pop,
@@ -68,12 +69,14 @@ class Stage:
     def __init__(self) -> None:
         self._memories: dict[tuple[object, bool], GuestMemory] = {}
 
-    def memory(self, case: RingCase) -> GuestMemory:
+    def memory(self, case: RingCase, *, traced: bool = False) -> GuestMemory:
         """Zeros in the regions of the case."""
-        key = (case.regions, case.traced)
-        memory = self._memories.pop(key, None)
+        traced = traced or case.traced
+        memory = self._memories.pop((case.regions, traced), None)
         if memory is None:
-            return _fresh(case)
+            return _fresh(case, traced=traced)
+        if memory.trace is not None:
+            memory.trace.clear()
         for address, size, writable in case.regions:
             if writable:
                 memory.fill(address, size)
@@ -83,18 +86,18 @@ class Stage:
         """Keep it for the next one, if it is small and as it was."""
         regions = tuple(sorted((each.address, each.size, each.writable) for each in memory.regions))
         if regions == tuple(sorted(case.regions)) and sum(size for _, size, _ in regions) <= _SMALL:
-            self._memories[case.regions, case.traced] = memory
+            self._memories[case.regions, memory.trace is not None] = memory
 
 
 STAGE: Final = Stage()
 """The one that cases use by themselves."""
 
 
-def _fresh(case: RingCase) -> GuestMemory:
+def _fresh(case: RingCase, *, traced: bool) -> GuestMemory:
     memory = GuestMemory(
         [(address, size) for address, size, writable in case.regions if writable],
         backing="anonymous",
-        trace=Trace() if case.traced else None,
+        trace=Trace() if traced else None,
     )
     for address, size, writable in case.regions:
         if not writable:
@@ -103,8 +106,18 @@ def _fresh(case: RingCase) -> GuestMemory:
 
 
 @cache
-def _widths(packed: bool) -> dict[str, int]:  # noqa: FBT001 (a key of the cache)
-    return {name: width for name, (_, width, _, _) in RingLayout(1, packed=packed).fields().items()}
+def _fields(packed: bool) -> dict[str, tuple[bool, str, int]]:  # noqa: FBT001 (a key of the cache)
+    """Field of an act to (whether it is one of the tables, its name in the layout, bytes)."""
+    widths = {name: width for name, (_, width, _, _) in RingLayout(1, packed=packed).fields().items()}
+    own = {name: (False, name, width) for name, width in widths.items()}
+    return own | {f"table.{name[5:]}": (True, name, widths[name]) for name in widths if name.startswith("desc.")}
+
+
+def _bytes(field: str, value: int, width: int) -> bytes:
+    try:
+        return value.to_bytes(width, "little")
+    except OverflowError:
+        raise InvalidArgument(f"{field} has {width} bytes, which cannot hold {value:#x}") from None
 
 
 class Scene:
@@ -129,14 +142,14 @@ class Scene:
         device: MakeDevice = our_device,
     ) -> None:
         self.case = case
-        self.policy = policy
-        self.memory = _fresh(case) if memory is None else memory
+        self.policy: Name = policy
+        self.memory = _fresh(case, traced=case.traced) if memory is None else memory
         self.chains: list[Any] = []
         self.used: list[tuple[int, int]] = []
         self.violation: QueueViolation | None = None
         self.built = True
         self.device: DeviceEnd | None = None
-        self._layout, self._table, self._widths = case.layout(), case.table(), _widths(case.packed)
+        self._layouts, self._fields = (case.layout(), case.table()), _fields(case.packed)
         self._numbers: dict[int, int] = {}
         self._theirs: list[Chain] = []
         if (case.state or case.areas) and case.end == "driver":
@@ -188,23 +201,34 @@ class Scene:
 
     # ----------------------------------------------------------------------------------------------------- the fields
 
-    def at(self, field: str, index: int = 0) -> int:
-        """Address of a field."""
-        if field.startswith("table."):
-            return self._table.at("desc." + field[6:], index)
-        return self._layout.at(field, index)
-
-    def width(self, field: str) -> int:
-        """Bytes of a field."""
-        return self._widths[field.replace("table.", "desc.", 1)]
+    def at(self, field: str, index: int = 0) -> tuple[int, int]:
+        """Address and width of a field, whose name and place must be ones that there are."""
+        try:
+            table, name, width = self._fields[field]
+        except KeyError:
+            raise InvalidArgument(f"{field} is no field of this ring: it has {', '.join(self._fields)}") from None
+        return self._layouts[table].at(name, index), width
 
     def put(self, field: str, value: int, index: int = 0) -> None:
         """Write one field."""
-        self.memory.write(self.at(field, index), value.to_bytes(self.width(field), "little"))
+        address, width = self.at(field, index)
+        self.memory.write(address, _bytes(field, value, width))
 
     def get(self, field: str, index: int = 0) -> int:
         """Read one field."""
-        return int.from_bytes(self.memory.read(self.at(field, index), self.width(field)), "little")
+        return int.from_bytes(self.memory.read(*self.at(field, index)), "little")
+
+    def fill(self, field: str, values: Sequence[int]) -> None:
+        """Write the first places of a field."""
+        if not values:
+            return
+        first, width = self.at(field)
+        stride = self.at(field, len(values) - 1)[0] - first
+        stride //= max(len(values) - 1, 1)
+        whole = bytearray(self.memory.read(first, stride * (len(values) - 1) + width))
+        for number, value in enumerate(values):
+            whole[stride * number : stride * number + width] = _bytes(field, value, width)
+        self.memory.write(first, whole)
 
     # -------------------------------------------------------------------------------------------------------- the acts
 
@@ -213,6 +237,8 @@ class Scene:
         match act:
             case Put(field, value, place):
                 self.put(field, value, place)
+            case Fill(field, value, step, number):
+                self.fill(field, range(value, value + step * number, step) if step else (value,) * number)
             case Write(address, data):
                 self.memory.write(address, data)
             case Copy(destination, source, length):
@@ -225,7 +251,8 @@ class Scene:
                 trace = self.memory.trace
                 assert trace is not None
                 number += len(trace.log())
-                trace.change_at(number, self.at(field, place), value.to_bytes(self.width(field), "little"))
+                address, width = self.at(field, place)
+                trace.change_at(number, address, _bytes(field, value, width))
             case Add(buffer):
                 self._add(buffer)
             case Publish():
@@ -285,6 +312,15 @@ class Scene:
             token, written = found
             self.used.append((self._numbers[token], written))
         return limit
+
+    @property
+    def added(self) -> int:
+        """Buffers that the driver end added so far."""
+        return len(self._numbers)
+
+    def number(self, token: int) -> int:
+        """Which of them a token of the driver end stands for."""
+        return self._numbers[token]
 
     def run(self) -> Outcome:
         """All that happens later, and then everything that there is to take."""

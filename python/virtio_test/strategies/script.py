@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from .acts import Act, Add, Buffer, Copy, Look, Map, Pop, Publish, Push, Put, Race, Take, Unmap, Use, Write
+from .acts import Act, Add, Buffer, Copy, Fill, Look, Map, Pop, Publish, Push, Put, Race, Take, Unmap, Use, Write
 from .case import AVAIL, INDEX, USED, Name, RingCase
 
 __all__ = ["script"]
@@ -178,6 +178,9 @@ def _act(act: Act) -> Iterator[str]:
     match act:
         case Put(field, value, place):
             yield f"put({field!r}, {value:#x}, {place})"
+        case Fill(field, value, step, number):
+            yield f"for place in range({number}):"
+            yield f"    put({field!r}, {value:#x} + {step} * place, place)"
         case Write(address, data):
             yield f"memory.write({address:#x}, bytes.fromhex({data.hex()!r}))"
         case Copy(destination, source, length):

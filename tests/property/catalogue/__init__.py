@@ -1,1 +1,1 @@
-"""The robustness catalogue, sections 2.1 to 2.5, as tables: one legal ring and one defect for each case."""
+"""Rows of the robustness catalogue that are a story rather than one change, and the list of all rows about rings."""

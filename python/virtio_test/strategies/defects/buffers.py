@@ -114,6 +114,13 @@ def wraps(draw: Draw) -> RingCase:
     return draft.broken(f"{length} bytes at 2^64-{back} in {index}", "AddressWraps")
 
 
+@row("B04")
+def wraps_whole(draw: Draw) -> RingCase:
+    draft = Draft(draw, draw.choice((single(draw), readers(1))), packed=either(draw))
+    draft.desc(0, addr=2**64 - 8, len=0xFFFF_FFFF)
+    return draft.broken("2^32-1 bytes at the top", "AddressWraps")
+
+
 @row("B05")
 def to_the_end(draw: Draw) -> RingCase:
     draft, index = three(draw), draw.choice((0, 1, 2))

@@ -78,7 +78,7 @@ def across_the_end(draw: Draw) -> RingCase:
 
 @row("P11")
 def odd_sizes(draw: Draw) -> RingCase:
-    return _full(draw, draw.choice((2, 3, 5, 7)))
+    return _full(draw, draw.choice((2, 3, 5, 7, 255, 257)))
 
 
 @row("P12")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from virtio_test.strategies.acts import Buffer, Look, Pop, Put, Unmap
 from virtio_test.strategies.case import EDGE, LOW, Outcome, RingCase
-from virtio_test.strategies.draft import INDIRECT, NEXT, READ_A, TABLES, TAKES, WRITE, Draft, direct, single
+from virtio_test.strategies.draft import INDIRECT, NEXT, READ_A, TABLES, TAKES, Draft, direct, single
 from virtio_test.strategies.draw import Draw
 
 from .registry import row
@@ -176,19 +174,10 @@ def longer_by_its_table(draw: Draw) -> RingCase:
     draft = Draft(draw, readers(2), packed=False, size=8, alone=True)
     table = [(READ_A + 100 + number, 1, False) for number in range(8)]
     draft.desc(1, addr=TABLES, len=16 * len(table), flags=INDIRECT)
-    fill_table(draft, table)
+    for number, (address, length, _) in enumerate(table):
+        draft.cell(number, addr=address, len=length, flags=NEXT * (number < 7), next=(number + 1) % 8)
     draft.segments(draft.view.segments[0], *table)
     return draft.only_strict("a chain of size + 1", "ChainTooLong")
-
-
-def fill_table(draft: Draft, table: Sequence[tuple[int, int, bool]]) -> None:
-    """The table of the chain in view, entry by entry, linked in order."""
-    for number, (address, length, writable) in enumerate(table):
-        last = number + 1 == len(table)
-        flags = WRITE * writable | NEXT * (not last and not draft.packed)
-        draft.cell(number, addr=address, len=length, flags=flags)
-        if flags & NEXT:
-            draft.cell(number, next=number + 1)
 
 
 @row("C06")

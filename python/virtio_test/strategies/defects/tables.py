@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from virtio_test.strategies.acts import Buffer, Copy, Put
+from virtio_test.strategies.acts import Buffer, Copy, Fill, Put
 from virtio_test.strategies.case import EDGE, HOLE, PAGE, TABLES, Outcome, RingCase
 from virtio_test.strategies.draft import INDIRECT, NEXT, READ_A, TAKES, WRITE, Draft, direct
 from virtio_test.strategies.draw import Draw
 
 from .registry import row
-from .split import fill_table
 
 MUCH = 0x40000
 """A region for tables that are longer than any queue."""
@@ -126,9 +125,10 @@ def _long(draw: Draw, counts: tuple[int, ...]) -> tuple[Draft, int]:
         for index in (1, 2):
             draft.desc(index, flags=0)
         draft.desc(0, id=0)
-    table = [(READ_A, 1, False)] * count
-    fill_table(draft, table)
-    draft.segments(*table)
+    draft.writes += [Fill("table.addr", READ_A, 0, count), Fill("table.len", 1, 0, count)]
+    if not draft.packed:
+        draft.writes += [Fill("table.flags", NEXT, 0, count - 1), Fill("table.next", 1, 1, count - 1)]
+    draft.segments(*[(READ_A, 1, False)] * count)
     return draft, count
 
 
