@@ -14,9 +14,9 @@ from typing_extensions import Buffer
 from .errors import QueueViolation
 
 __all__ = [
-    "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DriverQueue", "GuestMemory", "Notifier", "Policy",
-    "Poller", "QueueConfig", "QueueState", "Region", "RingLayout", "Rule", "Trace", "__version__", "build_info",
-    "need_event", "rules",
+    "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DirtyLog", "DriverQueue", "GuestMemory", "Missing",
+    "Notifier", "Policy", "Poller", "QueueConfig", "QueueState", "Region", "RingLayout", "Rule", "Trace",
+    "__version__", "build_info", "need_event", "rules",
 ]  # fmt: skip
 
 __version__: Final[str]
@@ -135,6 +135,35 @@ class Trace:
         """Changes since the last `clear()` that could not be made: not mapped for writing at that moment."""
 
 @final
+class DirtyLog:
+    """A dirty log for whoever reads it: `size` bytes of a file to share, a bit for each 4096 bytes from address 0."""
+
+    def __new__(cls, size: int) -> DirtyLog: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def take(self) -> list[int]:
+        """The numbers of the pages that are marked, ascending; they are marked no more."""
+
+@final
+class Missing:
+    """A translation that the next chain of a queue cannot be read without; see `DeviceQueue.missing`."""
+
+    @property
+    def address(self) -> int:
+        """First address without one."""
+    @property
+    def length(self) -> int:
+        """Bytes from there to the end of the buffer (or indirect table), at least 1."""
+    @property
+    def writable(self) -> bool:
+        """Whether it is wanted for writing."""
+    @property
+    def violation(self) -> QueueViolation:
+        """The rule that the driver has broken if the translation does not come."""
+
+@final
 class GuestMemory:
     """Guest memory: a table of regions that never overlap, with an epoch that grows at each change of the table.
 
@@ -188,6 +217,49 @@ class GuestMemory:
         """Unmap exactly that region; returns after running copies have ended."""
     def replace(self, regions: Sequence[tuple[int, int, int, int]]) -> None:
         """Put a whole new table of (address, size, fd, offset) in place, or change nothing and raise."""
+    def follow(self, other: GuestMemory) -> None:
+        """Show the regions of `other` as they are now, at the same addresses; what was here goes."""
+    def translate(
+        self,
+        other: GuestMemory,
+        *,
+        remove: Sequence[int] = (),
+        add: Sequence[tuple[int, int, int, bool, bool]] = (),
+    ) -> None:
+        """Be the memory of an IOMMU, which shows parts of `other`; all in one change of the table.
+
+        The first time everything that was here goes, and from then on what is shown nowhere is missing rather than
+        unmapped: a queue that comes to it waits (`DeviceQueue.missing`). `follow` and `replace` end that.
+
+        Args:
+            other: whose bytes are shown; they stay mapped as long as they are.
+            remove: addresses of parts, as they were added, that are shown no more.
+            add: (address, size, address in `other`, readable, writable); multiples of 8, each in one region of `other`.
+
+        Raises:
+            InvalidArgument: a part is not in `other`, two overlap, or there are more than 4096; nothing was changed.
+        """
+    def start_log(self, fd: int, size: int, *, offset: int = 0, elsewhere: Sequence[tuple[int, int, int]] = ()) -> None:
+        """From now on mark each page that is written through this memory, in `size` bytes of `fd` from `offset` on.
+
+        Queues, chains and the methods of this object mark; a live view does not. Bits count the pages of 4096 bytes
+        from address 0 on (of an IOMMU's memory: the addresses in the memory that it shows); pages beyond the log are
+        not marked. Returns after running copies, which mark the log before this one, have ended.
+
+        Args:
+            fd: the file, duplicated.
+            size: bytes.
+            offset: where they begin.
+            elsewhere: (address, size, other address): what is written there is marked at the other address.
+
+        Raises:
+            InvalidArgument: the file cannot be mapped, or is shorter.
+        """
+    def stop_log(self) -> None:
+        """Mark nothing any more; returns after running copies have ended."""
+    @property
+    def log_size(self) -> int:
+        """Bytes of the dirty log; 0 when there is none."""
     def read(self, address: int, length: int) -> bytes: ...
     def read_into(self, address: int, buffer: Buffer) -> None:
         """Fill the whole writable, contiguous `buffer` from `address` on."""
@@ -200,7 +272,8 @@ class GuestMemory:
     def live_view(self, address: int, length: int, *, writable: bool = False) -> memoryview:
         """A view of the bytes themselves, which the other side can change at any time; keeps the mapping alive.
 
-        The range must lie in one region that is not remote, else `InvalidArgument`.
+        The range must lie in one region that is not remote, else `InvalidArgument`. What is written through it is not
+        marked in a dirty log.
         """
 
 @final
@@ -424,10 +497,17 @@ class DeviceQueue:
         config: sizes, addresses, features and policy; `QueueViolation` when it, or `state`, is impossible.
         state: where to go on; a fresh ring when None.
         call: wakes the driver when chains were used.
+        miss: wakes whoever can get translations when a chain lacks one; once for each `missing`.
     """
 
     def __new__(
-        cls, memory: GuestMemory, config: QueueConfig, *, state: QueueState | None = None, call: Notifier | None = None
+        cls,
+        memory: GuestMemory,
+        config: QueueConfig,
+        *,
+        state: QueueState | None = None,
+        call: Notifier | None = None,
+        miss: Notifier | None = None,
     ) -> DeviceQueue: ...
     @property
     def memory(self) -> GuestMemory: ...
@@ -444,6 +524,13 @@ class DeviceQueue:
     @property
     def latched(self) -> QueueViolation | None:
         """The violation that latched this queue; None while it works."""
+    @property
+    def missing(self) -> Missing | None:
+        """What the last pop could not read a chain without, in the memory of an IOMMU (`GuestMemory.translate`).
+
+        The chain is still in the ring, and there is no work until the memory has changed. If the translation is
+        refused, `latch` the queue with the rule that this breaks.
+        """
     @property
     def stopped(self) -> bool: ...
     @property

@@ -11,7 +11,7 @@
 //!
 //! Σ lengths is bounded by 2^32 (2.7.5.2), so sums fit a `u64` with room to spare.
 
-use crate::error::{Fault, Violation};
+use crate::error::{Fault, Missing, Violation};
 use crate::mem::{Access, At, MemoryError, Want};
 use crate::policy::Policy;
 use crate::queue::Ticket;
@@ -105,6 +105,7 @@ impl ChainRules {
             descriptor: None,
             address: None,
             message,
+            missing: None,
         })
     }
 }
@@ -220,26 +221,25 @@ impl<'a, A: Access> Walk<'a, A> {
                 self.segments.push(Segment { at, len, writable });
                 Ok(())
             }
-            Err(error) => Err(self.unresolved(index, len, error)),
+            Err(error) => Err(self.unresolved(index, addr, len, error)),
         }
     }
 
     #[cold]
-    fn unresolved(&mut self, index: u32, len: u32, error: MemoryError) -> Fault {
+    fn unresolved(&mut self, index: u32, addr: u64, len: u32, error: MemoryError) -> Fault {
         let rule = match error {
             MemoryError::Wraps { .. } => Rule::AddressWraps,
             MemoryError::ReadOnly { .. } => Rule::ReadOnlyAddress,
             MemoryError::Lost { .. } => Rule::MemoryLost,
-            MemoryError::Unmapped { .. } | MemoryError::Misaligned { .. } | MemoryError::Transfer { .. } => {
-                Rule::UnmappedAddress
-            }
+            MemoryError::Unmapped { .. }
+            | MemoryError::Untranslated { .. }
+            | MemoryError::Misaligned { .. }
+            | MemoryError::Transfer { .. } => Rule::UnmappedAddress,
         };
-        self.fault(
-            rule,
-            index,
-            Some(error.address()),
-            format!("a buffer of {len} bytes: {error}"),
-        )
+        let message = format!("a buffer of {len} bytes: {error}");
+        let mut fault = self.fault(rule, index, Some(error.address()), message);
+        fault.missing = missing(addr, u64::from(len), error);
+        fault
     }
 
     /// Check an INDIRECT descriptor and find its table (2.7.5.3, 2.8.7).
@@ -266,11 +266,14 @@ impl<'a, A: Access> Walk<'a, A> {
             let message = format!("an indirect table of {entries} descriptors, at most {limit} are taken");
             return Err(self.fault(Rule::IndirectTooLong, index, Some(addr), message));
         }
-        match self.mem.resolve(addr, u64::from(entries) * desc::BYTES, Want::Read) {
+        let bytes = u64::from(entries) * desc::BYTES;
+        match self.mem.resolve(addr, bytes, Want::Read) {
             Ok(at) => Ok(Table { at, entries }),
             Err(error) => {
                 let message = format!("an indirect table of {len} bytes: {error}");
-                Err(self.fault(Rule::IndirectUnmapped, index, Some(error.address()), message))
+                let mut fault = self.fault(Rule::IndirectUnmapped, index, Some(error.address()), message);
+                fault.missing = missing(addr, bytes, error);
+                Err(fault)
             }
         }
     }
@@ -334,4 +337,18 @@ impl<'a, A: Access> Walk<'a, A> {
             generation: 0,
         }
     }
+}
+
+/// What of `len` bytes at `addr` is missing, if that is what went wrong.
+fn missing(addr: u64, len: u64, error: MemoryError) -> Option<Missing> {
+    let MemoryError::Untranslated { gpa, want } = error else {
+        return None;
+    };
+    // The range does not wrap: that would have been the error.
+    let len = addr.saturating_add(len).saturating_sub(gpa);
+    Some(Missing {
+        address: gpa,
+        len,
+        want,
+    })
 }

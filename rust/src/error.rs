@@ -3,8 +3,19 @@
 //! [`Violation`] is a broken rule of the other side; it is boxed, since it is rare and a `Result` on the
 //! hot path should be small. [`Misuse`] is a fault of the caller.
 
-use crate::mem::MemoryError;
+use crate::mem::{MemoryError, Want};
 use crate::rule::Rule;
+
+/// A translation that a chain needs and an IOMMU's memory does not have (yet).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// First address without one.
+    pub address: u64,
+    /// Bytes from there to the end of what was looked for, at least 1.
+    pub len: u64,
+    /// What for.
+    pub want: Want,
+}
 
 /// A rule that the other side broke, with every place that is known.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -26,6 +37,8 @@ pub struct Violation {
     pub address: Option<u64>,
     /// What was found and what was expected.
     pub message: String,
+    /// What is missing, if all that is wrong is that: then the rule is broken only when it is refused.
+    pub missing: Option<Missing>,
 }
 
 /// A violation on its way up.

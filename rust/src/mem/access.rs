@@ -66,6 +66,16 @@ pub enum Want {
     Write,
 }
 
+impl Want {
+    /// As a word for messages.
+    pub(super) const fn verb(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+        }
+    }
+}
+
 /// Guest memory as queues see it; see the module's head.
 ///
 /// `off` is a byte offset from `at`, meant to lie inside the range that `at` was resolved for (else it is translated,
@@ -78,8 +88,8 @@ pub trait Access {
     ///
     /// # Errors
     /// `Wraps` when `gpa + len` leaves the address space, `Unmapped` with the first address that is in no
-    /// region, `ReadOnly` when `want` is `Write` and a region is not writable. A `len` of 0 can be
-    /// resolved at any address.
+    /// region, `ReadOnly` when `want` is `Write` and a region is not writable; in the memory of an IOMMU both are
+    /// `Untranslated`. A `len` of 0 can be resolved at any address.
     fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError>;
 
     /// Check that what was accessed of `len` bytes at `gpa` was their file's own: asked after accesses, and before anything

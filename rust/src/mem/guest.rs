@@ -13,10 +13,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 
+use super::log::Log;
 use super::mapped::Mapped;
 use super::mediated::Mediated;
 use super::region::{Backing, Mapping, Region, RegionError};
-use super::table::Table;
+use super::table::{MAX_REGIONS, Table};
 use super::traced::Trace;
 use super::transfer::inside;
 use super::{Access, At, MemoryError, Want};
@@ -35,6 +36,29 @@ pub struct RegionSpec {
 impl RegionSpec {
     fn map(self) -> Result<Arc<Region>, RegionError> {
         Region::new(self.gpa, self.size, self.backing).map(Arc::new)
+    }
+}
+
+/// A part of a region of another memory, to be shown at an address of an IOMMU.
+#[derive(Debug)]
+pub struct AliasSpec {
+    /// Address of the first byte.
+    pub gpa: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// What is shown, and from which of its bytes on.
+    pub region: Arc<Region>,
+    /// Offset of the first byte in it.
+    pub skip: u64,
+    /// Whether it may be read, and written.
+    pub access: (bool, bool),
+}
+
+impl AliasSpec {
+    fn make(self) -> Result<Arc<Region>, RegionError> {
+        self.region
+            .alias(self.gpa, self.skip, self.size, self.access)
+            .map(Arc::new)
     }
 }
 
@@ -86,7 +110,7 @@ impl GuestMemory {
     /// When a region cannot be made, two overlap, or there are too many.
     pub fn new(regions: Vec<RegionSpec>, trace: Option<Arc<Trace>>) -> Result<Self, RegionError> {
         let number = NEXT_MEMORY.fetch_add(1, Ordering::Relaxed);
-        let table = RwLock::new(Table::new(number, 0, map_all(regions)?)?);
+        let table = RwLock::new(Table::new(number, 0, map_all(regions)?, false)?);
         Ok(Self { number, table, trace })
     }
 
@@ -142,16 +166,19 @@ impl GuestMemory {
         self.pin().table.regions().to_vec()
     }
 
-    /// Put a new table in place of the present one, after running copies have ended; all or nothing.
+    /// Put a new table in place of the present one, after running copies have ended; all or nothing. A log stays.
     fn exchange(
         &self,
-        regions: impl FnOnce(&[Arc<Region>]) -> Result<Vec<Arc<Region>>, RegionError>,
+        translated: bool,
+        regions: impl FnOnce(&Table) -> Result<Vec<Arc<Region>>, RegionError>,
     ) -> Result<(), RegionError> {
         if self.in_transfer() {
             return Err(RegionError::InTransfer);
         }
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        let next = Table::new(self.number, table.epoch().saturating_add(1), regions(table.regions())?)?;
+        let epoch = table.epoch().saturating_add(1);
+        let mut next = Table::new(self.number, epoch, regions(&table)?, translated)?;
+        next.set_log(table.log().cloned());
         let old = std::mem::replace(&mut *table, next);
         // Unmapping large regions takes long: nobody need wait for it but our caller.
         drop(table);
@@ -165,7 +192,12 @@ impl GuestMemory {
     /// When it cannot be made, overlaps, or is one too many; `InTransfer`.
     pub fn add(&self, region: RegionSpec) -> Result<(), RegionError> {
         let region = region.map()?;
-        self.exchange(|present| Ok(present.iter().cloned().chain([region]).collect()))
+        self.exchange(false, |present| {
+            if present.translated() {
+                return Err(RegionError::Mixed);
+            }
+            Ok(present.regions().iter().cloned().chain([region]).collect())
+        })
     }
 
     /// Remove exactly the region of `size` bytes at `gpa`; returns after running copies have ended.
@@ -173,12 +205,14 @@ impl GuestMemory {
     /// # Errors
     /// `NotFound`, `InTransfer`.
     pub fn remove(&self, gpa: u64, size: u64) -> Result<(), RegionError> {
-        self.exchange(|present| {
-            let others = present
-                .iter()
-                .filter(|region| (region.gpa(), region.size()) != (gpa, size));
+        self.exchange(false, |present| {
+            if present.translated() {
+                return Err(RegionError::Mixed);
+            }
+            let regions = present.regions().iter();
+            let others = regions.filter(|region| (region.gpa(), region.size()) != (gpa, size));
             let others: Vec<_> = others.cloned().collect();
-            if others.len() == present.len() {
+            if others.len() == present.regions().len() {
                 Err(RegionError::NotFound { gpa, size })
             } else {
                 Ok(others)
@@ -192,7 +226,52 @@ impl GuestMemory {
     /// As [`GuestMemory::new`], and `InTransfer`; then nothing has changed.
     pub fn replace(&self, regions: Vec<RegionSpec>) -> Result<(), RegionError> {
         let regions = map_all(regions)?;
-        self.exchange(|_| Ok(regions))
+        self.exchange(false, |_| Ok(regions))
+    }
+
+    /// Show the regions of `other` as they are now, at the same addresses; what was there goes.
+    ///
+    /// # Errors
+    /// `InTransfer`.
+    pub fn follow(&self, other: &Self) -> Result<(), RegionError> {
+        if other.in_transfer() {
+            return Err(RegionError::InTransfer);
+        }
+        let regions = other.regions();
+        self.exchange(false, |_| Ok(regions))
+    }
+
+    /// Be the memory of an IOMMU: what is shown at exactly the addresses `gone` goes, `new` comes, in one change of the
+    /// table. The first time everything else goes too, and it begins empty.
+    ///
+    /// # Errors
+    /// When a part cannot be, two overlap, or there are too many; `InTransfer`. Then nothing has changed.
+    pub fn translate(&self, mut gone: Vec<u64>, new: Vec<AliasSpec>) -> Result<(), RegionError> {
+        gone.sort_unstable();
+        let new = new.into_iter().map(AliasSpec::make).collect::<Result<Vec<_>, _>>()?;
+        self.exchange(true, |present| {
+            let shown = if present.translated() { present.regions() } else { &[] };
+            let kept = shown
+                .iter()
+                .filter(|region| gone.binary_search(&region.gpa()).is_err())
+                .cloned();
+            Ok(kept.chain(new).collect())
+        })
+    }
+
+    /// Mark what is written from now on in `log`, or nowhere; returns when nobody marks what was there before.
+    ///
+    /// # Errors
+    /// `InTransfer`.
+    pub fn set_log(&self, log: Option<Log>) -> Result<(), RegionError> {
+        if self.in_transfer() {
+            return Err(RegionError::InTransfer);
+        }
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let old = table.set_log(log.map(Arc::new));
+        drop(table);
+        drop(old);
+        Ok(())
     }
 
     /// Copy `dst.len()` bytes at `gpa` out; not traced.
@@ -278,7 +357,7 @@ impl GuestMemory {
 
 fn map_all(specs: Vec<RegionSpec>) -> Result<Vec<Arc<Region>>, RegionError> {
     // Refused before hundreds of mappings are made for nothing.
-    Table::check_count(specs.len())?;
+    Table::check_count(specs.len(), MAX_REGIONS)?;
     specs.into_iter().map(RegionSpec::map).collect()
 }
 
@@ -332,7 +411,7 @@ impl Pin<'_> {
     #[inline]
     #[must_use]
     pub fn mediated(&self) -> Option<Mediated<'_>> {
-        let needed = self.trace.is_some() || self.table.has_remotes();
+        let needed = self.trace.is_some() || self.table.needs_mediation();
         needed.then(|| Mediated::new(&self.table, self.trace))
     }
 
@@ -343,8 +422,8 @@ impl Pin<'_> {
     }
 }
 
-/// Run `$body` with `$mem` bound to `&impl Access`: `Mediated` if the memory of `$pin` is traced or partly remote, else
-/// `Mapped`.
+/// Run `$body` with `$mem` bound to `&impl Access`: `Mediated` if the memory of `$pin` is traced, logged or partly remote,
+/// else `Mapped`.
 ///
 /// The body is compiled once for each, so it may call functions that are generic over `Access`.
 #[cfg(any(feature = "python", test))]

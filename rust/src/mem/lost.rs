@@ -234,7 +234,7 @@ mod tests {
     /// A guard of a mapping that stays as long as the region does.
     fn guard() -> (Region, Guard) {
         let region = Region::new(0, 4096, Backing::Anonymous).unwrap();
-        let base = region.mapping().unwrap().ptr().cast();
+        let base = region.mapping().unwrap().0.ptr().cast();
         let guard = Guard::new(Guarded {
             base,
             len: 4096,
@@ -258,7 +258,7 @@ mod tests {
             guard.release()
         });
         assert!(gone && start.elapsed() >= Duration::from_millis(50));
-        assert!(!cover(region.mapping().unwrap().ptr().cast()), "it is dead");
+        assert!(!cover(region.mapping().unwrap().0.ptr().cast()), "it is dead");
     }
 
     #[test]
@@ -276,7 +276,7 @@ mod tests {
     fn what_is_lost_is_counted_until_it_is_gone() {
         let (region, one) = guard();
         assert!(!any_lost() && !one.lost());
-        let address = region.mapping().unwrap().ptr().cast();
+        let address = region.mapping().unwrap().0.ptr().cast();
         assert!(cover(address));
         assert!(any_lost() && one.lost());
         assert!(cover(address), "by two threads at once, say");

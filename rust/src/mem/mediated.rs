@@ -1,18 +1,21 @@
-//! `Mediated`: guest memory of every kind, with remote regions and a trace: what is not worth a fast way.
+//! `Mediated`: guest memory of every kind, with remote regions, a trace and a dirty log: what is not worth a fast way.
 //!
 //! # Theory
 //!
-//! `Mapped` must cost nothing, so it knows nothing but mapped memory. A memory that has remote regions or is traced is
+//! `Mapped` must cost nothing, so it knows nothing but mapped memory. A memory that has remote regions, is traced or logged is
 //! reached through `Mediated`, which asks `Mapped` first; what `Mapped` says is not mapped may be remote. An address of
 //! a remote range, or of one that crosses from one kind to the other, stays unresolved, and each access looks again.
 //!
 //! A copy that crosses regions is checked whole before its first byte is written, as ever. That a transfer fails is only
 //! known afterwards: then what came before it was written.
+//!
+//! The dirty log is marked after each write, for exactly the bytes that were written; a write of none marks nothing.
 
+use super::log::Log;
 use super::mapped::{Mapped, address};
 use super::table::{Remote, Table};
 use super::transfer::MAX_TRANSFER;
-use super::{Access, AccessKind, At, MemoryError, Record, Trace, Want, host_size};
+use super::{Access, AccessKind, At, MemoryError, Record, Trace, Want, any_lost, host_size};
 
 /// A pinned view of guest memory of every kind; see the module's head.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +23,7 @@ pub struct Mediated<'a> {
     table: &'a Table,
     mem: Mapped<'a>,
     trace: Option<&'a Trace>,
+    log: Option<&'a Log>,
 }
 
 /// Bytes of guest memory that can be reached at once, at least 1.
@@ -120,19 +124,44 @@ impl Part<'_> {
 impl<'a> Mediated<'a> {
     /// View memory through `table`, recording in `trace`.
     #[must_use]
-    pub const fn new(table: &'a Table, trace: Option<&'a Trace>) -> Self {
+    pub fn new(table: &'a Table, trace: Option<&'a Trace>) -> Self {
         Self {
             table,
             mem: Mapped::new(table),
             trace,
+            log: table.log().map(AsRef::as_ref),
         }
     }
 
     fn note(&self, kind: AccessKind, at: At, off: u64, len: u64) {
         if let Some(trace) = self.trace {
-            let unseen = Self { trace: None, ..*self };
+            // What it changes, the other side changes.
+            let unseen = Self {
+                trace: None,
+                log: None,
+                ..*self
+            };
             let gpa = at.gpa.saturating_add(off);
             trace.before(&unseen, Record { kind, gpa, len });
+        }
+    }
+
+    /// `len` bytes at `gpa` were written.
+    #[inline]
+    fn mark(&self, gpa: u64, len: u64) {
+        if let Some(log) = self.log {
+            self.mark_in(log, gpa, len);
+        }
+    }
+
+    /// Each region has its own physical addresses, and those are what the log is about.
+    fn mark_in(&self, log: &Log, gpa: u64, len: u64) {
+        let (mut at, mut left) = (gpa, len);
+        while left > 0 {
+            let Some(region) = self.table.region_of(at) else { return };
+            let step = left.min(region.end().wrapping_sub(at));
+            log.mark(region.physical().wrapping_add(at.wrapping_sub(region.gpa())), step);
+            (at, left) = (at.wrapping_add(step), left - step);
         }
     }
 
@@ -177,14 +206,14 @@ impl<'a> Mediated<'a> {
         let end = gpa.checked_add(len).ok_or(MemoryError::Wraps { gpa, len })?;
         let mut at = gpa;
         while at < end {
-            let mapped = self.table.find(at).map(|slot| (slot.gpa, slot.size, slot.writable));
+            let mapped = self.table.find(at).map(|slot| (slot.gpa, slot.size, slot.allows(want)));
             let remote = || {
                 let remote = self.table.find_remote(at)?;
-                Some((remote.gpa, remote.size, remote.writable))
+                Some((remote.gpa, remote.size, remote.writable || want == Want::Read))
             };
-            let (start, size, writable) = mapped.or_else(remote).ok_or(MemoryError::Unmapped { gpa: at })?;
-            if want == Want::Write && !writable {
-                return Err(MemoryError::ReadOnly { gpa: at });
+            let (start, size, allowed) = mapped.or_else(remote).ok_or_else(|| self.table.absent(at, want))?;
+            if !allowed {
+                return Err(self.table.refused(at, want));
             }
             at = start.saturating_add(size);
         }
@@ -205,7 +234,7 @@ impl<'a> Mediated<'a> {
         while done < len {
             let gpa = gpa.saturating_add(done as u64);
             let part = self.part(gpa, len.saturating_sub(done), End::Low);
-            let part = part.ok_or(MemoryError::Unmapped { gpa })?;
+            let part = part.ok_or_else(|| self.table.absent(gpa, want))?;
             work(part, done)?;
             done = done.saturating_add(part.len);
         }
@@ -233,7 +262,9 @@ impl<'a> Mediated<'a> {
                 return Err(MemoryError::Unmapped { gpa: src });
             };
             let step = to.len.min(from.len);
-            to.cut(step, end).copy_from(from.cut(step, end))?;
+            let to = to.cut(step, end);
+            to.copy_from(from.cut(step, end))?;
+            self.mark(to.gpa, to.len as u64);
             left -= step;
         }
         self.intact(src, len)?;
@@ -274,7 +305,9 @@ macro_rules! store {
             self.mem.$name(at, off, value).or_else(|error| {
                 let (remote, gpa) = self.remote_word(error, Want::Write)?;
                 remote.write(gpa, &value.to_le_bytes())
-            })
+            })?;
+            self.mark(at.gpa.wrapping_add(off), size_of::<$word>() as u64);
+            Ok(())
         }
     };
 }
@@ -290,6 +323,10 @@ impl Access for Mediated<'_> {
     }
 
     fn intact(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
+        // A log that is lost is one that says nothing of what was written.
+        if any_lost() && self.log.is_some_and(Log::lost) {
+            return Err(MemoryError::Lost { gpa });
+        }
         self.mem.intact(gpa, len)
     }
 
@@ -336,10 +373,13 @@ impl Access for Mediated<'_> {
         if self.mem.direct(at, off, len as u64, Want::Write).is_some() {
             // SAFETY: our caller's promise is the one that is asked for.
             unsafe { self.mem.write_raw(at, off, src, len) }?;
+            self.mark(at.gpa.wrapping_add(off), len as u64);
         } else {
             self.each(address(at, off)?, len, Want::Write, |part, done| {
                 // SAFETY: the part was checked to be writable; parts add up to `len`, for which `src` is valid.
-                unsafe { part.write(src.wrapping_add(done)) }
+                unsafe { part.write(src.wrapping_add(done)) }?;
+                self.mark(part.gpa, part.len as u64);
+                Ok(())
             })?;
         }
         self.intact(address(at, off)?, len as u64)
@@ -353,6 +393,7 @@ impl Access for Mediated<'_> {
                 Place::Mapped(ptr) => unsafe { ptr.write_bytes(value, part.len) },
                 Place::Remote(remote) => remote.write(part.gpa, &vec![value; part.len])?,
             }
+            self.mark(part.gpa, part.len as u64);
             Ok(())
         })?;
         self.intact(address(at, off)?, len)

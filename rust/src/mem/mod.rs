@@ -5,6 +5,7 @@ compile_error!("guest addresses are 64-bit and are mapped into the host's: a 64-
 
 mod access;
 mod guest;
+mod log;
 mod lost;
 mod mapped;
 mod mediated;
@@ -20,12 +21,13 @@ pub use access::{Access, At, Want};
 // Only the Python face does not know at compile time what kind of memory it has.
 #[cfg(any(feature = "python", test))]
 pub(crate) use guest::with_access;
-pub use guest::{GuestMemory, Live, Pin, RegionSpec};
+pub use guest::{AliasSpec, GuestMemory, Live, Pin, RegionSpec};
+pub use log::{Elsewhere, LOG_PAGE, Log};
 pub(crate) use lost::any_lost;
 pub use mapped::Mapped;
 pub use mediated::Mediated;
 pub use region::{Backing, Mapping, OWN_ALIGN, RECEIVED_ALIGN, Region, RegionError};
-pub use table::{MAX_REGIONS, Table};
+pub use table::{MAX_REGIONS, MAX_TRANSLATIONS, Table};
 pub use traced::{AccessKind, Record, Trace};
 pub use transfer::{MAX_TRANSFER, Transfer, TransferFailed, transferring};
 
@@ -62,6 +64,14 @@ pub enum MemoryError {
         /// First guest address that is not writable.
         gpa: u64,
     },
+    /// A byte of the range has no translation in an IOMMU's memory, or none that allows what is wanted: it may come yet.
+    #[error("{gpa:#x} has no translation to {}", want.verb())]
+    Untranslated {
+        /// First address without one.
+        gpa: u64,
+        /// What was wanted.
+        want: Want,
+    },
     /// A ring word is not aligned to its size.
     #[error("{gpa:#x} is not aligned to {align} bytes")]
     Misaligned {
@@ -93,6 +103,7 @@ impl MemoryError {
             Self::Wraps { gpa, .. }
             | Self::Unmapped { gpa }
             | Self::ReadOnly { gpa }
+            | Self::Untranslated { gpa, .. }
             | Self::Misaligned { gpa, .. }
             | Self::Lost { gpa }
             | Self::Transfer { gpa } => gpa,

@@ -81,6 +81,9 @@ pub enum RegionError {
         /// How many a table holds.
         limit: usize,
     },
+    /// Memory of an IOMMU was given a region of its own, or other memory a translation.
+    #[error("memory has either regions of its own or those that an IOMMU shows of another: not both")]
+    Mixed,
     /// No region of exactly that address and size.
     #[error("no region of {size:#x} bytes at {gpa:#x}")]
     NotFound {
@@ -160,10 +163,30 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Host address of the region's first byte.
+    /// Host address of the first byte that was asked for.
     #[must_use]
     pub const fn ptr(&self) -> *mut u8 {
         self.ptr
+    }
+
+    /// Map `size` bytes of a file of somebody else, for what is called `gpa` in errors; guarded if it can be cut short.
+    pub(super) fn received(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        gpa: u64,
+        size: u64,
+        writable: bool,
+    ) -> Result<Self, RegionError> {
+        let at = Place { gpa, size };
+        // In this order: what is sealed first is as long later as it is found then.
+        let sealed = fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+        let granule = at.check_file(fd, offset)?;
+        let mut mapping = at.map_file(fd, offset, writable, granule)?;
+        // Huge pages can be missing even so: whoever has the file may punch a hole when there are no more.
+        if !sealed || granule != OWN_ALIGN {
+            mapping.guard(granule, writable).map_err(at.refused("guard the file"))?;
+        }
+        Ok(mapping)
     }
 
     fn guard(&mut self, granule: u64, writable: bool) -> Result<(), Errno> {
@@ -177,7 +200,7 @@ impl Mapping {
         Ok(())
     }
 
-    fn lost(&self) -> bool {
+    pub(super) fn lost(&self) -> bool {
         self.guard.as_ref().is_some_and(Guard::lost)
     }
 }
@@ -201,15 +224,19 @@ pub struct Region {
     size: u64,
     offset: u64,
     fd: Option<Arc<OwnedFd>>,
+    readable: bool,
     writable: bool,
     own: bool,
+    /// The address that the dirty log knows its first byte by.
+    physical: u64,
     bytes: Bytes,
 }
 
 /// Where the bytes of a region are.
 #[derive(Debug)]
 enum Bytes {
-    Mapped(Arc<Mapping>),
+    /// From so many bytes into the mapping on.
+    Mapped(Arc<Mapping>, usize),
     Remote(Arc<dyn Transfer>),
 }
 
@@ -260,14 +287,7 @@ impl Region {
             Backing::Anonymous => Ok(at.region(None, 0, true, true, Bytes::mapped(at.map_anonymous()?))),
             Backing::Received { fd, offset, writable } => {
                 check_align("offset", offset, align, gpa)?;
-                // In this order: what is sealed first is as long later as it is found then.
-                let sealed = fcntl_get_seals(&fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
-                let granule = at.check_file(fd.as_fd(), offset)?;
-                let mut mapping = at.map_file(fd.as_fd(), offset, writable, granule)?;
-                // Huge pages can be missing even so: whoever has the file may punch a hole when there are no more.
-                if !sealed || granule != OWN_ALIGN {
-                    mapping.guard(granule, writable).map_err(at.refused("guard the file"))?;
-                }
+                let mapping = Mapping::received(fd.as_fd(), offset, gpa, size, writable)?;
                 Ok(at.region(Some(fd), offset, writable, false, Bytes::mapped(mapping)))
             }
             Backing::Remote { transfer, writable } => Ok(at.region(None, 0, writable, false, Bytes::Remote(transfer))),
@@ -304,10 +324,66 @@ impl Region {
         self.offset
     }
 
+    /// `size` bytes from `skip` on, shown at `gpa` too: the same mapping, held by both.
+    ///
+    /// # Errors
+    /// `Empty`, `Wraps`, `Misaligned`; `NotFound` when it has no such bytes, or is remote.
+    pub fn alias(
+        &self,
+        gpa: u64,
+        skip: u64,
+        size: u64,
+        (readable, writable): (bool, bool),
+    ) -> Result<Self, RegionError> {
+        if size == 0 {
+            return Err(RegionError::Empty { gpa });
+        }
+        if gpa.checked_add(size).is_none() {
+            let what = "address";
+            return Err(RegionError::Wraps { what, start: gpa, size });
+        }
+        // M3: guest and host alignment agree.
+        check_align("address", gpa, RECEIVED_ALIGN, gpa)?;
+        check_align("size", size, RECEIVED_ALIGN, gpa)?;
+        check_align("offset", skip, RECEIVED_ALIGN, gpa)?;
+        let physical = self.physical.saturating_add(skip);
+        let missing = RegionError::NotFound { gpa: physical, size };
+        let inside = skip.checked_add(size).is_some_and(|end| end <= self.size);
+        let Bytes::Mapped(mapping, before) = &self.bytes else {
+            return Err(missing);
+        };
+        if !inside {
+            return Err(missing);
+        }
+        Ok(Self {
+            gpa,
+            size,
+            offset: self.offset.saturating_add(skip),
+            fd: self.fd.clone(),
+            readable,
+            writable: writable && self.writable,
+            own: false,
+            physical,
+            bytes: Bytes::Mapped(Arc::clone(mapping), before.saturating_add(host_size(skip))),
+        })
+    }
+
+    /// Whether it may be read: all may but what an IOMMU shows for writing only.
+    #[must_use]
+    pub const fn readable(&self) -> bool {
+        self.readable
+    }
+
     /// Whether it may be written.
     #[must_use]
     pub const fn writable(&self) -> bool {
         self.writable
+    }
+
+    /// The guest physical address of the first byte, which an IOMMU shows at another.
+    #[must_use]
+    pub const fn physical(&self) -> u64 {
+        self.physical
     }
 
     /// Whether we made it ourselves (memfd or anonymous) rather than received it.
@@ -319,14 +395,14 @@ impl Region {
     /// Whether its file was found cut short: what is read there may be zeros, and nobody sees what is written.
     #[must_use]
     pub fn lost(&self) -> bool {
-        self.mapping().is_some_and(|mapping| mapping.lost())
+        self.mapping().is_some_and(|(mapping, _)| mapping.lost())
     }
 
-    /// The host mapping, unless it is remote.
+    /// The host mapping and how many bytes of it come before the region, unless it is remote.
     #[must_use]
-    pub const fn mapping(&self) -> Option<&Arc<Mapping>> {
+    pub const fn mapping(&self) -> Option<(&Arc<Mapping>, usize)> {
         match &self.bytes {
-            Bytes::Mapped(mapping) => Some(mapping),
+            Bytes::Mapped(mapping, skip) => Some((mapping, *skip)),
             Bytes::Remote(_) => None,
         }
     }
@@ -335,7 +411,7 @@ impl Region {
     #[must_use]
     pub const fn remote(&self) -> Option<&Arc<dyn Transfer>> {
         match &self.bytes {
-            Bytes::Mapped(_) => None,
+            Bytes::Mapped(..) => None,
             Bytes::Remote(transfer) => Some(transfer),
         }
     }
@@ -343,8 +419,13 @@ impl Region {
 
 impl Bytes {
     fn mapped(mapping: Mapping) -> Self {
-        Self::Mapped(Arc::new(mapping))
+        Self::Mapped(Arc::new(mapping), 0)
     }
+}
+
+/// A file of `size` bytes for a log, zeroed and sealed against shrinking.
+pub(super) fn log_file(size: u64) -> Result<OwnedFd, RegionError> {
+    Place { gpa: 0, size }.memfd()
 }
 
 fn check_align(what: &'static str, value: u64, align: u64, gpa: u64) -> Result<(), RegionError> {
@@ -374,8 +455,10 @@ impl Place {
             size: self.size,
             offset,
             fd: fd.map(Arc::new),
+            readable: true,
             writable,
             own,
+            physical: self.gpa,
             bytes,
         }
     }
@@ -389,6 +472,7 @@ impl Place {
         }
     }
 
+    /// A file of ours, zeroed and sealed against shrinking.
     fn memfd(self) -> Result<OwnedFd, RegionError> {
         let fd = memfd_create("virtio-test-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(self.refused("make a memfd"))?;

@@ -10,16 +10,26 @@
 //!
 //! Remote regions have a list of their own. What is resolved, and all of [`Mapped`](super::Mapped), knows nothing of it:
 //! only [`Mediated`](super::Mediated) looks there, when nothing is mapped at an address.
+//!
+//! The table of an IOMMU's memory is *translated*: its regions are parts of another memory's, shown at the addresses that
+//! a device uses. What it does not show, or not for what is wanted, is no error of the other side: the IOMMU may show it
+//! when it is asked. Hence an error of its own, `Untranslated`.
+//!
+//! A table can carry a dirty log, from one table to the next. It is put in place as a table is, so nobody marks the old
+//! one any more when that returns.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::log::Log;
 use super::region::{Region, RegionError};
 use super::transfer::{Inside, Transfer};
 use super::{At, Live, MemoryError, Want, host_size};
 
 /// Regions that one table holds at most: what the kernel's vhost and QEMU use (509 memory slots).
 pub const MAX_REGIONS: usize = 509;
+/// Translations that one table holds at most: 16 MiB in pages, more than any request of a real driver needs at once.
+pub const MAX_TRANSLATIONS: usize = 4096;
 /// Up to this many regions are scanned, more are searched.
 const SCAN_LIMIT: usize = 16;
 
@@ -33,7 +43,18 @@ pub(super) struct Slot {
     pub(super) gpa: u64,
     pub(super) size: u64,
     pub(super) ptr: *mut u8,
+    pub(super) readable: bool,
     pub(super) writable: bool,
+}
+
+impl Slot {
+    #[inline]
+    pub(super) const fn allows(&self, want: Want) -> bool {
+        match want {
+            Want::Read => self.readable,
+            Want::Write => self.writable,
+        }
+    }
 }
 
 // SAFETY: a slot is numbers and an address; only `Mapped` dereferences it, while the table keeps the mapping (M1).
@@ -85,15 +106,19 @@ pub struct Table {
     slots: Vec<Slot>,
     remotes: Vec<Remote>,
     regions: Vec<Arc<Region>>,
+    translated: bool,
+    log: Option<Arc<Log>>,
+    /// Whether `Mapped` is not enough: there are remote regions, or a log.
+    mediated: bool,
 }
 
 impl Table {
-    /// The table of `regions`, in any order, of the memory with the number `memory`.
+    /// The table of `regions`, in any order, of the memory with the number `memory`; without a log.
     ///
     /// # Errors
     /// `TooMany` or `Overlap`.
-    pub fn new(memory: u64, epoch: u64, mut regions: Vec<Arc<Region>>) -> Result<Self, RegionError> {
-        Self::check_count(regions.len())?;
+    pub fn new(memory: u64, epoch: u64, mut regions: Vec<Arc<Region>>, translated: bool) -> Result<Self, RegionError> {
+        Self::check_count(regions.len(), if translated { MAX_TRANSLATIONS } else { MAX_REGIONS })?;
         regions.sort_by_key(|region| region.gpa());
         for (low, high) in regions.iter().zip(regions.iter().skip(1)) {
             if low.end() > high.gpa() {
@@ -107,10 +132,12 @@ impl Table {
             }
         }
         let slot = |region: &Arc<Region>| {
+            let (mapping, skip) = region.mapping()?;
             Some(Slot {
                 gpa: region.gpa(),
                 size: region.size(),
-                ptr: region.mapping()?.ptr(),
+                ptr: mapping.ptr().wrapping_add(skip),
+                readable: region.readable(),
                 writable: region.writable(),
             })
         };
@@ -124,26 +151,63 @@ impl Table {
             })
         };
         let slots = regions.iter().filter_map(slot).collect();
-        let remotes = regions.iter().filter_map(remote).collect();
+        let remotes: Vec<Remote> = regions.iter().filter_map(remote).collect();
         let stamp = NEXT_STAMP.fetch_add(2, Ordering::Relaxed);
+        let mediated = !remotes.is_empty();
         Ok(Self {
             epoch,
             stamp,
             slots,
             remotes,
             regions,
+            translated,
+            log: None,
+            mediated,
         })
     }
 
     /// Whether one table holds `count` regions.
-    pub(super) const fn check_count(count: usize) -> Result<(), RegionError> {
-        if count > MAX_REGIONS {
-            Err(RegionError::TooMany {
-                count,
-                limit: MAX_REGIONS,
-            })
+    pub(super) const fn check_count(count: usize, limit: usize) -> Result<(), RegionError> {
+        if count > limit {
+            Err(RegionError::TooMany { count, limit })
         } else {
             Ok(())
+        }
+    }
+
+    /// Carry `log` from now on; what was carried until now. No address changes, so it is the same table.
+    pub(super) fn set_log(&mut self, log: Option<Arc<Log>>) -> Option<Arc<Log>> {
+        self.mediated = log.is_some() || !self.remotes.is_empty();
+        std::mem::replace(&mut self.log, log)
+    }
+
+    /// The dirty log.
+    #[must_use]
+    pub const fn log(&self) -> Option<&Arc<Log>> {
+        self.log.as_ref()
+    }
+
+    /// Whether it is that of an IOMMU's memory.
+    #[must_use]
+    pub const fn translated(&self) -> bool {
+        self.translated
+    }
+
+    /// No region holds `gpa`.
+    pub(super) const fn absent(&self, gpa: u64, want: Want) -> MemoryError {
+        if self.translated {
+            MemoryError::Untranslated { gpa, want }
+        } else {
+            MemoryError::Unmapped { gpa }
+        }
+    }
+
+    /// The region that holds `gpa` does not allow what is wanted.
+    pub(super) const fn refused(&self, gpa: u64, want: Want) -> MemoryError {
+        if self.translated {
+            MemoryError::Untranslated { gpa, want }
+        } else {
+            MemoryError::ReadOnly { gpa }
         }
     }
 
@@ -171,20 +235,20 @@ impl Table {
 
     /// The bytes themselves, kept mapped; see `GuestMemory::live`.
     pub(super) fn live(&self, gpa: u64, len: u64, want: Want) -> Result<Live, MemoryError> {
-        let region = self.region_of(gpa).ok_or(MemoryError::Unmapped { gpa })?;
-        if want == Want::Write && !region.writable() {
-            return Err(MemoryError::ReadOnly { gpa });
+        let region = self.region_of(gpa).ok_or_else(|| self.absent(gpa, want))?;
+        if !(region.readable() && (region.writable() || want == Want::Read)) {
+            return Err(self.refused(gpa, want));
         }
         let skip = gpa.wrapping_sub(region.gpa());
         if len > region.size().wrapping_sub(skip) {
-            return Err(MemoryError::Unmapped { gpa: region.end() });
+            return Err(self.absent(region.end(), want));
         }
         // A remote region has no bytes to be alive: nothing is *mapped* there.
-        let mapping = region.mapping().ok_or(MemoryError::Unmapped { gpa })?;
+        let (mapping, before) = region.mapping().ok_or(MemoryError::Unmapped { gpa })?;
         let mapping = Arc::clone(mapping);
         Ok(Live {
             mapping,
-            skip: host_size(skip),
+            skip: before.saturating_add(host_size(skip)),
             len: host_size(len),
         })
     }
@@ -195,10 +259,10 @@ impl Table {
         self.stamp
     }
 
-    /// Whether there are remote regions.
+    /// Whether it is reached through `Mediated`.
     #[inline]
-    pub(super) fn has_remotes(&self) -> bool {
-        !self.remotes.is_empty()
+    pub(super) const fn needs_mediation(&self) -> bool {
+        self.mediated
     }
 
     /// The remote region that holds `gpa`.
@@ -227,7 +291,7 @@ impl Table {
     pub(super) fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError> {
         if let Some(slot) = self.find(gpa) {
             let skip = gpa.wrapping_sub(slot.gpa);
-            if len <= slot.size.wrapping_sub(skip) && (slot.writable || want == Want::Read) {
+            if len <= slot.size.wrapping_sub(skip) && slot.allows(want) {
                 let stamp = self.stamp & !u64::from(!slot.writable);
                 return Ok(At {
                     gpa,
@@ -246,9 +310,9 @@ impl Table {
         let end = gpa.checked_add(len).ok_or(MemoryError::Wraps { gpa, len })?;
         let mut at = gpa;
         while at < end {
-            let slot = self.find(at).ok_or(MemoryError::Unmapped { gpa: at })?;
-            if want == Want::Write && !slot.writable {
-                return Err(MemoryError::ReadOnly { gpa: at });
+            let slot = self.find(at).ok_or_else(|| self.absent(at, want))?;
+            if !slot.allows(want) {
+                return Err(self.refused(at, want));
             }
             at = slot.gpa.saturating_add(slot.size);
         }

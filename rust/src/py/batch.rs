@@ -26,17 +26,21 @@ pub(crate) struct Popped {
 
 impl Popped {
     /// Pop up to `limit` chains.
-    pub(crate) fn take(py: Python<'_>, shared: &Shared, limit: usize) -> PyResult<Self> {
+    pub(crate) fn take(py: Python<'_>, queue: &PyDeviceQueue, limit: usize) -> PyResult<Self> {
         let mut popped = Self::default();
-        let done = with_queue!(Some(py), shared, |mem, queue| {
+        let (done, anew) = with_queue!(Some(py), queue.shared(), |mem, queue| {
             let Self { elements, segments } = &mut popped;
             let done = queue.pop_many(mem, limit, segments, elements);
             if pending() {
                 popped.put_back(queue, 0);
             }
-            done
+            (done, queue.waits_anew())
         });
         done.map_err(|fault| raise(py, &fault))?;
+        if let Err(error) = queue.tell_of_miss(py, anew) {
+            queue.shared().give_back(popped);
+            return Err(error);
+        }
         Ok(popped)
     }
 

@@ -19,7 +19,33 @@ use super::layout::{PyQueueConfig, PyQueueState, PyRingLayout};
 use super::mem::PyGuestMemory;
 use super::notify::PyNotifier;
 use crate::error::{Misuse, QueueError};
+use crate::mem::Want;
 use crate::queue::DeviceQueue;
+
+/// A translation that the next chain of a queue cannot be read without.
+#[pyclass(frozen, module = "virtio_test._core", name = "Missing")]
+pub struct PyMissing {
+    #[pyo3(get)]
+    address: u64,
+    #[pyo3(get)]
+    length: u64,
+    #[pyo3(get)]
+    writable: bool,
+    #[pyo3(get)]
+    violation: Py<PyAny>,
+}
+
+#[pymethods]
+impl PyMissing {
+    fn __repr__(&self) -> String {
+        let what = if self.writable { "write" } else { "read" };
+        format!("<Missing {:#x} + {}, to {what}>", self.address, self.length)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.violation)
+    }
+}
 
 /// The device end of one virtqueue.
 #[pyclass(frozen, module = "virtio_test._core", name = "DeviceQueue")]
@@ -27,6 +53,8 @@ pub struct PyDeviceQueue {
     memory: Py<PyGuestMemory>,
     shared: Arc<Shared>,
     call: Mutex<Option<Py<PyNotifier>>>,
+    /// Told when a chain lacks a translation.
+    miss: Mutex<Option<Py<PyNotifier>>>,
     /// Chains whose handler raised, until they are taken.
     failed: Mutex<Vec<Py<PyChain>>>,
     /// What our own device latched the queue with; a rule the driver broke is kept by the queue itself.
@@ -52,6 +80,15 @@ impl PyDeviceQueue {
         locked(&self.failed).push(chain);
     }
 
+    /// Tell whoever can get translations that one is missing, if that is new. Neither lock nor pin is held.
+    pub(super) fn tell_of_miss(&self, py: Python<'_>, anew: bool) -> PyResult<()> {
+        if !anew {
+            return Ok(());
+        }
+        let miss = locked(&self.miss).as_ref().map(|miss| miss.clone_ref(py));
+        miss.map_or(Ok(()), |miss| miss.get().notify(py))
+    }
+
     /// Forget what belongs to a generation that ends. Dropped after the locks: what the traceback of an exception
     /// keeps alive may run any code of Python's.
     fn forget(&self) {
@@ -74,13 +111,14 @@ fn positive(limit: usize, name: &str) -> PyResult<usize> {
 #[pymethods]
 impl PyDeviceQueue {
     #[new]
-    #[pyo3(signature = (memory, config, *, state = None, call = None))]
+    #[pyo3(signature = (memory, config, *, state = None, call = None, miss = None))]
     fn new(
         py: Python<'_>,
         memory: Py<PyGuestMemory>,
         config: PyQueueConfig,
         state: Option<PyQueueState>,
         call: Option<Py<PyNotifier>>,
+        miss: Option<Py<PyNotifier>>,
     ) -> PyResult<Self> {
         let guest = memory.get().inner().clone();
         let queue = with_memory!(Some(py), &guest, |mem| DeviceQueue::new(
@@ -94,6 +132,7 @@ impl PyDeviceQueue {
             memory,
             shared,
             call: Mutex::new(call),
+            miss: Mutex::new(miss),
             failed: Mutex::new(Vec::new()),
             broken: Mutex::new(None),
         })
@@ -139,6 +178,20 @@ impl PyDeviceQueue {
     }
 
     #[getter]
+    fn missing(&self, py: Python<'_>) -> PyResult<Option<PyMissing>> {
+        let fault = self.with(py, |queue| queue.waits().cloned())?;
+        let Some((missing, fault)) = fault.and_then(|fault| Some((fault.missing?, fault))) else {
+            return Ok(None);
+        };
+        Ok(Some(PyMissing {
+            address: missing.address,
+            length: missing.len,
+            writable: missing.want == Want::Write,
+            violation: errors::instance(py, &fault)?,
+        }))
+    }
+
+    #[getter]
     fn stopped(&self, py: Python<'_>) -> PyResult<bool> {
         self.with(py, |queue| queue.stopped())
     }
@@ -163,15 +216,18 @@ impl PyDeviceQueue {
 
     fn pop(&self, py: Python<'_>) -> PyResult<Option<PyChain>> {
         let mut segments = Vec::new();
-        let popped = with_queue!(Some(py), self.shared, |mem, queue| queue.pop(mem, &mut segments));
+        let (popped, anew) = with_queue!(Some(py), self.shared, |mem, queue| {
+            (queue.pop(mem, &mut segments), queue.waits_anew())
+        });
         let element = popped.map_err(|fault| raise(py, &fault))?;
+        self.tell_of_miss(py, anew)?;
         Ok(element.map(|element| PyChain::new(self.shared.clone(), element, &segments)))
     }
 
     #[pyo3(signature = (limit = Int(32)))]
     #[pyo3(text_signature = "($self, limit=32)")]
     fn pop_many(slf: Bound<'_, Self>, py: Python<'_>, limit: Int<usize>) -> PyResult<PyBatch> {
-        let popped = Popped::take(py, slf.get().shared(), positive(limit.0, "limit")?)?;
+        let popped = Popped::take(py, slf.get(), positive(limit.0, "limit")?)?;
         Ok(PyBatch::new(slf.unbind(), popped))
     }
 
@@ -309,6 +365,9 @@ impl PyDeviceQueue {
         if let Ok(call) = self.call.try_lock() {
             visit.call(&*call)?;
         }
+        if let Ok(miss) = self.miss.try_lock() {
+            visit.call(&*miss)?;
+        }
         if let Ok(failed) = self.failed.try_lock() {
             for chain in &*failed {
                 visit.call(chain)?;
@@ -321,8 +380,8 @@ impl PyDeviceQueue {
     }
 
     fn __clear__(&self) {
-        let call = locked(&self.call).take();
-        drop(call);
+        let (call, miss) = (locked(&self.call).take(), locked(&self.miss).take());
+        drop((call, miss));
         self.forget();
     }
 

@@ -6,7 +6,7 @@
 #![allow(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
 
 use std::ffi::c_int;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::PyBufferError;
@@ -20,7 +20,8 @@ use super::errors::{StateError, memory_error};
 use super::guard::{DETACH_ABOVE, Gil, detached, pin};
 use super::remote::{self, Callbacks};
 use crate::mem::{
-    Access, At, Backing, GuestMemory, Live, Mediated, MemoryError, Record, Region, RegionError, RegionSpec, Trace, Want,
+    Access, AliasSpec, At, Backing, Elsewhere, GuestMemory, Live, Log, Mediated, MemoryError, Record, Region,
+    RegionError, RegionSpec, Trace, Want,
 };
 
 fn region_error(error: RegionError) -> PyErr {
@@ -32,7 +33,7 @@ fn region_error(error: RegionError) -> PyErr {
             ..
         } => invalid(error),
         RegionError::System { errno, .. } => os_error(errno, error.to_string()),
-        RegionError::InTransfer => StateError::new_err(error.to_string()),
+        RegionError::InTransfer | RegionError::Mixed => StateError::new_err(error.to_string()),
         _ => invalid(error),
     }
 }
@@ -151,6 +152,45 @@ impl PyTrace {
         "Trace()"
     }
 }
+
+/// A dirty log of our own, for whoever reads it.
+#[pyclass(frozen, name = "DirtyLog", module = "virtio_test._core")]
+pub struct PyDirtyLog {
+    log: Log,
+    file: OwnedFd,
+}
+
+#[pymethods]
+impl PyDirtyLog {
+    #[new]
+    fn new(size: Int<u64>) -> PyResult<Self> {
+        let (log, file) = Log::fresh(size.0).map_err(region_error)?;
+        Ok(Self { log, file })
+    }
+
+    #[getter]
+    fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    #[getter]
+    const fn size(&self) -> u64 {
+        self.log.size()
+    }
+
+    fn take(&self) -> Vec<u64> {
+        self.log.take()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("DirtyLog({})", self.log.size())
+    }
+}
+
+/// A translation: address, size, physical address, whether it may be read and written.
+type Translation = (Int<u64>, Int<u64>, Int<u64>, bool, bool);
+/// A stretch that is logged elsewhere: physical address, size, where.
+type Moved = (Int<u64>, Int<u64>, Int<u64>);
 
 /// A received region: guest address, size, fd, offset in the file.
 type Received = (Int<u64>, Int<u64>, Int<i32>, Int<u64>);
@@ -329,6 +369,69 @@ impl PyGuestMemory {
         });
         let specs = specs.collect::<PyResult<Vec<_>>>()?;
         self.change(py, || self.inner.replace(specs))
+    }
+
+    fn follow(&self, py: Python<'_>, other: &Bound<'_, Self>) -> PyResult<()> {
+        let other = Arc::clone(&other.get().inner);
+        self.change(py, || self.inner.follow(&other))
+    }
+
+    #[pyo3(signature = (other, *, remove = Vec::new(), add = Vec::new()))]
+    #[pyo3(text_signature = "($self, other, *, remove=(), add=())")]
+    fn translate(
+        &self,
+        py: Python<'_>,
+        other: &Bound<'_, Self>,
+        remove: Vec<Int<u64>>,
+        add: Vec<Translation>,
+    ) -> PyResult<()> {
+        let gone = remove.into_iter().map(|address| address.0).collect();
+        let new = {
+            let pin = pin(Some(py), &other.get().inner)?;
+            let alias = |(gpa, size, physical, readable, writable): Translation| {
+                let region = pin.table().region_of(physical.0).cloned();
+                let region = region.ok_or_else(|| invalid(format_args!("there is no memory at {:#x}", physical.0)))?;
+                Ok(AliasSpec {
+                    gpa: gpa.0,
+                    size: size.0,
+                    skip: physical.0.wrapping_sub(region.gpa()),
+                    region,
+                    access: (readable, writable),
+                })
+            };
+            add.into_iter().map(alias).collect::<PyResult<Vec<_>>>()?
+        };
+        self.change(py, || self.inner.translate(gone, new))
+    }
+
+    #[pyo3(signature = (fd, size, *, offset = Int(0), elsewhere = Vec::new()))]
+    #[pyo3(text_signature = "($self, fd, size, *, offset=0, elsewhere=())")]
+    fn start_log(
+        &self,
+        py: Python<'_>,
+        fd: Int<i32>,
+        size: Int<u64>,
+        offset: Int<u64>,
+        elsewhere: Vec<Moved>,
+    ) -> PyResult<()> {
+        let file = duplicate(fd.0)?;
+        let moved = |(gpa, size, logged): Moved| Elsewhere {
+            gpa: gpa.0,
+            size: size.0,
+            logged: logged.0,
+        };
+        let elsewhere = elsewhere.into_iter().map(moved).collect();
+        let log = Log::new(file.as_fd(), offset.0, size.0, elsewhere).map_err(region_error)?;
+        self.change(py, || self.inner.set_log(Some(log)))
+    }
+
+    fn stop_log(&self, py: Python<'_>) -> PyResult<()> {
+        self.change(py, || self.inner.set_log(None))
+    }
+
+    #[getter]
+    fn log_size(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(pin(Some(py), &self.inner)?.table().log().map_or(0, |log| log.size()))
     }
 
     fn read<'py>(&self, py: Python<'py>, address: Int<u64>, length: Int<usize>) -> PyResult<Bound<'py, PyBytes>> {

@@ -52,13 +52,13 @@ mod core_module {
     #[pymodule_export]
     use super::counters::PyCounters;
     #[pymodule_export]
-    use super::device::PyDeviceQueue;
+    use super::device::{PyDeviceQueue, PyMissing};
     #[pymodule_export]
     use super::driver::PyDriverQueue;
     #[pymodule_export]
     use super::layout::{PyPolicy, PyQueueConfig, PyQueueState, PyRingLayout, PyRule, rules};
     #[pymodule_export]
-    use super::mem::{PyAccess, PyGuestMemory, PyRegion, PyTrace};
+    use super::mem::{PyAccess, PyDirtyLog, PyGuestMemory, PyRegion, PyTrace};
     #[pymodule_export]
     use super::notify::PyNotifier;
     #[pymodule_export]

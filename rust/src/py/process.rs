@@ -67,7 +67,7 @@ impl PyDeviceQueue {
         limit: usize,
     ) -> PyResult<usize> {
         let (request_size, response_size) = sizes;
-        let popped = Popped::take(py, self.shared(), limit)?;
+        let popped = Popped::take(py, self, limit)?;
         if popped.elements.is_empty() {
             return Ok(0);
         }
@@ -188,7 +188,7 @@ impl PyDeviceQueue {
         max_request: usize,
         completed: &mut usize,
     ) -> PyResult<usize> {
-        let mut popped = Popped::take(py, self.shared(), limit)?;
+        let mut popped = Popped::take(py, self, limit)?;
         let requests = match self.gather(py, &mut popped, max_request) {
             Ok(requests) => requests,
             Err(error) => {

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use super::heads::HeadSet;
+use super::waits::Waits;
 use super::{Counters, Life, QueueConfig, QueueState, feature};
 use crate::chain::{ChainRules, Element, Segment};
 use crate::error::{Fault, Misuse, QueueError};
@@ -72,6 +73,7 @@ pub struct DeviceQueue {
     /// Whether the driver was asked for a kick since the ring moved last.
     armed: bool,
     unsignalled: bool,
+    waits: Waits,
     counters: Counters,
 }
 
@@ -107,6 +109,7 @@ impl DeviceQueue {
             kicks: true,
             armed: false,
             unsignalled: false,
+            waits: Waits::default(),
             counters: Counters::default(),
         };
         queue.intact(mem)?;
@@ -192,10 +195,21 @@ impl DeviceQueue {
     ///
     /// Who hears that there is nothing goes to sleep, so it asks the driver for a kick as [`DeviceQueue::pop`] does.
     pub fn has_work<A: Access>(&mut self, mem: &A) -> bool {
-        if !matches!(self.life, Life::Running) {
+        if !matches!(self.life, Life::Running) || self.waits.still(mem.epoch()) {
             return false;
         }
         !self.returned.is_empty() || self.look_or_arm(mem).unwrap_or(true)
+    }
+
+    /// The rule that the next chain breaks if the translations that it lacks (`missing`) do not come.
+    #[must_use]
+    pub fn waits(&self) -> Option<&Fault> {
+        self.waits.fault()
+    }
+
+    /// Whether it waits for translations that nobody was told of; that is only said once.
+    pub fn waits_anew(&mut self) -> bool {
+        self.waits.tell()
     }
 
     fn look_or_arm<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
@@ -226,7 +240,8 @@ impl DeviceQueue {
 
     /// Pop the next chain; its segments are appended to `segments`.
     ///
-    /// A pop that comes to the end of the ring asks the driver for a kick, unless kicks are disabled.
+    /// A pop that comes to the end of the ring asks the driver for a kick, unless kicks are disabled. One that lacks a
+    /// translation gives None, and `waits` says which.
     ///
     /// # Errors
     /// The rule that the driver broke; the queue is then latched.
@@ -237,6 +252,7 @@ impl DeviceQueue {
         }
         let first = segments.len();
         let popped = self.pop_or_arm(mem, segments);
+        let popped = self.waits.judge(mem.epoch(), popped);
         if any_lost() {
             if let Ok(Some(element)) = &popped {
                 self.withdraw(mem, segments, first, std::slice::from_ref(element))?;
@@ -280,7 +296,8 @@ impl DeviceQueue {
         let full = first.saturating_add(MAX_SEGMENTS);
         let (mut count, mut broken) = (0, None);
         while count < limit && segments.len() < full && matches!(self.life, Life::Running) {
-            match self.pop_or_arm(mem, segments) {
+            let popped = self.pop_or_arm(mem, segments);
+            match self.waits.judge(mem.epoch(), popped) {
                 Ok(Some(element)) => elements.push(element),
                 Ok(None) => break,
                 Err(_) if count > 0 => break,

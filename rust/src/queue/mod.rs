@@ -118,6 +118,7 @@ mod config;
 mod device;
 mod driver;
 mod heads;
+mod waits;
 
 pub use areas::IndirectArea;
 pub use config::{QueueConfig, QueueState, feature};
