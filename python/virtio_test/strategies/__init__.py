@@ -37,10 +37,25 @@ from .acts import (
 from .case import CaseFailed, Outcome, RingCase
 from .corpus import load, save
 from .draw import Draw, RandomDraw, every
+from .register_rows import REGISTER_ROWS, register_case, register_cases
+from .registers import (
+    Facts,
+    MmioTarget,
+    PciTarget,
+    Peek,
+    Poke,
+    ProgramFailed,
+    RegisterProgram,
+    Target,
+    Turn,
+    any_program,
+    legal_program,
+)
 from .rows import ROWS, cases, random_case
 from .scene import Scene
 
 __all__ = [
+    "REGISTER_ROWS",
     "ROWS",
     "Act",
     "Add",
@@ -49,25 +64,38 @@ __all__ = [
     "Change",
     "Copy",
     "Draw",
+    "Facts",
     "Fill",
     "Look",
     "Map",
+    "MmioTarget",
     "Outcome",
+    "PciTarget",
+    "Peek",
+    "Poke",
     "Pop",
+    "ProgramFailed",
     "Publish",
     "Push",
     "Put",
     "Race",
     "RandomDraw",
+    "RegisterProgram",
     "RingCase",
     "Scene",
     "Take",
+    "Target",
+    "Turn",
     "Unmap",
     "Use",
     "Write",
+    "any_program",
     "cases",
     "every",
+    "legal_program",
     "load",
     "random_case",
+    "register_case",
+    "register_cases",
     "save",
 ]
