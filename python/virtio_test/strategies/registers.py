@@ -321,11 +321,11 @@ class Writer:
     def poke(self, name: str, value: int, *, half: int = 0) -> None:
         """Write a register, or one half of an address."""
         where, offset, width = self.place(name, half=half)
-        self.steps.append(Poke(where, offset, width, value))
+        self.steps.append(Poke(where, offset, width, int(value)))
 
     def peek(self, name: str, value: int | None = None) -> None:
         """Read a register."""
-        self.steps.append(Peek(*self.place(name), value))
+        self.steps.append(Peek(*self.place(name), None if value is None else int(value)))
 
     def turn(self) -> None:
         """Let the device work."""
