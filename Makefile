@@ -28,7 +28,7 @@ export PYO3_PYTHON := $(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test begin combinations lint lint-rust lint-python test-rust test-oracles test-asan test-python test-kernel guest-uml stubtest bench fuzz wheel clean \
+.PHONY: help demo test begin combinations lint lint-rust lint-python test-rust test-oracles test-asan test-python test-kernel guest-uml stubtest bench judge fuzz wheel clean \
 	clean-guests toolchain guest-packages
 
 help: ## this list
@@ -97,6 +97,10 @@ guest-uml: $(BIN)/python guest-packages ## the user-mode Linux kernel and our dr
 bench: $(VENV)/.core $(VENV)/.dev ## what a chain and a handler cost: the bare core, and the ways from Python
 	cargo bench --locked --no-default-features --bench core
 	$(BIN)/python -m benches.ways
+
+# Fetched into the cache: the programs of two Debians. ONLY=NAME and ROW=ID judge a part, and leave the page as it is.
+judge: $(VENV)/.core $(VENV)/.dev guest-packages ## other people's devices before our broken rings; writes docs/judge.md
+	$(BIN)/python -m tests.peers.reference $(ONLY:%=--only %) $(ROW:%=--row %)
 
 # cargo-fuzz is installed in target/, for this tree only. Corpus and findings stay there too, out of the repository.
 # SANITIZER=none is four times as fast.

@@ -31,7 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("devices", "transport"),
     ("carrier",),
     ("strategies", "checks"),
-    ("report",),
+    ("report", "judge"),
     (FRONT,),
     ("cli",),
     ("__main__",),

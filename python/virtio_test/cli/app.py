@@ -241,6 +241,31 @@ def check(ctx: click.Context, *, dump: Path, **options: Any) -> None:
     ctx.exit(check(dump, **options, show=click.echo))
 
 
+@cli.command(cls=Command)
+@click.option(
+    "--target", "targets", multiple=True, metavar="NAME", help="Who is judged; --list names them. Repeatable."
+)
+@click.option(
+    "--program", "programs", multiple=True, metavar="WORDS", help="What starts it, where its name does not. Repeatable."
+)
+@click.option("--row", "rows", multiple=True, metavar="ID", help="Row of the catalogue, else all. Repeatable.")
+@click.option("--patience", type=Seconds(zero=False), default=1.0, help="Seconds that any answer may take.")
+@click.option("--markdown", type=click.Path(path_type=Path), default=None, help="Write a page there, too.")
+@click.option("--list", "list_them", is_flag=True, help="Show the targets that are known.")
+@_JSON
+@click.pass_context
+def judge(ctx: click.Context, *, targets: tuple[str, ...], list_them: bool, **options: Any) -> None:
+    """Put the catalogue's broken rings to somebody else's device, in a process of its own each time."""
+    if bool(targets) == list_them:
+        raise click.UsageError("give one --target or more, or --list: one of the two")
+    from .judge import judge, list_targets
+
+    if list_them:
+        list_targets(show=click.echo)
+        return
+    ctx.exit(judge(targets, **options, show=click.echo))
+
+
 @cli.command()
 @_JSON
 def info(*, as_json: bool) -> None:

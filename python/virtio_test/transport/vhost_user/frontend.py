@@ -277,8 +277,9 @@ class FrontEnd:
         self.request(Request.SET_VRING_BASE, VringState(index, base))
         self.request(Request.SET_VRING_ADDR, ring_address(config))
         self.request(Request.SET_VRING_ERR, U64(index), [ring.error.fileno()])
-        self.request(Request.SET_VRING_KICK, U64(index), [ring.kick.fileno()])
+        # The kick fd starts the ring, and libvhost-user calls at once: QEMU has given it a call fd long before.
         self.request(Request.SET_VRING_CALL, U64(index), [ring.call.fileno()])
+        self.request(Request.SET_VRING_KICK, U64(index), [ring.kick.fileno()])
         return ring
 
     def enable(self, index: int, *, on: bool = True) -> None:

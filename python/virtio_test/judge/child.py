@@ -1,0 +1,139 @@
+"""A target as a process of its own: started, watched, and ended whatever it does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from virtio_test.errors import PeerDisconnected
+
+__all__ = ["Child"]
+
+_START_SECONDS: Final = 30.0
+_STOP_SECONDS: Final = 5.0
+_STEP_SECONDS: Final = 0.02
+_LOOK_SECONDS: Final = 0.005
+_LAST_BYTES: Final = 4096
+
+
+class Child:
+    """One process in a session of its own, without core dumps, with a bound on its processor time.
+
+    Args:
+        words: program and arguments.
+        folder: where its log is written; also where it runs.
+        ready: whether it can be spoken to, asked with what it has written so far.
+        cpu: processor seconds after which the kernel ends it.
+
+    Raises:
+        PeerDisconnected: it cannot be started, ended at once, or is not ready in time; with its last words.
+    """
+
+    def __init__(self, words: Sequence[str], folder: Path, *, ready: Callable[[str], bool], cpu: int = 600) -> None:
+        self._log = folder / "log"
+        with self._log.open("wb") as log:
+            try:
+                self._process = subprocess.Popen(  # noqa: S603 - the user's own command, no shell
+                    list(words),
+                    # Kept open: some of them end with their standard input.
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=folder,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise PeerDisconnected(f"{words[0]} cannot be started: {error.strerror}") from None
+        self._pidfd = os.pidfd_open(self._process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(self._process.pid, resource.RLIMIT_CORE, (0, 0))
+            resource.prlimit(self._process.pid, resource.RLIMIT_CPU, (cpu, cpu))
+        end = time.monotonic() + _START_SECONDS
+        while not ready(self._said()):
+            if not self.alive or time.monotonic() > end:
+                words_left = self.last_words()
+                self.close()
+                raise PeerDisconnected(f"{words[0]} does not come up: {words_left or 'it said nothing'}")
+            time.sleep(_STEP_SECONDS)
+
+    def __repr__(self) -> str:
+        return f"<Child {self._process.args!r}, {'running' if self.alive else 'ended'}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Readable once the process has ended."""
+        return self._pidfd
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def died(self, within: float = 0.0) -> str:
+        """How it ended, in words, or empty; waits so many seconds for its end."""
+        select.select([self._pidfd], [], [], within)
+        status = self._process.poll()
+        if status is None:
+            return ""
+        how = f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+        said = self.last_words()
+        return f"{how}: {said}" if said else how
+
+    def busy(self, seconds: float) -> float:
+        """Watch it for so long: how often one of its threads wanted a processor, from 0 to 1.
+
+        Processor time would tell less: on a busy machine it gets little of what it wants.
+        """
+        looks = wanted = 0
+        end = time.monotonic() + seconds
+        while looks == 0 or time.monotonic() < end:
+            looks += 1
+            wanted += self._runnable()
+            time.sleep(_LOOK_SECONDS)
+        return wanted / looks
+
+    def _runnable(self) -> bool:
+        for task in Path(f"/proc/{self._process.pid}/task").glob("*/stat"):
+            # It may end while we look.
+            with contextlib.suppress(OSError):
+                if task.read_text().rpartition(")")[2].split()[0] == "R":
+                    return True
+        return False
+
+    def last_words(self) -> str:
+        """The last line that it wrote."""
+        lines = [line.strip() for line in self._said().splitlines() if line.strip()]
+        return "".join(each if each.isprintable() else " " for each in lines[-1]) if lines else ""
+
+    def _said(self) -> str:
+        """The end of its log."""
+        with self._log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LAST_BYTES))
+            return log.read().decode(errors="replace")
+
+    def close(self) -> None:
+        """End it, and all that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait(_STOP_SECONDS)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1

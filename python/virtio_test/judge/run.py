@@ -1,0 +1,144 @@
+"""Every case against every target: one process each, a second try for what is bad, and what repeats it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from virtio_test.errors import InvalidArgument, PeerError
+from virtio_test.strategies import Buffer, RingCase, cases
+
+from .child import Child
+from .qemu import QemuTrial
+from .target import IMAGE_BYTES, Target
+from .verdict import BAD, Observation, Result
+from .vhost import NotOffered, VhostTrial
+
+__all__ = ["PATIENCE", "chosen", "judge"]
+
+AGAIN: Final = "virtio-test judge --target {target} --row {row}"
+PATIENCE: Final = 1.0
+"""Seconds that any answer may take; the longest that a target is waited for."""
+
+
+def judge(
+    target: Target,
+    put: Iterable[RingCase],
+    *,
+    patience: float = PATIENCE,
+    again: str = AGAIN,
+    done: Callable[[int], object] = lambda _: None,
+) -> list[Result]:
+    """Put every case to one target.
+
+    Args:
+        target: who is judged.
+        put: what is put to it; what it cannot be asked (no packed ring, say) is left out.
+        patience: seconds that any answer may take.
+        again: the command that repeats a row, with ``{target}`` and ``{row}``.
+        done: called with how many cases are done.
+
+    Returns:
+        A result for each case that could be put, in their order.
+
+    Raises:
+        InvalidArgument: the target does not answer a good request even before anything was done to it.
+    """
+    results: list[Result] = []
+    _check_good(target, patience)
+    for count, case in enumerate(put, 1):
+        with contextlib.suppress(NotOffered):
+            results.append(_judged(target, case, patience, again))
+        done(count)
+    return results
+
+
+def _judged(target: Target, case: RingCase, patience: float, again: str) -> Result:
+    seen = _trial(target, case, patience)
+    steady = True
+    if seen.verdict in BAD:
+        second = _trial(target, case, patience)
+        steady = second.verdict == seen.verdict
+        # The milder of two that differ: a verdict that cannot be repeated is no finding.
+        seen = seen if steady or second.verdict in BAD else second
+    return Result(
+        target=target.name,
+        row=case.row,
+        title=case.title,
+        ring="packed" if case.packed else "split",
+        verdict=seen.verdict,
+        evidence=seen.evidence,
+        steady=steady,
+        ours=_ours(case),
+        command=again.format(target=target.name, row=case.row),
+    )
+
+
+def _ours(case: RingCase) -> str:
+    if case.interop is None:
+        return ""
+    if case.interop.rule is not None:
+        return case.interop.rule
+    return "accepted" if case.interop.chains else "nothing there"
+
+
+def _trial(target: Target, case: RingCase, patience: float) -> Observation:
+    with tempfile.TemporaryDirectory(prefix="virtio-test-judge-") as name:
+        folder = Path(name)
+        (folder / "image").write_bytes(bytes(IMAGE_BYTES))
+        if target.carrier == "qtest":
+            return _with_legal(QemuTrial(target, target.arguments(folder), patience=patience).ring(case), case)
+        socket = folder / "s"
+        words = [*target.program, *target.arguments(folder)]
+        with Child(words, folder, ready=lambda said: target.up in said and _listens(socket)) as child:
+            return _with_legal(VhostTrial(child, socket, target, patience=patience).ring(case), case)
+
+
+def _with_legal(seen: Observation, case: RingCase) -> Observation:
+    seen.legal = case.interop is None or case.interop.rule is None
+    return seen
+
+
+def _check_good(target: Target, patience: float) -> None:
+    """Or every verdict would be that it hangs."""
+    try:
+        seen = _trial(target, _legal(target), patience)
+    except PeerError as error:
+        raise InvalidArgument(f"{target.name}: {error}") from None
+    if not seen.healed or not seen.used:
+        raise InvalidArgument(f"{target.name} does not answer a good request: {seen.evidence}")
+
+
+def _legal(target: Target) -> RingCase:
+    good = target.good
+    readable = ((0x8000, len(good.readable)),) if good.readable else ()
+    writable = ((0x8100, good.writable),) if good.writable else ()
+    buffer = Buffer(readable=readable, writable=writable, data=good.readable)
+    return RingCase(title="a good request", buffers=(buffer,), features=0)
+
+
+def _listens(path: Path) -> bool:
+    """Whether somebody listens there; a connection would be the front-end that is served."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    # Field 3 is __SO_ACCEPTCON where it listens.
+    return any(line.endswith(f" {path}") and line.split()[3] == "00010000" for line in lines)
+
+
+def chosen(rows: Sequence[str]) -> list[RingCase]:
+    """One case for each way to break each of these rows, of all rows when there are none, for a device end.
+
+    Raises:
+        InvalidArgument: a row that no case shows.
+    """
+    found: dict[tuple[str, bool, str], RingCase] = {}
+    for case in cases():
+        if case.end == "device":
+            found.setdefault((case.row, case.packed, case.title), case)
+    known = {case.row for case in found.values()}
+    for row in rows:
+        if row not in known:
+            raise InvalidArgument(f"no case for a device shows the row {row!r}; rows are {', '.join(sorted(known))}")
+    return [case for case in found.values() if not rows or case.row in rows]

@@ -1,0 +1,103 @@
+"""The judge before our own device, before QEMU's, and before processes that really die, hang and spin."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from virtio_test import judge
+from virtio_test.cli import main
+from virtio_test.errors import InvalidArgument
+from virtio_test.judge import Result, Verdict
+from virtio_test.strategies import RingCase
+
+from tests.kernel.cache import BuildError
+from tests.peers import reference
+from tests.unit.world import open_fds
+
+PATIENT = 3.0
+"""Seconds: these machines are busy."""
+
+
+def judged(name: str, *rows: str, program: str | None = None, patience: float = PATIENT) -> list[Result]:
+    """One case for each ring of these rows."""
+    first: dict[tuple[str, bool], RingCase] = {}
+    for case in judge.chosen(rows):
+        first.setdefault((case.row, case.packed), case)
+    try:
+        target = judge.named(name).started_by(program) if name in judge.TARGETS else reference.target(name)
+    except BuildError as error:
+        pytest.fail(str(error), pytrace=False)
+    return judge.judge(target, first.values(), patience=patience)
+
+
+def test_our_own_device_survives() -> None:
+    before = open_fds()
+    found = judged("virtio-test", "A01", "A04", "A08", "C02", "I06", "P15", "P16")
+    assert {(each.row, each.verdict) for each in found} == {
+        (row, Verdict.SURVIVES) for row in ("A01", "A04", "A08", "C02", "I06", "P15", "P16")
+    }
+    assert all("says that the queue is broken" in each.evidence for each in found if each.row != "A08")
+    assert open_fds() == before
+
+
+def test_qemu_storage_daemon_refuses() -> None:
+    found = judged("qemu-storage-daemon-testing", "A02", "A04", "C01", "P16")
+    # It offers no packed ring, so P16 cannot be put to it.
+    assert [(each.row, each.verdict) for each in found] == [
+        ("A02", Verdict.SURVIVES),
+        ("A04", Verdict.REFUSES),
+        ("C01", Verdict.REFUSES),
+    ]
+    assert all("ends the connection" in each.evidence for each in found[1:])
+
+
+def test_a_device_of_qemu_says_that_it_is_broken() -> None:
+    found = judged("qemu-virtio-blk-testing", "A02", "A04", "B17")
+    assert [(each.row, each.verdict) for each in found if each.ring == "split"] == [
+        ("A02", Verdict.SURVIVES),
+        ("A04", Verdict.SURVIVES),
+        ("B17", Verdict.SURVIVES),
+    ]
+    assert "says that the queue is broken" in next(each.evidence for each in found if each.row == "A04")
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict", "evidence"),
+    [
+        ("abort", Verdict.DIES, "signal SIGABRT"),
+        ("exit", Verdict.DIES, "exit status 3"),
+        ("sleep", Verdict.HANGS, "answers no good request any more"),
+        ("spin", Verdict.HANGS, "spins"),
+    ],
+)
+def test_what_becomes_of_a_process_is_told(kind: str, verdict: Verdict, evidence: str) -> None:
+    program = shlex.join([sys.executable, str(Path(__file__).with_name("faulty.py")), kind])
+    (found,) = judged("virtio-test", "A04", program=program, patience=2.0)
+    assert found.verdict is verdict
+    assert evidence in found.evidence
+    assert found.steady
+    assert found.command == "virtio-test judge --target virtio-test --row A04"
+
+
+def test_a_target_that_does_not_serve_at_all_is_no_verdict() -> None:
+    with pytest.raises(InvalidArgument, match="does not come up"):
+        judged("virtio-test", "A04", program="false")
+
+
+def test_the_command_shows_and_writes_what_was_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    program = shlex.join([sys.executable, str(Path(__file__).with_name("faulty.py")), "exit"])
+    options = ["--target", "virtio-test", "--program", program, "--row", "A08", "--row", "A04", "--patience", "2"]
+    assert main(["judge", *options, "--markdown", str(page)]) == 1
+    out = capfd.readouterr().out
+    assert "A04  split  dies" in out
+    assert "again: virtio-test judge --target virtio-test --row A04" in out
+    assert "A08  split  survives" in out
+    assert "| A04 | split | An avail ring entry is no index" in page.read_text()
+    assert main(["judge", "--target", "virtio-test", "--row", "A08", "--patience", "2", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert {each["verdict"] for each in found["results"]} == {"survives"}
