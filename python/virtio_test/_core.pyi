@@ -560,7 +560,12 @@ class DeviceQueue:
     def unpop(self, chain: Chain) -> None:
         """Put the newest popped chain back, as if it had not been popped; `StateError` when it is not the newest."""
     def process(
-        self, handler: Callable[[bytes], Buffer | None], *, limit: int = 32768, max_request: int = 16777216
+        self,
+        handler: Callable[[bytes], Buffer | None],
+        *,
+        limit: int = 32768,
+        max_request: int = 16777216,
+        max_bytes: int | None = None,
     ) -> int:
         """Pop chains, call `handler(request)` for each, write its response, push, and notify once at the end.
 
@@ -569,9 +574,13 @@ class DeviceQueue:
         the handler being asked. When the handler raises, earlier responses stay, the chain is kept
         (`take_failed`), later ones are put back, and the exception propagates.
 
+        It ends with the chain that makes it `max_bytes` bytes read, written and charged (`charge`); None: no bound.
+
         Returns:
             The number of chains completed.
         """
+    def charge(self, count: int) -> None:
+        """For a handler of `process`: its request is as much work as `count` bytes more."""
     def process_batch(
         self,
         handler: Callable[[memoryview, memoryview], object],

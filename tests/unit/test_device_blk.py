@@ -569,8 +569,8 @@ def test_a_handler_gets_chains_one_by_one_and_stops_at_its_bound() -> None:
     assert device.seen == 300
 
 
-@pytest.mark.parametrize(("what", "most"), [("zeroes", 4), ("discard", 4), ("flush", 16)])
-def test_small_requests_that_are_much_work_leave_the_loop_to_others(what: str, most: int) -> None:
+@pytest.mark.parametrize("what", ["zeroes", "discard", "flush"])
+def test_small_requests_that_are_much_work_leave_the_loop_to_others(what: str) -> None:
     device = BlkDevice(RamImage(4 << 20))
     driver = live(device)
     whole = [(0, 8192)]
@@ -584,6 +584,6 @@ def test_small_requests_that_are_much_work_leave_the_loop_to_others(what: str, m
     done = [0]
     while device.kicked(0):
         done.append(device.counters.ok)
-    assert done[:2] == [0, most]
+    assert done[:2] == [0, 1]
     assert device.counters.ok == 20
     assert [request.wait() for request in requests] == [b""] * 20

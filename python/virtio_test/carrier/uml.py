@@ -63,6 +63,8 @@ _FRESH: Final = frozenset({0, 0x8000})
 _QUEUE_SIZE: Final = 256
 _CONFIG_OPS: Final = frozenset({Op.CFG_READ, Op.CFG_WRITE})
 _READS: Final = frozenset({Op.CFG_READ, Op.MMIO_READ})
+_ACCESS_WORK: Final = 512
+"""One access to a register counts as that many bytes: a command of a few bytes can fill a whole BAR."""
 
 
 class UmlPci(BaseDevice):
@@ -189,13 +191,17 @@ class UmlPci(BaseDevice):
 
     def _read(self, bar: int | None, address: int, size: int) -> bytes:
         if bar is not None:
-            return b"".join(self.endpoint.read_bar(bar, at, width) for at, width in _accesses(address, size))
+            accesses = [*_accesses(address, size)]
+            self.charge(_ACCESS_WORK * len(accesses))
+            return b"".join(self.endpoint.read_bar(bar, at, width) for at, width in accesses)
         inside = max(0, min(size, self.endpoint.config_size - address))
         return (self.endpoint.read_config(address, inside) if inside else b"").ljust(size, b"\xff")
 
     def _write(self, bar: int | None, address: int, data: bytes) -> None:
         if bar is not None:
-            for at, width in _accesses(address, len(data)):
+            accesses = [*_accesses(address, len(data))]
+            self.charge(_ACCESS_WORK * len(accesses))
+            for at, width in accesses:
                 self.endpoint.write_bar(bar, at, data[at - address : at - address + width])
         elif (inside := min(len(data), self.endpoint.config_size - address)) > 0:
             self.endpoint.write_config(address, data[:inside])

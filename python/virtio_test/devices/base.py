@@ -11,6 +11,10 @@ A handler is written in one of three ways; every way passes the same validation 
 
 A queue without a handler is left alone: its buffers stay available.
 
+**One `kicked`** takes `BUDGET` chains or `WEIGHT` bytes, whatever comes first, and leaves the rest to the next turn of
+the loop: a driver that makes buffers available as fast as they are used keeps nobody else waiting. One request alone
+may be larger, and a handler whose request is more work than its bytes show says so (`charge`).
+
 **A handler that raises** makes one log entry with its traceback, and then ``broken`` latches the queue and
 reports the device broken, or ``complete0`` answers the request with 0 bytes and goes on. `KeyboardInterrupt`
 and `SystemExit` are not errors of a handler: they leave the loop.
@@ -49,7 +53,7 @@ from virtio_test.features import FeatureSet, Requirements
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["BaseDevice", "Batched", "Kept", "batched", "kept"]
+__all__ = ["BUDGET", "WEIGHT", "BaseDevice", "Batched", "Kept", "batched", "kept"]
 
 RequestHandler: TypeAlias = "Callable[[bytes], Buffer | None]"
 BatchHandler: TypeAlias = Callable[[memoryview, memoryview], object]
@@ -60,6 +64,9 @@ _NO_REQUIREMENTS: Final[Requirements] = MappingProxyType({})
 DEFAULT_QUEUE_SIZE: Final = 128
 BUDGET: Final = 256
 """Chains that one `kicked` handles at most before the loop gets to something else."""
+
+WEIGHT: Final = 0x80000
+"""Bytes that it moves at most; with the chain that reaches this it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,8 @@ class Kept:
 
 def batched(handler: BatchHandler, *, request_size: int, response_size: int, limit: int = BUDGET) -> Batched:
     """``handler(requests, responses)`` for up to `limit` requests: rows of the two given sizes in bytes.
+
+    There are fewer where they would be more than `WEIGHT` bytes together.
 
     `responses` is writable and zeroed. Shorter requests and smaller buffers are completed with 0 bytes.
     """
@@ -160,6 +169,9 @@ class BaseDevice:
         self._late: dict[int, tuple[Chain, bytes]] = {}
         # Rings that broke in a completion, by queue.
         self._gone: dict[int, QueueViolation] = {}
+        # What the handlers of the present `kicked` have charged, and the queue whose `process` counts it as well.
+        self._charged = 0
+        self._processing: DeviceQueue | None = None
 
     def __repr__(self) -> str:
         running = sorted(self._queues)
@@ -318,6 +330,12 @@ class BaseDevice:
             raise StateError(f"queue {index} does not run")
         return queue
 
+    def charge(self, count: int) -> None:
+        """For a handler: its request is as much work as `count` bytes of buffers more."""
+        self._charged += count
+        if self._processing is not None:
+            self._processing.charge(count)
+
     @property
     def kept(self) -> list[Chain]:
         """The chains that `kept` handlers have taken and nobody has completed, oldest first."""
@@ -371,21 +389,28 @@ class BaseDevice:
     # --- inside ---------------------------------------------------------------------------------------------
 
     def _handle(self, queue: DeviceQueue, handler: RequestHandler | Batched | Kept) -> int:
-        """Run the handler over what is available, `BUDGET` chains at most; how many were taken."""
+        """Run the handler over what is available, as far as the bounds allow; how many chains were taken.
+
+        `BUDGET` says that a bound was reached; less, that the ring has to be looked at once more.
+        """
         if isinstance(handler, Kept):
             return self._take(queue, handler)
         if isinstance(handler, Batched):
             return self._batch(queue, handler)
         try:
-            return queue.process(handler, limit=BUDGET)
+            self._processing = queue
+            return queue.process(handler, limit=BUDGET, max_bytes=WEIGHT)
         except Exception as error:
             if queue.latched is not None:
                 raise
             self._handler_failed(queue, error, [queue.take_failed()])
             return BUDGET
+        finally:
+            self._processing = None
 
     def _batch(self, queue: DeviceQueue, batch: Batched) -> int:
         rows = 0
+        limit = min(batch.limit, max(1, WEIGHT // max(1, batch.request_size + batch.response_size)))
 
         def counted(requests: memoryview, responses: memoryview) -> None:
             nonlocal rows
@@ -394,7 +419,7 @@ class BaseDevice:
 
         try:
             done = queue.process_batch(
-                counted, request_size=batch.request_size, response_size=batch.response_size, limit=batch.limit
+                counted, request_size=batch.request_size, response_size=batch.response_size, limit=limit
             )
         except Exception as error:
             if queue.latched is not None:
@@ -403,13 +428,19 @@ class BaseDevice:
             failed = [queue.pop() for _ in range(rows)] if self.on_handler_error == "complete0" else []
             self._handler_failed(queue, error, failed)
             return BUDGET
-        return BUDGET if done >= batch.limit else done
+        return BUDGET if done >= limit else done
 
     def _take(self, queue: DeviceQueue, keeper: Kept) -> int:
+        self._charged = 0
+        moved = 0
         for taken in range(BUDGET):
+            if moved + self._charged >= WEIGHT:
+                return BUDGET
             chain = queue.pop()
             if chain is None:
                 return taken
+            # What it will write is for whoever completes it to count.
+            moved += chain.readable
             with self._settled:
                 self._kept[id(chain)] = (chain, queue, False)
             try:

@@ -10,9 +10,8 @@ says how many bytes are used.
 Nothing is kept, so buffers are used in the order in which they came and the device offers **IN_ORDER**, which a device
 with `kept` handlers cannot.
 
-One `kicked` takes 256 chains or 16 MiB of buffers, whatever comes first, and leaves the rest to the next turn of the
-loop. One chain alone may be larger: that much a driver can always ask for. A request that is more work than its buffers
-show says so (`charge`).
+One `kicked` takes as much as `base` says, counted by the buffers that are offered. One chain alone may be larger: that
+much a driver can always ask for.
 
 **Memory that goes away** under a handler is no error of the handler: the chain is completed with 0 bytes, after
 `lost` could say something in it.
@@ -30,7 +29,7 @@ from virtio_test.config import ConfigSpace
 from virtio_test.errors import QueueViolation, StaleChain, StaleMemory
 from virtio_test.features import FeatureSet, Requirements
 
-from .base import BUDGET, BaseDevice, OnHandlerError
+from .base import BUDGET, WEIGHT, BaseDevice, OnHandlerError
 
 __all__ = ["CHUNK", "ChainDevice", "DirectHandler"]
 
@@ -40,7 +39,6 @@ DirectHandler: TypeAlias = Callable[[Chain], int]
 CHUNK: Final = 256 << 10
 """Bytes that a handler holds at once; larger requests are copied in pieces of this size."""
 
-_BYTES: Final = 16 << 20
 _NO_REQUIREMENTS: Final[Requirements] = MappingProxyType({})
 
 
@@ -81,7 +79,6 @@ class ChainDevice(BaseDevice):
             on_handler_error=on_handler_error,
         )
         self._chains = dict(chains)
-        self._charged = 0
 
     def kicked(self, queue_index: int) -> bool:
         """See `Device.kicked`."""
@@ -97,16 +94,12 @@ class ChainDevice(BaseDevice):
             return False
         return more or queue.enable_kicks()
 
-    def charge(self, count: int) -> None:
-        """For a handler: its request is as much work as `count` bytes of buffers more."""
-        self._charged += count
-
     def lost(self, chain: Chain) -> None:
         """The memory of `chain` has gone, at least in part; it is completed with 0 bytes next."""
 
     def _serve(self, queue: DeviceQueue, handler: DirectHandler) -> bool:
         """Answer what is available; whether it stopped at a bound. The driver is told once, at the end."""
-        left = _BYTES
+        left = WEIGHT
         try:
             for _ in range(BUDGET):
                 chain = queue.pop()

@@ -3,6 +3,7 @@
 //! Python code (handlers, notifier callbacks) never runs while the queue's lock or a pin of the memory is held, but that
 //! which reads and writes remote memory (see `guard`).
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -18,6 +19,7 @@ use super::guard::{with_memory, with_queue};
 use super::layout::{PyQueueConfig, PyQueueState, PyRingLayout};
 use super::mem::PyGuestMemory;
 use super::notify::PyNotifier;
+use super::process::Bounds;
 use crate::error::{Misuse, QueueError};
 use crate::mem::Want;
 use crate::queue::DeviceQueue;
@@ -59,6 +61,8 @@ pub struct PyDeviceQueue {
     failed: Mutex<Vec<Py<PyChain>>>,
     /// What our own device latched the queue with; a rule the driver broke is kept by the queue itself.
     broken: Mutex<Option<Py<PyAny>>>,
+    /// Work that handlers have charged, in bytes.
+    charged: AtomicUsize,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -87,6 +91,11 @@ impl PyDeviceQueue {
         }
         let miss = locked(&self.miss).as_ref().map(|miss| miss.clone_ref(py));
         miss.map_or(Ok(()), |miss| miss.get().notify(py))
+    }
+
+    /// What handlers have charged since the last time.
+    pub(super) fn take_charge(&self) -> usize {
+        self.charged.swap(0, Ordering::Relaxed)
     }
 
     /// Forget what belongs to a generation that ends. Dropped after the locks: what the traceback of an exception
@@ -135,6 +144,7 @@ impl PyDeviceQueue {
             miss: Mutex::new(miss),
             failed: Mutex::new(Vec::new()),
             broken: Mutex::new(None),
+            charged: AtomicUsize::new(0),
         })
     }
 
@@ -268,16 +278,28 @@ impl PyDeviceQueue {
         put.and_then(|put| Ok(put?)).inspect_err(|_| chain.reopen())
     }
 
-    #[pyo3(signature = (handler, *, limit = Int(32768), max_request = Int(16 << 20)))]
-    #[pyo3(text_signature = "($self, handler, *, limit=32768, max_request=16777216)")]
+    #[pyo3(signature = (handler, *, limit = Int(32768), max_request = Int(16 << 20), max_bytes = None))]
+    #[pyo3(text_signature = "($self, handler, *, limit=32768, max_request=16777216, max_bytes=None)")]
     fn process(
         &self,
         py: Python<'_>,
         handler: &Bound<'_, PyAny>,
         limit: Int<usize>,
         max_request: Int<usize>,
+        max_bytes: Option<Int<usize>>,
     ) -> PyResult<usize> {
-        self.one_by_one(py, handler, positive(limit.0, "limit")?, max_request.0)
+        let bounds = Bounds {
+            chains: positive(limit.0, "limit")?,
+            request: max_request.0,
+            bytes: max_bytes.map_or(usize::MAX, |bytes| bytes.0),
+        };
+        self.one_by_one(py, handler, bounds)
+    }
+
+    /// From any thread; what is charged outside of `process` is forgotten when that begins.
+    fn charge(&self, count: Int<usize>) {
+        let add = |charged: usize| Some(charged.saturating_add(count.0));
+        let _ = self.charged.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 
     #[pyo3(signature = (handler, *, request_size, response_size, limit = Int(256)))]

@@ -18,6 +18,25 @@ use crate::chain::Element;
 /// Chains taken at once: enough to spread the cost of a publication.
 const BURST: usize = 32;
 
+/// What one call of `process` may do at most.
+#[derive(Clone, Copy)]
+pub(super) struct Bounds {
+    pub(super) chains: usize,
+    /// Bytes of one request that a handler still gets.
+    pub(super) request: usize,
+    /// Bytes read and written in all, and whatever the handlers charge; the chain that reaches it is the last one.
+    pub(super) bytes: usize,
+}
+
+/// What has been done.
+#[derive(Default)]
+struct Progress {
+    taken: usize,
+    /// Chains that were not dropped.
+    completed: usize,
+    bytes: usize,
+}
+
 /// What becomes of a chain.
 #[derive(Clone, Copy)]
 enum Answer {
@@ -30,28 +49,23 @@ enum Answer {
 }
 
 impl PyDeviceQueue {
-    /// Call `handler(request)` for up to `limit` chains; the number completed.
-    pub(super) fn one_by_one(
-        &self,
-        py: Python<'_>,
-        handler: &Bound<'_, PyAny>,
-        limit: usize,
-        max_request: usize,
-    ) -> PyResult<usize> {
-        let (mut taken, mut done) = (0, 0);
+    /// Call `handler(request)` for as many chains as the bounds allow; the number completed.
+    pub(super) fn one_by_one(&self, py: Python<'_>, handler: &Bound<'_, PyAny>, bounds: Bounds) -> PyResult<usize> {
+        let mut progress = Progress::default();
+        self.take_charge();
         let outcome = loop {
-            if taken == limit {
+            if progress.taken >= bounds.chains || progress.bytes >= bounds.bytes {
                 break Ok(());
             }
-            match self.burst(py, handler, BURST.min(limit - taken), max_request, &mut done) {
+            match self.burst(py, handler, bounds, &mut progress) {
                 Ok(0) => break Ok(()),
-                Ok(count) => taken += count,
+                Ok(count) => progress.taken += count,
                 Err(error) => break Err(error),
             }
         };
         // What was answered before a failure is announced all the same.
         match (outcome, self.signal(py)) {
-            (Ok(()), Ok(_)) => Ok(done),
+            (Ok(()), Ok(_)) => Ok(progress.completed),
             (Err(error), Ok(_)) | (Ok(()), Err(error)) => Err(error),
             (Err(first), Err(second)) => Err(pressing(py, first, second)),
         }
@@ -98,10 +112,17 @@ impl PyDeviceQueue {
         }
     }
 
-    /// Complete chain `index` of `popped` with what became of it; whether it was not dropped.
-    fn complete(&self, py: Python<'_>, popped: &Popped, index: usize, answer: Answer) -> PyResult<bool> {
+    /// Complete chain `index` of `popped` with what became of it.
+    fn complete(
+        &self,
+        py: Python<'_>,
+        popped: &Popped,
+        index: usize,
+        answer: Answer,
+        progress: &mut Progress,
+    ) -> PyResult<()> {
         let Some(element) = popped.elements.get(index) else {
-            return Ok(false);
+            return Ok(());
         };
         let ticket = element.ticket();
         let (fits, response) = match answer {
@@ -126,7 +147,9 @@ impl PyDeviceQueue {
                 Ok(done)
             })
         });
-        done.map_err(|error| either(py, error))
+        progress.completed += usize::from(done.map_err(|error| either(py, error))?);
+        progress.bytes = progress.bytes.saturating_add(length);
+        Ok(())
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<()> {
@@ -142,12 +165,13 @@ impl PyDeviceQueue {
         })
     }
 
-    /// Requests of as many of the chains as fit `max_request` bytes together; the others are put back. None
-    /// stands for a chain that is too long by itself.
+    /// Requests of as many of the chains as fit `most` bytes together, and of one in any case; the others are put back.
+    /// None stands for a chain that is too long by itself.
     fn gather<'py>(
         &self,
         py: Python<'py>,
         popped: &mut Popped,
+        most: usize,
         max_request: usize,
     ) -> PyResult<Vec<Option<Bound<'py, PyBytes>>>> {
         let mut requests = Vec::with_capacity(popped.elements.len());
@@ -159,7 +183,7 @@ impl PyDeviceQueue {
                 continue;
             }
             total += length;
-            if total > max_request {
+            if total > most && !requests.is_empty() {
                 break;
             }
             let rows = Rows {
@@ -178,43 +202,48 @@ impl PyDeviceQueue {
         Ok(requests)
     }
 
-    /// One burst of `process`: the number of chains taken, 0 when there is nothing to do; `completed` counts those
-    /// that were not dropped. Chains of a generation that a handler has ended are not handled any more.
+    /// One burst of `process`: the number of chains taken, 0 when there is nothing to do. Chains of a generation that a
+    /// handler has ended are not handled any more.
     fn burst(
         &self,
         py: Python<'_>,
         handler: &Bound<'_, PyAny>,
-        limit: usize,
-        max_request: usize,
-        completed: &mut usize,
+        bounds: Bounds,
+        progress: &mut Progress,
     ) -> PyResult<usize> {
-        let mut popped = Popped::take(py, self, limit)?;
-        let requests = match self.gather(py, &mut popped, max_request) {
+        let mut popped = Popped::take(py, self, BURST.min(bounds.chains - progress.taken))?;
+        let left = bounds.bytes.saturating_sub(progress.bytes);
+        let requests = match self.gather(py, &mut popped, left.min(bounds.request), bounds.request) {
             Ok(requests) => requests,
             Err(error) => {
                 self.shared().give_back(popped);
                 return Err(error);
             }
         };
-        let count = requests.len();
+        let mut count = 0;
         for (index, request) in requests.into_iter().enumerate() {
+            if progress.bytes >= bounds.bytes {
+                self.with(py, |queue| popped.put_back(queue, index))?;
+                break;
+            }
+            count = index + 1;
             let answered = match request {
                 Some(request) if self.is_current(py, &popped, index)? => {
-                    self.answer(py, handler, &popped, index, request)
+                    let length = request.as_bytes().len();
+                    progress.bytes = progress.bytes.saturating_add(length);
+                    self.answer(py, handler, &popped, index, request, progress)
                 }
                 // Too long by itself, or only to be counted as dropped.
-                _ => self.complete(py, &popped, index, Answer::Refused),
+                _ => self.complete(py, &popped, index, Answer::Refused, progress),
             };
-            match answered {
-                Ok(done) => *completed += usize::from(done),
-                Err(error) => {
-                    let published = self.publish(py);
-                    self.keep_failed(py, &mut popped, index)?;
-                    return Err(match published {
-                        Ok(()) => error,
-                        Err(violation) => pressing(py, violation, error),
-                    });
-                }
+            progress.bytes = progress.bytes.saturating_add(self.take_charge());
+            if let Err(error) = answered {
+                let published = self.publish(py);
+                self.keep_failed(py, &mut popped, index)?;
+                return Err(match published {
+                    Ok(()) => error,
+                    Err(violation) => pressing(py, violation, error),
+                });
             }
         }
         self.publish(py)?;
@@ -228,17 +257,18 @@ impl PyDeviceQueue {
         popped: &Popped,
         index: usize,
         request: Bound<'py, PyBytes>,
-    ) -> PyResult<bool> {
+        progress: &mut Progress,
+    ) -> PyResult<()> {
         let response = handler.call1((request,))?;
         if response.is_none() {
-            return self.complete(py, popped, index, Answer::Nothing);
+            return self.complete(py, popped, index, Answer::Nothing, progress);
         }
         let Ok(bytes) = response.extract::<Input<'_>>() else {
             let name = response.get_type().name()?;
             let text = format!("the handler returned {name}: it returns bytes (or a buffer), or None for no bytes");
             return Err(HandlerError::new_err(text));
         };
-        self.complete(py, popped, index, Answer::Bytes(bytes.raw()))
+        self.complete(py, popped, index, Answer::Bytes(bytes.raw()), progress)
     }
 
     /// A handler raised at chain `index`: later chains go back, the chain is kept for `take_failed`.
