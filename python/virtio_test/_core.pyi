@@ -14,9 +14,9 @@ from typing_extensions import Buffer
 from .errors import QueueViolation
 
 __all__ = [
-    "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DirtyLog", "DriverQueue", "GuestMemory", "Missing",
-    "Notifier", "Policy", "Poller", "QueueConfig", "QueueState", "Region", "RingLayout", "Rule", "Trace",
-    "__version__", "build_info", "need_event", "rules",
+    "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DirtyLog", "DriverQueue", "GuestMemory", "InflightArea",
+    "InflightPart", "Missing", "Notifier", "Policy", "Poller", "QueueConfig", "QueueState", "Region", "RingLayout",
+    "Rule", "Trace", "__version__", "build_info", "need_event", "rules",
 ]  # fmt: skip
 
 __version__: Final[str]
@@ -130,6 +130,11 @@ class Trace:
         """Forget the log and the changes that are still planned; numbering starts at 0 again."""
     def change_at(self, number: int, address: int, data: Buffer) -> None:
         """Write `data` to `address` just before access `number` happens, as a racing other side would."""
+    def end_at(self, number: int) -> None:
+        """Write nothing from access `number` on, as if all went well: what a process that is killed there leaves."""
+    @property
+    def count(self) -> int:
+        """Accesses since the last `clear()`."""
     @property
     def missed(self) -> int:
         """Changes since the last `clear()` that could not be made: not mapped for writing at that moment."""
@@ -468,6 +473,35 @@ class Chain:
         """Set bytes of the writable part; the number of bytes set."""
 
 @final
+class InflightArea:
+    """Memory of the other side in which the queues of a device record what they have in flight (vhost-user.rst).
+
+    Args:
+        size: bytes, a multiple of 8; the file has all of them.
+        fd: its file, duplicated.
+        offset: of the file, a multiple of 8.
+        trace: numbers the accesses together with those to guest memory.
+    """
+
+    def __new__(cls, size: int, *, fd: int, offset: int = 0, trace: Trace | None = None) -> InflightArea: ...
+    @property
+    def size(self) -> int: ...
+    def part(self, offset: int, entries: int) -> InflightPart:
+        """The record of a queue of up to `entries` descriptors, from byte `offset` on, a multiple of 8."""
+
+@final
+class InflightPart:
+    """Where the record of one queue lies; see `DeviceQueue`."""
+
+    @staticmethod
+    def bytes(entries: int, packed: bool) -> int:
+        """How many bytes a record has."""
+    @property
+    def entries(self) -> int: ...
+    def clear(self) -> None:
+        """Make it one that nobody has written yet: nothing is in flight, and the ring may begin anew."""
+
+@final
 class Batch:
     """Several chains taken at once: requests in one buffer, responses from one buffer, one publication.
 
@@ -498,6 +532,9 @@ class DeviceQueue:
         state: where to go on; a fresh ring when None.
         call: wakes the driver when chains were used.
         miss: wakes whoever can get translations when a chain lacks one; once for each `missing`.
+        record: where to record what is in flight, and what to go on from: if there is a record already, it counts and
+            `state` does not, and what was left is popped first. `MessageError` ("InflightState") when it is no record
+            that this queue can have; it is unchanged then. A reset ends the recording, and leaves the record as it was.
     """
 
     def __new__(
@@ -508,6 +545,7 @@ class DeviceQueue:
         state: QueueState | None = None,
         call: Notifier | None = None,
         miss: Notifier | None = None,
+        record: InflightPart | None = None,
     ) -> DeviceQueue: ...
     @property
     def memory(self) -> GuestMemory: ...
@@ -521,6 +559,11 @@ class DeviceQueue:
     def generation(self) -> int: ...
     @property
     def in_flight(self) -> int: ...
+    @property
+    def left(self) -> int:
+        """Chains that an earlier device end left in its record, and that were not popped yet."""
+    @property
+    def keeps_record(self) -> bool: ...
     @property
     def latched(self) -> QueueViolation | None:
         """The violation that latched this queue; None while it works."""
@@ -558,7 +601,10 @@ class DeviceQueue:
             ForeignChain, StaleChain: not this queue's chain, or completed or put back already.
         """
     def unpop(self, chain: Chain) -> None:
-        """Put the newest popped chain back, as if it had not been popped; `StateError` when it is not the newest."""
+        """Put the newest popped chain back, as if it had not been popped.
+
+        `StateError` when it is not the newest, or was left by an earlier device end: the ring has it no longer.
+        """
     def process(
         self,
         handler: Callable[[bytes], Buffer | None],

@@ -57,6 +57,8 @@ pub struct Element {
     pub seq: u64,
     /// Generation of the queue that it was popped in.
     pub generation: u64,
+    /// Entry of the record of what is in flight, if the queue keeps one.
+    pub entry: u16,
 }
 
 impl Element {
@@ -69,6 +71,7 @@ impl Element {
             head: self.head,
             slots: self.slots,
             writable: self.writable,
+            entry: self.entry,
         }
     }
 }
@@ -335,6 +338,7 @@ impl<'a, A: Access> Walk<'a, A> {
             epoch: self.mem.epoch(),
             seq: 0,
             generation: 0,
+            entry: 0,
         }
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod chain;
 pub mod error;
+pub mod inflight;
 pub mod iov;
 pub mod mem;
 pub mod notify;

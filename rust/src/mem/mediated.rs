@@ -133,8 +133,9 @@ impl<'a> Mediated<'a> {
         }
     }
 
-    fn note(&self, kind: AccessKind, at: At, off: u64, len: u64) {
-        if let Some(trace) = self.trace {
+    /// Record an access; whether it may write.
+    fn note(&self, kind: AccessKind, at: At, off: u64, len: u64) -> bool {
+        self.trace.is_none_or(|trace| {
             // What it changes, the other side changes.
             let unseen = Self {
                 trace: None,
@@ -142,8 +143,8 @@ impl<'a> Mediated<'a> {
                 ..*self
             };
             let gpa = at.gpa.saturating_add(off);
-            trace.before(&unseen, Record { kind, gpa, len });
-        }
+            trace.before(&unseen, Record { kind, gpa, len })
+        })
     }
 
     /// `len` bytes at `gpa` were written.
@@ -301,7 +302,9 @@ macro_rules! load {
 macro_rules! store {
     ($name:ident, $word:ty) => {
         fn $name(&self, at: At, off: u64, value: $word) -> Result<(), MemoryError> {
-            self.note(AccessKind::Store, at, off, size_of::<$word>() as u64);
+            if !self.note(AccessKind::Store, at, off, size_of::<$word>() as u64) {
+                return Ok(());
+            }
             self.mem.$name(at, off, value).or_else(|error| {
                 let (remote, gpa) = self.remote_word(error, Want::Write)?;
                 remote.write(gpa, &value.to_le_bytes())
@@ -369,7 +372,9 @@ impl Access for Mediated<'_> {
     }
 
     unsafe fn write_raw(&self, at: At, off: u64, src: *const u8, len: usize) -> Result<(), MemoryError> {
-        self.note(AccessKind::Write, at, off, len as u64);
+        if !self.note(AccessKind::Write, at, off, len as u64) {
+            return Ok(());
+        }
         if self.mem.direct(at, off, len as u64, Want::Write).is_some() {
             // SAFETY: our caller's promise is the one that is asked for.
             unsafe { self.mem.write_raw(at, off, src, len) }?;
@@ -386,7 +391,9 @@ impl Access for Mediated<'_> {
     }
 
     fn fill(&self, at: At, off: u64, len: u64, value: u8) -> Result<(), MemoryError> {
-        self.note(AccessKind::Write, at, off, len);
+        if !self.note(AccessKind::Write, at, off, len) {
+            return Ok(());
+        }
         self.each(address(at, off)?, host_size(len), Want::Write, |part, _| {
             match part.place {
                 // SAFETY: a part is valid for its length (M1) and was checked to be writable; M4 for races.

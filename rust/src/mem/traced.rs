@@ -4,7 +4,7 @@
 //!
 //! The other side shares the memory and may change it at any time. To test that, a `Trace` is told "just before
 //! access n, write these bytes there", and then plays the racing other side exactly there. The log of the same run
-//! without a change says which numbers there are.
+//! without a change says which numbers there are. Or the run ends there, for all that others can see of it.
 //!
 //! Accesses of all queues and threads that use one `Trace` are numbered together, in the order in which they begin.
 
@@ -61,6 +61,8 @@ struct State {
     log: Vec<Record>,
     changes: BTreeMap<u64, Vec<Change>>,
     missed: u64,
+    /// From this access on nothing is written.
+    end: Option<u64>,
 }
 
 /// The log of accesses and the changes that are planned; see the module's head.
@@ -109,13 +111,18 @@ impl Trace {
         self.state().changes.entry(number).or_default().push((gpa, data));
     }
 
-    /// Record an access and make the changes planned for it.
-    pub(super) fn before<A: Access>(&self, mem: &A, record: Record) {
-        let changes = {
+    /// Write nothing from access `number` on, and say that it was written: what a process that is killed there leaves.
+    pub fn end_at(&self, number: u64) {
+        self.state().end = Some(number);
+    }
+
+    /// Record an access and make the changes planned for it; whether it may write.
+    pub(super) fn before<A: Access>(&self, mem: &A, record: Record) -> bool {
+        let (changes, alive) = {
             let mut state = self.state();
             let number = state.log.len() as u64;
             state.log.push(record);
-            state.changes.remove(&number)
+            (state.changes.remove(&number), state.end.is_none_or(|end| number < end))
         };
         // Without the lock: a change of remote memory runs foreign code.
         for (gpa, data) in changes.unwrap_or_default() {
@@ -124,5 +131,6 @@ impl Trace {
                 state.missed = state.missed.saturating_add(1);
             }
         }
+        alive
     }
 }

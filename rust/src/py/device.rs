@@ -14,15 +14,16 @@ use super::args::Int;
 use super::batch::{Popped, PyBatch};
 use super::chain::{PyChain, Shared};
 use super::counters::PyCounters;
-use super::errors::{self, InvalidArgument, either, raise};
+use super::errors::{self, InvalidArgument, bad_record, either, raise};
 use super::guard::{with_memory, with_queue};
+use super::inflight::PyInflightPart;
 use super::layout::{PyQueueConfig, PyQueueState, PyRingLayout};
 use super::mem::PyGuestMemory;
 use super::notify::PyNotifier;
 use super::process::Bounds;
 use crate::error::{Misuse, QueueError};
 use crate::mem::Want;
-use crate::queue::DeviceQueue;
+use crate::queue::{DeviceQueue, StartError};
 
 /// A translation that the next chain of a queue cannot be read without.
 #[pyclass(frozen, module = "virtio_test._core", name = "Missing")]
@@ -120,7 +121,7 @@ fn positive(limit: usize, name: &str) -> PyResult<usize> {
 #[pymethods]
 impl PyDeviceQueue {
     #[new]
-    #[pyo3(signature = (memory, config, *, state = None, call = None, miss = None))]
+    #[pyo3(signature = (memory, config, *, state = None, call = None, miss = None, record = None))]
     fn new(
         py: Python<'_>,
         memory: Py<PyGuestMemory>,
@@ -128,14 +129,19 @@ impl PyDeviceQueue {
         state: Option<PyQueueState>,
         call: Option<Py<PyNotifier>>,
         miss: Option<Py<PyNotifier>>,
+        record: Option<&Bound<'_, PyInflightPart>>,
     ) -> PyResult<Self> {
         let guest = memory.get().inner().clone();
-        let queue = with_memory!(Some(py), &guest, |mem| DeviceQueue::new(
-            mem,
-            config.0,
-            state.map(|state| state.0)
-        ));
-        let queue = queue.map_err(|fault| raise(py, &fault))?;
+        let (config, state) = (config.0, state.map(|state| state.0));
+        let part = record.map(|part| part.get().inner());
+        let queue = with_memory!(Some(py), &guest, |mem| match part {
+            Some(part) => DeviceQueue::recorded(mem, config, state, part.clone()),
+            None => DeviceQueue::new(mem, config, state).map_err(StartError::Fault),
+        });
+        let queue = queue.map_err(|error| match error {
+            StartError::Fault(fault) => raise(py, &fault),
+            StartError::Record(error) => bad_record(py, config.index, &error),
+        })?;
         let shared = Arc::new(Shared::new(guest, queue));
         Ok(Self {
             memory,
@@ -176,6 +182,16 @@ impl PyDeviceQueue {
     #[getter]
     fn in_flight(&self, py: Python<'_>) -> PyResult<u32> {
         self.with(py, |queue| queue.in_flight())
+    }
+
+    #[getter]
+    fn left(&self, py: Python<'_>) -> PyResult<usize> {
+        self.with(py, |queue| queue.left())
+    }
+
+    #[getter]
+    fn keeps_record(&self, py: Python<'_>) -> PyResult<bool> {
+        self.with(py, |queue| queue.keeps_record())
     }
 
     #[getter]

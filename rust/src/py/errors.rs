@@ -5,6 +5,7 @@ use pyo3::types::{IntoPyDict, PyDict, PyType};
 
 use super::remote::caused;
 use crate::error::{Fault, Misuse, QueueError, Violation};
+use crate::inflight::BadRecord;
 use crate::mem::MemoryError;
 use crate::rule::Rule;
 
@@ -19,6 +20,7 @@ mod classes {
     pyo3::import_exception!(virtio_test.errors, StateError);
     pyo3::import_exception!(virtio_test.errors, QueueViolation);
     pyo3::import_exception!(virtio_test.errors, RuleViolation);
+    pyo3::import_exception!(virtio_test.errors, MessageError);
 }
 pub(crate) use classes::{HandlerError, InvalidArgument, StaleChain, StateError};
 
@@ -58,6 +60,16 @@ pub(crate) fn raise(py: Python<'_>, fault: &Fault) -> PyErr {
         Ok(instance) => PyErr::from_value(instance),
         Err(error) => error,
     }
+}
+
+/// The exception for a record that cannot be: it is the vhost-user protocol that has them.
+pub(crate) fn bad_record(py: Python<'_>, queue: u16, error: &BadRecord) -> PyErr {
+    let raised = [("queue", queue)].into_py_dict(py).and_then(|known| {
+        let class = py.get_type::<classes::MessageError>();
+        let clause = "vhost-user, Inflight I/O tracking";
+        class.call(("InflightState", clause, error.to_string()), Some(&known))
+    });
+    raised.map_or_else(|other| other, PyErr::from_value)
 }
 
 /// An address that our caller gave cannot be used: our caller's fault, unless the other side took the memory away.

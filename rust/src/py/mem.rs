@@ -24,7 +24,7 @@ use crate::mem::{
     RegionError, RegionSpec, Trace, Want,
 };
 
-fn region_error(error: RegionError) -> PyErr {
+pub(super) fn region_error(error: RegionError) -> PyErr {
     match error {
         // The fd or the size is one that cannot be mapped; everything else is the machine's trouble.
         RegionError::System {
@@ -123,6 +123,12 @@ impl PyAccess {
 #[pyclass(frozen, name = "Trace", module = "virtio_test._core")]
 pub struct PyTrace(Arc<Trace>);
 
+impl PyTrace {
+    pub(super) const fn inner(&self) -> &Arc<Trace> {
+        &self.0
+    }
+}
+
 #[pymethods]
 impl PyTrace {
     #[new]
@@ -140,6 +146,15 @@ impl PyTrace {
 
     fn change_at(&self, number: Int<u64>, address: Int<u64>, data: Input<'_>) {
         self.0.change_at(number.0, address.0, data.to_vec());
+    }
+
+    fn end_at(&self, number: Int<u64>) {
+        self.0.end_at(number.0);
+    }
+
+    #[getter]
+    fn count(&self) -> u64 {
+        self.0.count()
     }
 
     #[getter]

@@ -8,6 +8,7 @@ mod device;
 mod driver;
 mod errors;
 mod guard;
+mod inflight;
 mod layout;
 mod mem;
 mod notify;
@@ -55,6 +56,8 @@ mod core_module {
     use super::device::{PyDeviceQueue, PyMissing};
     #[pymodule_export]
     use super::driver::PyDriverQueue;
+    #[pymodule_export]
+    use super::inflight::{PyInflightArea, PyInflightPart};
     #[pymodule_export]
     use super::layout::{PyPolicy, PyQueueConfig, PyQueueState, PyRingLayout, PyRule, rules};
     #[pymodule_export]

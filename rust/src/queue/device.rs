@@ -1,6 +1,13 @@
 //! The device end of a virtqueue.
 
+mod recorded;
+mod returned;
+
 use std::collections::VecDeque;
+
+pub use recorded::StartError;
+use recorded::{Done, Recorded};
+use returned::Returned;
 
 use super::heads::HeadSet;
 use super::waits::Waits;
@@ -32,6 +39,8 @@ pub struct Ticket {
     pub slots: u16,
     /// Bytes that can be written to it.
     pub writable: u64,
+    /// Its entry of the record of what is in flight, if there is one.
+    pub entry: u16,
 }
 
 /// With IN_ORDER: a chain that waits for those popped before it.
@@ -40,14 +49,8 @@ struct Waiting {
     seq: u64,
     head: u16,
     slots: u16,
+    entry: u16,
     written: Option<u32>,
-}
-
-/// A chain that was put back while a later one was popped: in flight for the driver, and nobody's here.
-#[derive(Debug)]
-struct Returned {
-    element: Element,
-    segments: Vec<Segment>,
 }
 
 /// Segments that `pop_many` gathers before it stops: hostile chains share descriptors, so their sum has no
@@ -69,6 +72,8 @@ pub struct DeviceQueue {
     waiting: Option<VecDeque<Waiting>>,
     /// Chains put back that could not go back into the ring, oldest first: the next pops hand them out again.
     returned: VecDeque<Returned>,
+    /// The record of what is in flight, of queues that keep one.
+    recorded: Option<Box<Recorded>>,
     kicks: bool,
     /// Whether the driver was asked for a kick since the ring moved last.
     armed: bool,
@@ -106,6 +111,7 @@ impl DeviceQueue {
             busy: HeadSet::new(!config.policy.duplicate_heads),
             waiting: config.has(feature::IN_ORDER).then(VecDeque::new),
             returned: VecDeque::new(),
+            recorded: None,
             kicks: true,
             armed: false,
             unsignalled: false,
@@ -121,6 +127,10 @@ impl DeviceQueue {
         self.layout.spans()
     }
 
+    fn intact_beside(&self) -> Result<(), Fault> {
+        self.find_lost_record()
+    }
+
     /// What became of a copy from or to a chain of this queue: lost memory latches it.
     ///
     /// # Errors
@@ -133,7 +143,8 @@ impl DeviceQueue {
         })
     }
 
-    /// A new generation: everything in flight is dropped, a latch is cleared. On a fault nothing changes.
+    /// A new generation: everything in flight is dropped, a latch is cleared. On a fault nothing changes. A record is kept no
+    /// longer, and stays as it was.
     ///
     /// # Errors
     /// As [`DeviceQueue::new`].
@@ -198,7 +209,7 @@ impl DeviceQueue {
         if !matches!(self.life, Life::Running) || self.waits.still(mem.epoch()) {
             return false;
         }
-        !self.returned.is_empty() || self.look_or_arm(mem).unwrap_or(true)
+        !self.returned.is_empty() || self.left() > 0 || self.look_or_arm(mem).unwrap_or(true)
     }
 
     /// The rule that the next chain breaks if the translations that it lacks (`missing`) do not come.
@@ -323,6 +334,9 @@ impl DeviceQueue {
         if !self.returned.is_empty() {
             return Ok(self.pop_returned(segments));
         }
+        if self.left() > 0 {
+            return self.pop_left(mem, segments);
+        }
         if let Some(element) = self.pop_ring(mem, segments)? {
             return Ok(Some(element));
         }
@@ -330,17 +344,6 @@ impl DeviceQueue {
             return self.pop_ring(mem, segments);
         }
         Ok(None)
-    }
-
-    #[cold]
-    fn pop_returned(&mut self, segments: &mut Vec<Segment>) -> Option<Element> {
-        let returned = self.returned.pop_front()?;
-        let first = segments.len();
-        segments.extend(returned.segments);
-        Some(Element {
-            first,
-            ..returned.element
-        })
     }
 
     #[inline]
@@ -353,82 +356,49 @@ impl DeviceQueue {
         let room = busy_slots < u32::from(self.layout.size);
         let is_busy = |head| busy.contains(head);
         each!(&mut self.ring, ring => ring.refresh(mem).map_err(|error| ring.unmapped(rules, error)))?;
+        let copies = self.recorded.as_mut().map(|recorded| {
+            recorded.copies.clear();
+            &mut recorded.copies
+        });
         let popped = match &mut self.ring {
             Ring::Split(ring) => ring.pop(mem, rules, segments, is_busy, room)?,
-            Ring::Packed(ring) => ring.pop(mem, rules, segments, is_busy)?,
+            Ring::Packed(ring) => ring.pop(mem, rules, segments, is_busy, copies)?,
         };
         let Some(mut element) = popped else {
             return Ok(None);
         };
+        if self.recorded.is_some() {
+            self.note_taken(&mut element)?;
+        }
+        self.in_flight += 1;
+        self.number(&mut element);
+        Ok(Some(element))
+    }
+
+    /// Count a chain that is handed out for the first time.
+    #[inline]
+    fn number(&mut self, element: &mut Element) {
         element.seq = self.next_seq;
         element.generation = self.generation;
         self.next_seq += 1;
-        self.in_flight += 1;
         self.armed = false;
         self.counters.popped += 1;
         self.busy.insert(element.head);
         if let Some(waiting) = &mut self.waiting {
-            let Element { seq, head, slots, .. } = element;
+            let &mut Element {
+                seq,
+                head,
+                slots,
+                entry,
+                ..
+            } = element;
             waiting.push_back(Waiting {
                 seq,
                 head,
                 slots,
+                entry,
                 written: None,
             });
-        }
-        Ok(Some(element))
-    }
-
-    /// Put the newest popped chain back, as if it had not been popped. A stale one is dropped.
-    ///
-    /// # Errors
-    /// `NotNewest` when a later chain was popped and not put back.
-    pub fn unpop(&mut self, ticket: &Ticket) -> Result<(), Misuse> {
-        if ticket.generation != self.generation || self.broken() {
-            return Ok(());
-        }
-        if ticket.seq + 1 != self.next_seq {
-            return Err(Misuse::NotNewest);
-        }
-        self.undo_pop(ticket);
-        // What was put back before it may be the newest now.
-        while self
-            .returned
-            .back()
-            .is_some_and(|last| last.element.seq + 1 == self.next_seq)
-        {
-            if let Some(last) = self.returned.pop_back() {
-                self.undo_pop(&last.element.ticket());
-            }
-        }
-        Ok(())
-    }
-
-    fn undo_pop(&mut self, ticket: &Ticket) {
-        match &mut self.ring {
-            Ring::Split(ring) => ring.unpop(),
-            Ring::Packed(ring) => ring.unpop(ticket.slots),
-        }
-        self.next_seq = self.next_seq.saturating_sub(1);
-        self.in_flight = self.in_flight.saturating_sub(1);
-        self.counters.popped = self.counters.popped.saturating_sub(1);
-        self.armed = false;
-        self.busy.remove(ticket.head);
-        if let Some(waiting) = &mut self.waiting {
-            waiting.pop_back();
-        }
-    }
-
-    /// Put any chain back that was popped and not completed: into the ring when it is the newest, else it is kept
-    /// and handed out again by the next pop, so that none is ever lost. `segments` are the chain's own.
-    pub fn put_back(&mut self, element: &Element, segments: &[Segment]) {
-        if self.unpop(&element.ticket()).is_err() {
-            let place = self.returned.partition_point(|other| other.element.seq < element.seq);
-            let returned = Returned {
-                element: element.clone(),
-                segments: segments.to_vec(),
-            };
-            self.returned.insert(place, returned);
         }
     }
 
@@ -464,9 +434,8 @@ impl DeviceQueue {
         if self.waiting.is_some() {
             self.complete_in_order(mem, ticket, written)?;
         } else {
-            let (head, slots) = (ticket.head, ticket.slots);
-            self.with_ring(mem, |ring| stage(ring, mem, head, slots, written))?;
-            self.busy.remove(head);
+            let &Ticket { head, slots, entry, .. } = ticket;
+            self.use_up(mem, head, slots, entry, written)?;
         }
         self.in_flight = in_flight;
         self.counters.pushed += 1;
@@ -483,19 +452,35 @@ impl DeviceQueue {
         while let Some(&Waiting {
             head,
             slots,
+            entry,
             written: Some(written),
             ..
         }) = waiting.front()
         {
-            staged = self.with_ring(mem, |ring| stage(ring, mem, head, slots, written));
+            staged = self.use_up(mem, head, slots, entry, written);
             if staged.is_err() {
                 break;
             }
             waiting.pop_front();
-            self.busy.remove(head);
         }
         self.waiting = Some(waiting);
         staged
+    }
+
+    /// Write the used entry of a chain, or keep it until it is published, where that is recorded.
+    #[inline]
+    fn use_up<A: Access>(&mut self, mem: &A, head: u16, slots: u16, entry: u16, written: u32) -> Result<(), Fault> {
+        let done = Done {
+            head,
+            slots,
+            written,
+            entry,
+        };
+        if !self.keep_done(done) {
+            self.with_ring(mem, |ring| stage(ring, mem, head, slots, written))?;
+        }
+        self.busy.remove(head);
+        Ok(())
     }
 
     /// Make all completed chains visible to the driver.
@@ -506,6 +491,9 @@ impl DeviceQueue {
     pub fn publish<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
         if self.broken() {
             return Ok(());
+        }
+        if self.recorded.is_some() {
+            return self.publish_recorded(mem);
         }
         // Only what is visible can be announced: not what was completed since, or waits for earlier chains.
         self.unsignalled |= self.with_intact_ring(mem, |ring| each!(ring, ring => ring.publish(mem)))?;

@@ -109,6 +109,12 @@ impl DriverQueue {
         Ok(queue)
     }
 
+    /// There is no other memory that it relies on.
+    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "as the device end has it")]
+    const fn intact_beside(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
     /// All memory that the ring and its tables are made of.
     fn spans(&self) -> [(u64, u64); 4] {
         let [desc, driver, device] = self.layout.spans();

@@ -76,7 +76,8 @@ macro_rules! common_to_both_ends {
             let mut spans = self.spans().into_iter();
             spans
                 .try_for_each(|(gpa, len)| mem.intact(gpa, len))
-                .map_err(|error| each!(&self.ring, ring => ring.unmapped(&self.rules, error)))
+                .map_err(|error| each!(&self.ring, ring => ring.unmapped(&self.rules, error)))?;
+            self.intact_beside()
         }
 
         /// As `intact`, and the loss latches the queue.
@@ -122,7 +123,7 @@ mod waits;
 
 pub use areas::IndirectArea;
 pub use config::{QueueConfig, QueueState, feature};
-pub use device::{DeviceQueue, Ticket};
+pub use device::{DeviceQueue, StartError, Ticket};
 pub use driver::DriverQueue;
 
 use crate::error::Fault;

@@ -65,6 +65,15 @@ impl Desc {
     }
 }
 
+/// A packed descriptor as it was read from the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Raw {
+    pub(crate) addr: u64,
+    pub(crate) len: u32,
+    pub(crate) id: u16,
+    pub(crate) flags: u16,
+}
+
 /// The fields of a packed descriptor after its flags were loaded with acquire ordering.
 #[inline]
 pub(crate) fn load_packed<A: Access>(mem: &A, ring: At, slot: u16) -> Result<(u64, u32, u16), MemoryError> {

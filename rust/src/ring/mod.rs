@@ -9,7 +9,7 @@
 
 pub(crate) mod desc;
 mod event;
-mod layout;
+pub(crate) mod layout;
 pub(crate) mod packed;
 pub(crate) mod split;
 

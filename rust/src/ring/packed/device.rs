@@ -4,6 +4,7 @@ use super::{Place, arm, disarm};
 use crate::chain::{ChainRules, Element, Segment, Table, Walk};
 use crate::error::Fault;
 use crate::mem::{Access, MemoryError};
+use crate::ring::desc::Raw;
 use crate::ring::event::DISABLE;
 use crate::ring::{Areas, End, PackedEvent, RingLayout, desc, packed_need_event};
 use crate::rule::Rule;
@@ -84,7 +85,8 @@ impl PackedDevice {
     }
 
     /// Pop the next list into `segments`; `busy` says whether a buffer id is in flight. Nothing changes on a
-    /// fault. The id is opaque to us (2.8.1): it is compared and handed back, never used as an index.
+    /// fault. The id is opaque to us (2.8.1): it is compared and handed back, never used as an index. Its descriptors are
+    /// appended to `copies`, for a record of what is in flight.
     #[inline]
     pub(crate) fn pop<A: Access>(
         &mut self,
@@ -92,6 +94,7 @@ impl PackedDevice {
         rules: &ChainRules,
         segments: &mut Vec<Segment>,
         busy: impl Fn(u16) -> bool,
+        mut copies: Option<&mut Vec<Raw>>,
     ) -> Result<Option<Element>, Fault> {
         let size = self.layout.size;
         let mut place = self.next_avail;
@@ -123,6 +126,9 @@ impl PackedDevice {
                 Ok(fields) => fields,
                 Err(error) => return Err(walk.ring_fault(index, error)),
             };
+            if let Some(copies) = &mut copies {
+                copies.push(Raw { addr, len, id, flags });
+            }
             slots += 1;
             place = place.forward(1, size);
             // 2.8.1: the id of the buffer is that of its last descriptor.
@@ -168,6 +174,42 @@ impl PackedDevice {
         self.next_avail = place;
         self.slots_in_flight += u32::from(slots);
         Ok(Some(element))
+    }
+
+    /// A list that an earlier device end took, from copies of its descriptors, which this ring counts as taken.
+    pub(crate) fn pop_again<A: Access>(
+        &self,
+        mem: &A,
+        rules: &ChainRules,
+        segments: &mut Vec<Segment>,
+        descs: &[Raw],
+    ) -> Result<Element, Fault> {
+        let mut walk = Walk::new(mem, rules, segments, self.published.slot, 0);
+        let mut slots = 0;
+        for (index, desc) in (0u32..).zip(descs) {
+            slots += 1;
+            walk.set_head(desc.id);
+            if desc.flags & desc::INDIRECT != 0 {
+                if slots > 1 {
+                    let message = "an INDIRECT descriptor follows direct ones in a list".to_owned();
+                    return Err(walk.fault(Rule::IndirectAfterDirect, index, Some(desc.addr), message));
+                }
+                walk_table(&mut walk, rules, index, desc.addr, desc.len, desc.flags)?;
+                break;
+            }
+            walk.take(index, desc.addr, desc.len, desc.flags)?;
+        }
+        Ok(walk.finish(slots))
+    }
+
+    /// `slots` of this ring were taken by an earlier device end and not given back.
+    pub(crate) const fn count_taken(&mut self, slots: u32) {
+        self.slots_in_flight = slots;
+    }
+
+    /// Where the next used descriptor is published when this one, of a list of `slots`, is staged and published.
+    pub(crate) const fn used_after(&self, slots: u16) -> u16 {
+        self.next_used.forward(slots, self.layout.size).bits()
     }
 
     /// Undo the newest pop of a list of `slots` descriptors.

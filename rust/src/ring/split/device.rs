@@ -235,6 +235,24 @@ impl SplitDevice {
         Err(walk.fault(Rule::ChainTooLong, index, None, message))
     }
 
+    /// The chain of a head that an earlier device end took, which this ring counts as taken.
+    pub(crate) fn pop_again<A: Access>(
+        &self,
+        mem: &A,
+        rules: &ChainRules,
+        segments: &mut Vec<Segment>,
+        head: u16,
+    ) -> Result<Element, Fault> {
+        let mut walk = Walk::new(mem, rules, segments, self.published, head);
+        self.walk(&mut walk, mem, head)?;
+        Ok(walk.finish(1))
+    }
+
+    /// `used.idx` when one more entry is staged and published.
+    pub(crate) const fn used_after(&self) -> u16 {
+        self.next_used.wrapping_add(1)
+    }
+
     /// Undo the newest pop.
     pub(crate) fn unpop(&mut self) {
         self.next_avail = self.next_avail.wrapping_sub(1);
