@@ -37,6 +37,16 @@ from .acts import (
 from .case import CaseFailed, Outcome, RingCase
 from .corpus import load, save
 from .draw import Draw, RandomDraw, every
+from .message_rows import MESSAGE_ROWS, message_case, message_cases
+from .messages import (
+    ANSWERS,
+    FrontEndFacts,
+    MessageProgram,
+    MessageWriter,
+    Say,
+    any_messages,
+    legal_messages,
+)
 from .register_rows import REGISTER_ROWS, register_case, register_cases
 from .registers import (
     Facts,
@@ -55,6 +65,8 @@ from .rows import ROWS, cases, random_case
 from .scene import Scene
 
 __all__ = [
+    "ANSWERS",
+    "MESSAGE_ROWS",
     "REGISTER_ROWS",
     "ROWS",
     "Act",
@@ -66,8 +78,11 @@ __all__ = [
     "Draw",
     "Facts",
     "Fill",
+    "FrontEndFacts",
     "Look",
     "Map",
+    "MessageProgram",
+    "MessageWriter",
     "MmioTarget",
     "Outcome",
     "PciTarget",
@@ -82,6 +97,7 @@ __all__ = [
     "RandomDraw",
     "RegisterProgram",
     "RingCase",
+    "Say",
     "Scene",
     "Take",
     "Target",
@@ -89,11 +105,15 @@ __all__ = [
     "Unmap",
     "Use",
     "Write",
+    "any_messages",
     "any_program",
     "cases",
     "every",
+    "legal_messages",
     "legal_program",
     "load",
+    "message_case",
+    "message_cases",
     "random_case",
     "register_case",
     "register_cases",
