@@ -24,6 +24,8 @@ __all__ = ["serve"]
 _log: Final = logging.getLogger("virtio_test.cli")
 _PATIENCE_SECONDS: Final = 1.0
 """How long one line of the console may wait for a reader that does not read; the lines after it do not wait."""
+_LINES: Final = 500
+_LINES_PER_SECOND: Final = 20
 
 
 def serve(
@@ -156,11 +158,31 @@ def _tell(text: str) -> None:
 
 
 class _Log(logging.Handler):
-    """The log on stderr. A front-end that causes thousands of lines must not stop us by them when nobody reads."""
+    """The log on stderr. A front-end that causes thousands of lines must not stop us by them when nobody reads.
+
+    Nor may it fill a disk: after `_LINES` of them there are `_LINES_PER_SECOND`, and it is said how many are missing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room = float(_LINES)
+        self._since = time.monotonic()
+        self._missing = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`; lines for which there is no room are dropped."""
-        for line in self.format(record).splitlines(keepends=True):
+        now = time.monotonic()
+        self._room = min(_LINES, self._room + _LINES_PER_SECOND * (now - self._since))
+        self._since = now
+        lines = self.format(record).splitlines(keepends=True)
+        if self._room < 1.0:
+            self._missing += len(lines)
+            return
+        if self._missing:
+            _tell(f"virtio-test: {self._missing} lines of the log are missing: there were too many\n")
+            self._missing = 0
+        self._room -= len(lines)
+        for line in lines:
             _tell(line if line.endswith("\n") else line + "\n")
 
 

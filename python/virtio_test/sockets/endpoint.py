@@ -2,7 +2,8 @@
 
 Whatever is wrong with a path becomes one line that says what, where and what to do. A file is removed in two
 cases only: the socket that a killed server of this user left behind (a socket of mode 0600, ours, on which
-nobody listens), before binding; and our own, recognised by its inode, at the end.
+nobody listens), before binding; and our own, recognised by its inode, at the end. Looking and removing go through one
+descriptor of the folder, so nobody can put another folder in between; no link is followed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -95,13 +96,15 @@ class Endpoint:
         path = Path(text)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with _alone_in(path.parent) as alone:
-                if alone:
-                    _remove_stale(path)
+            with _alone_in(path.parent) as folder:
+                if folder is not None:
+                    _remove(folder, path, _is_stale)
                 # The mode of the socket becomes that of its file: nobody else can connect, not even for a moment.
                 os.fchmod(listener.fileno(), 0o600)
                 listener.bind(raw)
                 status = path.lstat()
+                if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
+                    raise FileExistsError(errno.EADDRINUSE, "replaced")
                 listener.listen(1)
         except OSError as error:
             listener.close()
@@ -118,38 +121,55 @@ class Endpoint:
         self.listener = listener
 
     def close(self) -> None:
-        """Close the sockets, and remove our file if it is still ours."""
+        """Remove our file if it is still ours, and close the sockets."""
+        if self._path is not None:
+            # Before the socket is closed: as long as it is open nobody else's file can have its inode.
+            with suppress(OSError), _opened(self._path.parent) as folder:
+                _remove(folder, self._path, self._is_mine)
+            self._path = None
         for each in (self.listener, self.connected):
             if each is not None:
                 each.close()
         self.listener = self.connected = None
-        if self._path is not None:
-            try:
-                status = self._path.lstat()
-                if (status.st_dev, status.st_ino) == self._identity:
-                    self._path.unlink()
-            except OSError:
-                # Gone already, or its folder is: nothing of ours is left.
-                pass
-            self._path = None
+
+    def _is_mine(self, status: os.stat_result, _path: str) -> bool:
+        return stat.S_ISSOCK(status.st_mode) and (status.st_dev, status.st_ino) == self._identity
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Generator[bool]:
-    """Two servers that start at once must not take each other's new socket for a stale one.
-
-    Gives False where there is no lock, and then no stale socket is looked for: in a folder that one may write into
-    and not read, or that somebody else keeps locked.
-    """
+def _opened(folder: Path) -> Generator[int]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:
-        yield False
-        return
-    try:
-        yield _locked(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Generator[int | None]:
+    """Two servers that start at once must not take each other's new socket for a stale one.
+
+    Gives the folder, and None where there is no lock, and then no stale socket is looked for: in a folder that one may
+    write into and not read, or that somebody else keeps locked.
+    """
+    with ExitStack() as stack:
+        try:
+            fd = stack.enter_context(_opened(folder))
+        except PermissionError:
+            yield None
+        else:
+            yield fd if _locked(fd) else None
+
+
+def _remove(folder: int, path: Path, is_it: Callable[[os.stat_result, str], bool]) -> None:
+    """Remove the file of `path` in the open `folder` if `is_it` says so, which is given its status and a path to it."""
+    try:
+        status = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    through = f"/proc/self/fd/{folder}/{path.name}"
+    if is_it(status, through if len(os.fsencode(through)) <= MAX_PATH_BYTES else str(path)):
+        os.unlink(path.name, dir_fd=folder)
 
 
 def _locked(fd: int) -> bool:
@@ -166,11 +186,12 @@ def _locked(fd: int) -> bool:
             return True
 
 
-def _in_use(path: Path) -> bool:
+def _in_use(path: str) -> bool:
     """Whether a socket is bound there. A probe of another type is refused either way, but for different reasons."""
+    raw = os.fsencode(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(os.fsencode(path))
+            probe.connect(raw)
         except ConnectionRefusedError:
             return False
         except OSError:
@@ -178,18 +199,9 @@ def _in_use(path: Path) -> bool:
         return True
 
 
-def _is_stale(path: Path) -> bool:
-    try:
-        status = path.lstat()
-    except OSError:
-        return False
+def _is_stale(status: os.stat_result, path: str) -> bool:
     mine = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o600
     return stat.S_ISSOCK(status.st_mode) and mine and not _in_use(path)
-
-
-def _remove_stale(path: Path) -> None:
-    if _is_stale(path):
-        path.unlink()
 
 
 def _why_taken(path: Path) -> str:
@@ -198,7 +210,7 @@ def _why_taken(path: Path) -> str:
     except OSError:
         return f"socket path {path} is taken by something that has just gone; try again"
     if stat.S_ISSOCK(mode):
-        if _in_use(path):
+        if _in_use(str(path)):
             return f"socket path {path}: another server is there; stop it, or give another path"
         return f"socket path {path}: a socket of another program is there; remove it, or give another path"
     kind = "a symbolic link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a file"

@@ -23,6 +23,7 @@ from typing import Final, Self, TypeVar
 from virtio_test._core import GuestMemory
 from virtio_test.errors import InvalidArgument, MessageError, PeerDisconnected, PeerTimeout, StateError
 from virtio_test.loop import OwnerLoop
+from virtio_test.sockets.reach import reach
 from virtio_test.spec import pcibus
 
 from .capabilities import Capabilities, pack_capabilities, parse_capabilities
@@ -83,7 +84,7 @@ class VfioUserClient:
 
     Raises:
         InvalidArgument: neither or both of path and connection, or an impossible transfer size.
-        OSError: nobody listens there.
+        OSError: nobody listens there, or others wait there already.
         PeerDisconnected, PeerTimeout, MessageError: the server ends the connection, is silent, or breaks a rule.
     """
 
@@ -104,13 +105,7 @@ class VfioUserClient:
         if (path is None) == (connection is None):
             raise InvalidArgument("a client needs either a socket path or a connection")
         if connection is None:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                connection.settimeout(timeout)
-                connection.connect(os.fsencode(path or ""))
-            except BaseException:
-                connection.close()
-                raise
+            connection = reach(path or "", timeout=timeout)
         self._loop = OwnerLoop() if loop is None else loop
         self._memory = GuestMemory([(0, _MEMORY_SIZE)]) if memory is None else memory
         self._wire = Wire(connection, "client")

@@ -44,6 +44,7 @@ class BackendChannel:
         self._decoder = Decoder(BACKEND_REQUESTS, replies=True)
         self._unsent: dict[tuple[BackendRequest, int], bytes] = {}
         self._partial = b""
+        self._refused = False
         loop.add_reader(self._socket.fileno(), self._readable)
 
     def __repr__(self) -> str:
@@ -94,7 +95,9 @@ class BackendChannel:
         try:
             data = self._socket.recv(self._decoder.wanted, socket.MSG_DONTWAIT)
             for message in self._decoder.feed(data):
-                if isinstance(message.payload, U64) and message.payload.value:
+                if isinstance(message.payload, U64) and message.payload.value and not self._refused:
+                    # Once: it can send as many as it likes, for requests that there never were.
+                    self._refused = True
                     _log.info("the front-end refused request %d of ours", message.request)
         except BlockingIOError:
             return

@@ -42,6 +42,7 @@ __all__ = ["SUPPORTED", "Session"]
 _log: Final = logging.getLogger("virtio_test.vhost_user")
 _PROTOCOL: Final = 1 << PROTOCOL_FEATURES_BIT
 _WORD64: Final = (1 << 64) - 1
+_LOGGED_REFUSALS: Final = 20
 
 _F = ProtocolFeature
 SUPPORTED: Final = (
@@ -91,6 +92,7 @@ class Session:
         self.rings = RingSet(device, memory, loop, policy)
         self.protocol = ProtocolFeature(0)
         self.status = DeviceStatus(width=8)
+        self._refusals = 0
         # A request of the table without an entry here is one that this back-end does not serve.
         self._handlers: dict[int, Callable[[Message], Payload | None]] = {
             Request.GET_FEATURES: self._get_features,
@@ -146,18 +148,26 @@ class Session:
             if error.rule == "InbandAlone" or (row is not None and row.reply is not None and not row.may_be_empty):
                 raise
             if row is not None and row.reply is not None:
-                _log.warning("answered with an error: %s", error)
+                self._told("answered with an error", error)
                 return encode_reply(message.request)
             if message.need_reply:
-                _log.warning("refused: %s", error)
+                self._told("refused", error)
                 return encode_reply(message.request, U64(1))
             if row is None:
-                _log.warning("ignored: %s", error)
+                self._told("ignored", error)
                 return None
             raise
         if row.reply is not None:
             return encode_reply(message.request, reply)
         return encode_reply(message.request, U64(0)) if message.need_reply else None
+
+    def _told(self, what: str, error: MessageError) -> None:
+        """A line for each refusal; a front-end that causes thousands of them gets a few."""
+        self._refusals += 1
+        if self._refusals <= _LOGGED_REFUSALS:
+            _log.warning("%s: %s", what, error)
+        elif self._refusals == _LOGGED_REFUSALS + 1:
+            _log.warning("more of it is answered and not told")
 
     def _run(self, handler: Callable[[Message], Payload | None], message: Message) -> Payload | None:
         try:

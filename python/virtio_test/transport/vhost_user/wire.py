@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import time
 from collections.abc import Sequence
 
 from virtio_test.errors import PeerDisconnected, PeerTimeout
 from virtio_test.sockets.fds import receive, send
+from virtio_test.sockets.reach import reach
 
 from .codec import Decoder, Message
 from .messages import HEADER_BYTES
@@ -30,18 +30,11 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 10.0) -> socket.so
     Raises:
         PeerDisconnected: nobody does, or the path is no path of a socket; one line.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # Python's own timeout does not wait for a place among those that wait. 0 would be no bound at all.
-    microseconds = max(1, int(timeout * 1e6))
-    bound = struct.pack("ll", microseconds // 1_000_000, microseconds % 1_000_000)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
     try:
-        connection.connect(os.fspath(path))
+        return reach(path, timeout=timeout)
     except (OSError, ValueError) as error:
-        connection.close()
         why = "others wait there already" if isinstance(error, BlockingIOError) else _reason(error)
         raise PeerDisconnected(f"no back-end at {os.fspath(path)}: {why}") from None
-    return connection
 
 
 def _reason(error: Exception) -> str:
