@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import event, given
-from hypothesis import strategies as st
-from virtio_test._core import Access, Chain, DeviceQueue, GuestMemory, Policy, Trace
+from hypothesis import given
+from virtio_test._core import Access, DeviceQueue, GuestMemory, Policy, Trace
 from virtio_test.errors import QueueViolation
 
-from tests.property.bench import AVAIL, BIG, DATA, EDGE, HOLE, INDIRECT, NEXT, RING, ROM, TABLE, USED, WRITE, Bench, W
-from tests.property.ends import EVENT_IDX, IN_ORDER, INDIRECT_DESC, ModelDriverEnd
+from tests.property.bench import DATA, HOLE, RING, Bench
+from tests.property.ends import IN_ORDER, ModelDriverEnd
 from tests.property.play import guest, play, transcript
 from tests.property.shapes import Script, scripts
-from tests.property.watch import Watch, WatchedEnd
+from tests.property.watch import WatchedEnd
 from tests.unit.world import mapped_files, open_fds
 
 # ------------------------------------------------------------------------------------------------------ legal traffic
@@ -55,103 +54,7 @@ def test_in_order_does_not_let_more_in_flight_than_the_ring_has() -> None:
         assert len(bench.popped) == 8
 
 
-# -------------------------------------------------------------------------------------------------------------- chaos
-
-PLACES = [0, RING, RING + 0x80, DATA, EDGE - 4, HOLE - 16, HOLE, ROM, TABLE, WRITE, BIG, 2**64 - 8, 2**64 - 1]
-FLAGS = [NEXT, W, NEXT | W, INDIRECT, 0]
-LIKELY: dict[str, list[int]] = {
-    "desc.addr": PLACES,
-    "desc.len": [0, 1, 15, 16, 32, 48, 128, 4096, 16 * 1025, 1 << 31, 2**32 - 1],
-    "desc.flags": FLAGS + [flags | turn for flags in FLAGS for turn in (AVAIL, USED, AVAIL | USED)],
-    "desc.next": list(range(10)),
-    "desc.id": list(range(10)),
-    "avail.idx": list(range(10)),
-    "avail.ring": list(range(10)),
-}
-"""What is nearly right, field by field: it gets further than noise."""
-
-
-@st.composite
-def scribbles(draw: st.DrawFn, *, packed: bool) -> list[tuple[str, int, int]]:
-    """(field, index, value) of a ring of 8."""
-    found = list[tuple[str, int, int]]()
-    fields = Bench(packed).setup.layout.fields()
-    for name in draw(st.lists(st.sampled_from(sorted(fields)), min_size=1, max_size=8)):
-        most = (1 << 8 * fields[name][1]) - 1
-        likely = [value for value in LIKELY.get(name, []) if value <= most]
-        value = st.integers(0, most)
-        found.append((name, draw(st.integers(0, 7)), draw(st.sampled_from(likely) | value if likely else value)))
-    return found
-
-
-@given(st.data(), st.booleans(), st.sampled_from([0, EVENT_IDX, IN_ORDER]), st.sampled_from(["interop", "strict"]))
-def test_chaos_keeps_the_invariants(data: st.DataObject, packed: bool, features: int, policy: str) -> None:
-    """A legal ring, then any fields of ring and tables set to anything, between any calls, for several rounds."""
-    bench = Bench(
-        packed,
-        policy=Policy.interop if policy == "interop" else Policy.strict,
-        features=INDIRECT_DESC | features,
-        start=data.draw(st.sampled_from([6, 0x8000, 0x8007] if packed else [0, 0xFFFE])),
-    )
-    for shape in data.draw(
-        st.lists(st.sampled_from([bench.single, bench.direct, bench.tabled]), min_size=1, max_size=2)
-    ):
-        shape()
-    watch = Watch(bench.queue, bench.trace, legal=False)
-    waiting, violations = list[Chain](), 0
-    for _ in range(data.draw(st.integers(2, 4))):
-        for name, index, value in data.draw(scribbles(packed=packed)):
-            if name.startswith("desc") and value % 3 == 0:
-                bench.entry(name, value, index % 3)
-            else:
-                bench.put(name, value, index % bench.queue.layout().fields()[name][3])
-        violations += drain(watch, waiting)
-        watch.others()
-        while waiting and data.draw(st.booleans()):
-            finish(watch, waiting.pop(data.draw(st.integers(0, len(waiting) - 1))))
-    assert violations <= 1, "V9"
-    assert (bench.queue.latched is not None) == (violations == 1)
-
-
-def drain(watch: Watch, waiting: list[Chain]) -> int:
-    """Pop until there is no more; how many violations were raised."""
-    while len(waiting) <= watch.queue.size:
-        chain = None
-        try:
-            chain = watch.pop()
-        except QueueViolation as violation:
-            event(violation.rule)
-            return 1
-        if chain is None:
-            return 0
-        waiting.append(chain)
-    pytest.fail("more chains than the ring has room for (V6)")
-
-
-def finish(watch: Watch, chain: Chain) -> None:
-    if watch.queue.latched is None:
-        if chain.readable < 1 << 20:
-            watch.read(chain)
-        watch.write(chain, b"\xff" * min(chain.writable, 64))
-    assert watch.push(chain, min(chain.writable, 64)) == (watch.queue.latched is None)
-
-
-@given(st.binary(min_size=64, max_size=512), st.booleans())
-def test_random_bytes_are_survived(content: bytes, packed: bool) -> None:
-    """Nothing legal at all: the ring is noise."""
-    bench = Bench(packed)
-    watch = Watch(bench.queue, bench.trace, legal=False)
-    bench.memory.write(RING, (content * 16)[: bench.queue.layout().end - RING])
-    waiting = list[Chain]()
-    violations = drain(watch, waiting)
-    for chain in waiting:
-        finish(watch, chain)
-    assert (bench.queue.latched is not None) == (violations == 1)
-    if violations:
-        bench.trace.clear()
-        assert bench.queue.pop() is None
-        assert not bench.queue.has_work()
-        assert bench.trace.log() == []
+# --------------------------------------------------------------------------------------------------------------- leaks
 
 
 @pytest.mark.row("U12")

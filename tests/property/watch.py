@@ -117,7 +117,7 @@ class Watch:
     def others(self) -> None:
         """Calls that write nothing but how the queue wants to be kicked."""
         self.queue.has_work()
-        self._done([])
+        self._done(self._suppression)
         self.queue.signal()
         self._done([])
         self.queue.enable_kicks()

@@ -14,6 +14,8 @@ from types import ModuleType
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+PYTEST = ("test_my_device",)
+"""Those that pytest runs."""
 NAMES = ("blk_device", "echo_device", "lying_function", "sum_driver")
 
 
@@ -27,7 +29,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NAMES)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NAMES, *PYTEST}
 
 
 def test_blk_device(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +102,22 @@ def test_the_device_is_served(name: str, tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PYTEST)
+def test_as_tests(name: str, tmp_path: Path) -> None:
+    """Far from our own configuration, as in a project of one's own."""
+    (tmp_path / f"{name}.py").write_text((EXAMPLES / f"{name}.py").read_text())
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{name}.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout
+    assert "3 passed" in run.stdout
+
+
+@pytest.mark.parametrize("name", [*NAMES, *PYTEST])
 def test_a_page_is_a_page(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, cast
 
 from virtio_test._core import Policy, QueueConfig, QueueState, RingLayout
 
-from .acts import Act, Buffer, Change, Race
+from .acts import Act, Add, Buffer, Change, Race
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -133,6 +133,12 @@ class RingCase:
         return self.strict if name == "strict" else self.interop
 
     @property
+    def tabled(self) -> bool:
+        """Whether the driver needs room for indirect tables."""
+        added = [act.buffer for act in self.later if isinstance(act, Add)]
+        return any(buffer.indirect for buffer in (*self.buffers, *added))
+
+    @property
     def traced(self) -> bool:
         """Whether it needs a memory that can change at an access."""
         return any(isinstance(act, Race) for act in self.later)
@@ -176,7 +182,7 @@ class RingCase:
             yield Scene(self, policy, memory=memory, device=device or our_device)
         except Exception as error:
             error.add_note(f"{self!r}\n\nThis replays it:\n\n{self.script(policy)}")
-            error.ring_case = self  # type: ignore[attr-defined]
+            error.__dict__["case"] = self
             raise
         STAGE.give_back(self, memory)
 

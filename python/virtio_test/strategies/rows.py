@@ -9,8 +9,8 @@ from typing import Final
 from virtio_test.errors import InvalidArgument
 
 from .case import RingCase
-from .defects import MUTATORS, Mutator
 from .draw import RandomDraw, every
+from .mutators import MUTATORS, Mutator
 
 __all__ = ["ROWS", "cases", "mutators", "random_case"]
 

@@ -41,9 +41,13 @@ def take(limit):
 
 
 def use(which, written):
-    while (chain := device.pop()) is not None:
-        theirs.append(chain)
-    device.push(theirs[which], written)
+    try:
+        while (chain := device.pop()) is not None:
+            theirs.append(chain)
+        if which < len(theirs):
+            device.push(theirs[which], min(written, theirs[which].writable))
+    except QueueViolation as violation:
+        print("the legal device found:", violation)
 """
 
 
@@ -138,7 +142,7 @@ def _body(case: RingCase) -> Iterator[str]:
     yield "# The ring as a driver makes it."
     yield from _begin(case)
     tables = ""
-    if any(buffer.indirect for buffer in case.buffers):
+    if case.tabled:
         tables = f", indirect={case.tables:#x}, indirect_entries={case.entries}"
     yield f"driver = DriverQueue(memory, {'config' if driver else 'legal'}, state=start{tables})"
     for buffer in case.buffers:
@@ -205,4 +209,4 @@ def _act(act: Act) -> Iterator[str]:
         case Pop(limit):
             yield f"pop({limit})"
         case Push(which, written):
-            yield f"end.push(chains[{which}], {written})"
+            yield f"push({which}, {written})"
