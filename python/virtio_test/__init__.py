@@ -165,8 +165,15 @@ def _explain(violation: RuleViolation) -> str:
     return explain(violation)
 
 
+def _expected(violation: RuleViolation) -> str:
+    from .checks.explain import expected
+
+    return expected(violation)
+
+
 # Errors stand below the catalogue that explains them, and may not know it.
 RuleViolation.explainer = _explain
+RuleViolation.expecter = _expected
 
 if build_info()["profile"] == "debug":
     warnings.warn("the core of virtio_test is a debug build: slow, not for measuring", DebugBuildWarning, stacklevel=2)

@@ -76,16 +76,18 @@ class RuleViolation(PeerError):
     Attributes:
         rule: stable name of the rule, for example ``"NextOutOfRange"``.
         clause: clause of VIRTIO 1.4, for example ``"2.7.5"``.
-        message: what was found and what was expected, one sentence.
+        message: what was found, and where it counts what was expected; one sentence.
         queue: index of the virtqueue, or None.
         position: ring position (split: index into the avail or used ring; packed: descriptor slot), or None.
         head: head descriptor index (split) or buffer id (packed), or None.
         descriptor: index of the descriptor in its table, or None.
         address: guest physical address in question, or None.
         explainer: whoever knows more of rules than their names; the package hands its catalogue in.
+        expecter: whoever knows what a rule asks for; likewise.
     """
 
     explainer: ClassVar[Callable[[RuleViolation], str] | None] = None
+    expecter: ClassVar[Callable[[RuleViolation], str] | None] = None
 
     def __init__(
         self,
@@ -120,6 +122,12 @@ class RuleViolation(PeerError):
         }
         return {name: value for name, value in named.items() if value is not None}
 
+    @property
+    def expected(self) -> str:
+        """What must hold by this rule, one sentence of the catalogue; empty for a rule that it does not have."""
+        expecter = RuleViolation.expecter
+        return "" if expecter is None else expecter(self)
+
     def explain(self) -> str:
         """All that is known of the rule, for a terminal: clause, outcomes, what others do, a ring that shows it."""
         explainer = RuleViolation.explainer
@@ -129,7 +137,15 @@ class RuleViolation(PeerError):
         where = ", ".join(
             f"{name} {value:#x}" if name == "address" else f"{name} {value}" for name, value in self.places().items()
         )
-        return f"{self.rule} (VIRTIO 1.4, {self.clause}): {self.message}" + (f" [{where}]" if where else "")
+        return f"{self.rule} ({self._document()}): {self.message}{self._expected()}" + (f" [{where}]" if where else "")
+
+    def _document(self) -> str:
+        return f"VIRTIO 1.4, {self.clause}"
+
+    def _expected(self) -> str:
+        """Of what was expected as much as the message does not say already."""
+        expected = self.expected.removesuffix(".")
+        return f"; expected: {expected}" if expected and expected.casefold() not in self.message.casefold() else ""
 
     def __repr__(self) -> str:
         places = "".join(f", {name}={value!r}" for name, value in self.places().items())
@@ -161,10 +177,8 @@ class MessageError(RuleViolation):
     `clause` names the protocol's own document and section instead of a VIRTIO clause, so `str()` says so.
     """
 
-    def __str__(self) -> str:
-        return f"{self.rule} ({self.clause}): {self.message}" + (
-            f" [queue {self.queue}]" if self.queue is not None else ""
-        )
+    def _document(self) -> str:
+        return self.clause
 
 
 class AnswerViolation(RuleViolation):

@@ -38,8 +38,8 @@ def test_a_finding_is_a_line(run: Run, tmp_path: Path) -> None:
     result = run("check", str(path), *options(config), "--index", "2")
     assert (result.status, result.err) == (1, "")
     assert result.out == (
-        "NextOutOfRange (VIRTIO 1.4, 2.7.5): next is 4, the table has 4 descriptors "
-        "[queue 2, position 0, head 0, descriptor 0]\n"
+        "NextOutOfRange (VIRTIO 1.4, 2.7.5): next is 4, the table has 4 descriptors; expected: The next field of a "
+        "chained descriptor is an index of its table [queue 2, position 0, head 0, descriptor 0]\n"
     )
 
 

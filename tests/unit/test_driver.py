@@ -201,6 +201,7 @@ def test_what_was_put_in_early_is_kicked_after_driver_ok_and_not_before() -> Non
     assert kicks == [(0, Status.DRIVER_OK)]
 
 
+@pytest.mark.row("G18")
 def test_a_request_ends_once() -> None:
     ends: list[Request] = []
     driver = Driver(Loopback(BaseDevice(7, handlers={0: echo})))
@@ -214,6 +215,7 @@ def test_a_request_ends_once() -> None:
 # --- requests ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("G18")
 @RINGS
 @pytest.mark.parametrize("indirect", [False, True])
 def test_many_in_flight_each_with_its_own_buffer(ring: str, indirect: bool) -> None:

@@ -81,13 +81,33 @@ def test_str_is_one_line_with_rule_and_clause(kind: type[errors.RuleViolation], 
 
 def test_str_word_for_word() -> None:
     error = errors.QueueViolation("NextOutOfRange", "2.7.5", "next is 9", queue=0, head=3, address=0x1000)
-    assert str(error) == "NextOutOfRange (VIRTIO 1.4, 2.7.5): next is 9 [queue 0, head 3, address 0x1000]"
+    assert str(error) == (
+        "NextOutOfRange (VIRTIO 1.4, 2.7.5): next is 9; expected: The next field of a chained descriptor is an index "
+        "of its table [queue 0, head 3, address 0x1000]"
+    )
     assert repr(error) == "QueueViolation('NextOutOfRange', '2.7.5', 'next is 9', queue=0, head=3, address=4096)"
 
 
 def test_message_error_names_its_own_document() -> None:
     error = errors.MessageError("PayloadSize", "vhost-user, Header", "size is 5", queue=2)
-    assert str(error) == "PayloadSize (vhost-user, Header): size is 5 [queue 2]"
+    assert str(error) == (
+        "PayloadSize (vhost-user, Header): size is 5; expected: The payload has the size of its request [queue 2]"
+    )
+
+
+def test_what_is_expected_is_said_once_and_only_of_rules_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = "A queue has at least one descriptor."
+    error = errors.QueueViolation("QueueSizeZero", "2.7", "size 0")
+    assert error.expected == expected
+    assert pickle.loads(pickle.dumps(error)).expected == expected
+    said = errors.QueueViolation("QueueSizeZero", "2.7", f"size 0: {expected[:-1].lower()}")
+    assert str(said).count("at least one descriptor") == 1
+    other = errors.RuleViolation("HouseRule", "2.7", "mine", queue=1)
+    assert other.expected == ""
+    assert str(other) == "HouseRule (VIRTIO 1.4, 2.7): mine [queue 1]"
+    monkeypatch.setattr(errors.RuleViolation, "expecter", None)
+    assert error.expected == ""
+    assert str(error) == "QueueSizeZero (VIRTIO 1.4, 2.7): size 0"
 
 
 def test_equality_is_by_class_and_all_fields() -> None:

@@ -272,7 +272,7 @@ def test_administration_virtqueues_are_beyond_the_others(row: str, accepted: boo
         assert set(world.rules()) == {"NoSuchQueue"}
 
 
-@row("X16")
+@row("X16", "Q12")
 def test_a_queue_that_is_not_there_reads_as_nothing(row: str) -> None:
     world = World()
     world.negotiate()

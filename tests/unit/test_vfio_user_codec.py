@@ -108,7 +108,7 @@ def test_the_table_renders_every_command_once() -> None:
 
 def test_every_rule_says_where_it_stands() -> None:
     error = violation("DmaExists", "twice")
-    assert str(error) == "DmaExists (vfio-user, VFIO_USER_DMA_MAP): twice"
+    assert str(error) == ("DmaExists (vfio-user, VFIO_USER_DMA_MAP): twice; expected: No region is mapped over another")
     assert all(rule.name == name and rule.summary and rule.section for name, rule in MESSAGE_RULES.items())
 
 

@@ -145,5 +145,8 @@ def test_render_names_every_request() -> None:
 def test_a_violation_names_rule_and_section() -> None:
     error = violation("VringBase", "base 9 of a ring of 8", queue=2)
     assert (error.rule, error.queue) == ("VringBase", 2)
-    assert str(error) == "VringBase (vhost-user, VHOST_USER_SET_VRING_BASE): base 9 of a ring of 8 [queue 2]"
+    assert str(error) == (
+        "VringBase (vhost-user, VHOST_USER_SET_VRING_BASE): base 9 of a ring of 8; expected: The base lies within the "
+        "ring [queue 2]"
+    )
     assert all(rule.name == name and rule.summary and rule.row for name, rule in MESSAGE_RULES.items())

@@ -14,7 +14,7 @@ from .entry import Entry
 from .minimal import EXAMPLES
 from .rows import ROWS, Row, find_row, rows_of_rule
 
-__all__ = ["as_dict", "explain", "list_rows", "list_rules"]
+__all__ = ["as_dict", "expected", "explain", "list_rows", "list_rules"]
 
 _WIDTH: Final = 100
 _PROTOCOLS: Final = {"vhost-user": "vhost-user", "vfio-user": "vfio-user", "linux/virtio_pcidev.h": "uml-pci"}
@@ -36,9 +36,14 @@ def explain(rule: RuleViolation | str, *, width: int = _WIDTH) -> str:
     if isinstance(rule, str):
         found = _named(rule)
         return _row_text(found, width) if isinstance(found, Row) else "\n\n".join(_text(each, width) for each in found)
-    found = [entry for entry in CATALOGUE.get(rule.rule, ()) if entry.family == _family(rule)]
+    found = _entries(rule)
     lines = _wrapped(str(rule), width, "")
     return "\n\n".join(("\n".join(lines), *(_text(entry, width) for entry in found)))
+
+
+def expected(error: RuleViolation) -> str:
+    """What must hold by the rule of an error; empty when it is somebody else's."""
+    return next((entry.summary for entry in _entries(error)), "")
 
 
 def as_dict(rule: str) -> list[dict[str, Any]]:
@@ -93,6 +98,11 @@ def _rows(entry: Entry) -> tuple[str, ...]:
     """The rows that it answers; those of a protocol's rule are its own."""
     more = (each.id for each in rows_of_rule(entry.name)) if entry.family == "virtio" else ()
     return tuple(dict.fromkeys((*entry.rows, *more)))
+
+
+def _entries(error: RuleViolation) -> list[Entry]:
+    """The entry of its rule, where the catalogue has it."""
+    return [entry for entry in CATALOGUE.get(error.rule, ()) if entry.family == _family(error)]
 
 
 def _family(error: RuleViolation) -> str:

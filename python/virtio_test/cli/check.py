@@ -154,4 +154,10 @@ def _told(config: QueueConfig) -> dict[str, Any]:
 
 
 def _as_dict(error: QueueViolation) -> dict[str, Any]:
-    return {"rule": error.rule, "clause": error.clause, "message": error.message, **error.places()}
+    return {
+        "rule": error.rule,
+        "clause": error.clause,
+        "message": error.message,
+        "expected": error.expected,
+        **error.places(),
+    }
