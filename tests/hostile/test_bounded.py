@@ -362,7 +362,7 @@ def quiet() -> Generator[None]:
     logger.setLevel(logging.NOTSET)
 
 
-@pytest.mark.row("U12", "V12")
+@pytest.mark.row("U12")
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize(("way", "kind"), STORMS)
 def test_bad_chains_leave_no_trace(tmp_path: Path, way: Way, kind: str) -> None:
@@ -371,7 +371,7 @@ def test_bad_chains_leave_no_trace(tmp_path: Path, way: Way, kind: str) -> None:
 
 @pytest.mark.deep
 @pytest.mark.timeout(900)
-@pytest.mark.row("U12", "V12")
+@pytest.mark.row("U12")
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize(("way", "kind"), STORMS)
 def test_ten_thousand_bad_chains_leave_no_trace(tmp_path: Path, way: Way, kind: str) -> None:
