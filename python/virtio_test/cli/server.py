@@ -77,10 +77,11 @@ def serve(
 
         serve_device(device, path, fd=fd, features=offered, policy=rules, ready=ready)
         return
+    from virtio_test.transport.findings import log_findings
     from virtio_test.transport.pci.function import VirtioPci
 
     def function(loop: OwnerLoop, memory: GuestMemory) -> VirtioPci:
-        return VirtioPci(
+        made = VirtioPci(
             device,
             flavour=flavour or "generic",
             behind_express_port=express,
@@ -89,6 +90,8 @@ def serve(
             offered=offered,
             policy=rules,
         )
+        log_findings(made.bank)
+        return made
 
     if carrier == "uml":
         from virtio_test.carrier.uml import serve_uml

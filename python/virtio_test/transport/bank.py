@@ -80,6 +80,8 @@ class RegisterBank(QueueRegisters):
         on_call: interrupts the driver for a queue; called in the loop.
         on_config: interrupts it for a configuration change; called in the loop.
         on_reset: tells the transport that the device was reset.
+        on_note: told of each broken rule, kept or not.
+        resets: how often the device was reset.
 
     Raises:
         InvalidArgument: the offer contradicts itself, or has features that the device does not.
@@ -112,6 +114,8 @@ class RegisterBank(QueueRegisters):
         self.on_call: Callable[[int], object] = lambda _: None
         self.on_config: Callable[[], object] = lambda: None
         self.on_reset: Callable[[], object] = lambda: None
+        self.on_note: Callable[[Exception], object] = lambda _: None
+        self.resets = 0
         self._accepted = offer - offer
         self._interface: Literal["modern", "legacy"] | None = None
         self._active = False
@@ -192,6 +196,7 @@ class RegisterBank(QueueRegisters):
         self.ignored[error.rule if isinstance(error, QueueViolation | StatusViolation) else type(error).__name__] += 1
         if len(self.errors) < MAX_ERRORS:
             self.errors.append(error)
+        self.on_note(error)
 
     # --- features and status --------------------------------------------------------------------------------
 
@@ -315,6 +320,7 @@ class RegisterBank(QueueRegisters):
         self._reset()
 
     def _reset(self) -> None:
+        self.resets += 1
         for slot in self._slots:
             slot.revoke()
             self._loop.unpend((self, "kick", slot.index))
