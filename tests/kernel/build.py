@@ -30,7 +30,7 @@ from tests.kernel.kernels import (
     uml_kernel,
 )
 
-PROGRAMS = ("init", "virtio")
+PROGRAMS = ("init", "virtio", "attack")
 QEMU_LEAST = (10, 2)
 """The first QEMU whose vhost-user-test-device-pci can be created by its user."""
 
@@ -91,7 +91,7 @@ def _fetch_qemu(into: Path) -> None:
 
 @functools.cache
 def programs() -> Path:
-    """The static programs of the guest: a folder with ``init`` and ``virtio``.
+    """The static programs of the guest: a folder with `PROGRAMS`.
 
     Raises:
         BuildError: they do not build.
@@ -158,7 +158,7 @@ def boot_sector() -> bytes:
 
 
 def files(kernel: Kernel, names: Sequence[str] = ()) -> dict[str, bytes]:
-    """The guest's files by path: init, programs, our module, and modules of the kernel with all they depend on.
+    """The guest's files by path: init, programs, our driver, and modules of the kernel with all they depend on.
 
     Args:
         kernel: whose modules.
@@ -172,6 +172,14 @@ def files(kernel: Kernel, names: Sequence[str] = ()) -> dict[str, bytes]:
     return contents
 
 
+def attack_files(kernel: Kernel) -> dict[str, bytes]:
+    """What a guest that attacks has besides: the module of ``guest/attack`` and the program that feeds it."""
+    return {
+        "bin/attack": (programs() / "attack").read_bytes(),
+        "lib/modules/virtio_attack.ko": (module(kernel, "virtio_attack") / "virtio_attack.ko").read_bytes(),
+    }
+
+
 def main(arguments: Sequence[str]) -> int:
     """Builds what is named; returns the exit status."""
     if list(arguments) == ["clean"]:
@@ -183,11 +191,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if arguments[0] in {"uml", "all"}:
             kernel = uml_kernel()
+            attack_files(kernel)
             print(f"user-mode Linux: {kernel.image} ({kernel.version}); module: {module(kernel)}")
         if arguments[0] in {"qemu", "all"}:
             machine = qemu()
             print(f"QEMU: {machine.path} ({machine.version})")
             print(f"programs for the guest: {', '.join(sorted(tools()))}; boot sector: {len(boot_sector())} bytes")
+            attack_files(debian_kernel())
             for kernel in (debian_kernel(), testing_kernel()):
                 print(f"Debian kernel: {kernel.image} ({kernel.version}); module: {module(kernel)}")
     except BuildError as error:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from tests.kernel import build
@@ -127,13 +127,20 @@ class Uml(Guest):
         virtio_id: the device behind it.
         arguments: further words for the kernel.
         prefix: words before its own, of a program that starts it.
+        files: further files, by path.
     """
 
     def __init__(
-        self, socket: Path, *, virtio_id: int = 45, arguments: Sequence[str] = (), prefix: Sequence[str] = ()
+        self,
+        socket: Path,
+        *,
+        virtio_id: int = 45,
+        arguments: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.kernel = kernel = build.uml_kernel()
-        super().__init__(build.files(kernel))
+        super().__init__(build.files(kernel) | dict(files))
         command = [*prefix, str(kernel.image), "mem=64M", f"initrd={self._initrd}", f"uml_dir={self.folder}"]
         command += ["con=null", "con0=fd:0,fd:1", "ssl=null", "console=tty0", *ARGUMENTS.split()]
         command += [f"virtio_uml.device={socket}:{virtio_id}", *arguments]

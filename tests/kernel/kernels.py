@@ -19,7 +19,11 @@ from tests.kernel import cache, packages
 from tests.kernel.cache import BuildError, run
 
 GUEST = Path(__file__).resolve().parents[2] / "guest"
-MODULE_FILES = ("Kbuild", "virtio_test.c", "virtio_test.h")
+MODULES = {
+    "virtio_test": ("module", ("Kbuild", "virtio_test.c", "virtio_test.h")),
+    "virtio_attack": ("attack", ("Kbuild", "virtio_attack.c", "virtio_attack.h")),
+}
+"""Our modules: the folder of `GUEST`, and what is in it."""
 UML_SOURCE = "linux-source-6.1"
 DEBIAN_IMAGE = "linux-image-cloud-amd64"
 DEBIAN_HEADERS = "linux-headers-cloud-amd64"
@@ -205,14 +209,19 @@ def _fetch_testing(into: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- modules
 
 
-def module(kernel: Kernel) -> Path:
-    """Our driver module for a kernel: the folder with ``virtio_test.ko``.
+def module(kernel: Kernel, name: str = "virtio_test") -> Path:
+    """One of our modules for a kernel: the folder with ``NAME.ko``.
+
+    Args:
+        kernel: what to build it for.
+        name: of `MODULES`; the driver of the test device by default.
 
     Raises:
         BuildError: it does not build, or not without a warning.
     """
-    sources = [GUEST / "module" / name for name in MODULE_FILES]
-    what = f"building the driver module for {kernel.version}"
+    folder, files = MODULES[name]
+    sources = [GUEST / folder / file for file in files]
+    what = f"building {name} for {kernel.version}"
 
     def make(folder: Path, named: Path) -> list[str | Path]:
         for source in sources:
@@ -224,13 +233,13 @@ def module(kernel: Kernel) -> Path:
         if kernel.root is None:
             run(make(into, into), what=what, env=_ENV)
             return
-        with tempfile.TemporaryDirectory(prefix="module-", dir=kernel.root / "tmp") as folder:
-            here = Path(folder)
+        with tempfile.TemporaryDirectory(prefix="module-", dir=kernel.root / "tmp") as there:
+            here = Path(there)
             packages.run_in_root(kernel.root, make(here, "/" / here.relative_to(kernel.root)), what=what)
-            shutil.copy2(here / "virtio_test.ko", into)
+            shutil.copy2(here / f"{name}.ko", into)
 
     parts = (str(kernel.root), str(kernel.tree), cache.compiler(), cache.recipe(module, packages.run_in_root))
-    return cache.entry("module", cache.digest(*sources, *parts), build)
+    return cache.entry(folder, cache.digest(*sources, *parts), build)
 
 
 def module_closure(kernel: Kernel, names: Sequence[str]) -> Mapping[str, bytes]:

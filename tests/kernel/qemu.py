@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.kernel import build
 from tests.kernel.console import Console, GuestError
@@ -94,6 +95,7 @@ class Qemu(Guest):
         parameters: of modules, by name, such as ``{"virtio_pci": "force_legacy=1"}``.
         tools: whether the guest has lspci and busybox.
         cpus: processors.
+        files: further files, by path.
 
     Attributes:
         machine: as it was asked for.
@@ -113,12 +115,13 @@ class Qemu(Guest):
         parameters: Mapping[str, str] | None = None,
         tools: bool = False,
         cpus: int = 1,
+        files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.machine = machine
         self.kernel = kernel = kernel or build.debian_kernel()
         if modules is None:
             modules = MMIO_MODULES if machine == "microvm" else PCI_MODULES
-        super().__init__(build.files(kernel, modules) | (build.tools() if tools else {}))
+        super().__init__(build.files(kernel, modules) | (build.tools() if tools else {}) | dict(files))
         words = ["console=ttyS0", _clock(machine), ARGUMENTS, "intel_iommu=on iommu=nopt" if iommu else "", append]
         # What is built in takes its parameters here, and what is loaded ignores them here.
         words += [f"{name}.{value}" for name, value in (parameters or {}).items()]

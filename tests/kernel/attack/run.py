@@ -1,0 +1,66 @@
+"""One guest that does all attacks, and what came of each: what the guest saw, and what the server said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from tests.kernel.attack.case import FIRST_MARK, Case, Machine
+from tests.kernel.attack.program import file, parse
+from tests.kernel.checks import said
+from tests.kernel.guest import Guest
+from tests.kernel.server import Server
+
+__all__ = ["FILE", "Outcome", "attack", "programs"]
+
+FILE: Final = "attack/programs"
+"""Where the programs lie in the guest."""
+
+_MARK: Final = re.compile(r"the driver: NoSuchQueue .*queue_size written.*\[queue (\d+)\]")
+_RULE: Final = re.compile(r"the driver: (\w+)")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one attack.
+
+    Attributes:
+        verdict: as the guest saw it; or what fits no verdict.
+        rules: as the server named them.
+    """
+
+    verdict: str
+    rules: tuple[str, ...]
+
+
+def programs(cases: Sequence[Case], machine: Machine) -> Mapping[str, bytes]:
+    """The guest's file with them."""
+    return {FILE: file([case.program(number, machine) for number, case in enumerate(cases)])}
+
+
+def attack(guest: Guest, server: Server, cases: Sequence[Case], machine: Machine) -> dict[str, Outcome]:
+    """Run the programs that the guest was given; what came of each case, by its id."""
+    came = parse(said(guest.command(f"run attack /{FILE}", timeout=120)))
+    told = _told(server.log)
+    outcomes: dict[str, Outcome] = {}
+    for number, case in enumerate(cases):
+        values = came.get(f"{number}", "it did not run")
+        results = values if isinstance(values, str) else case.program(number, machine).decode(values)
+        verdict = results if isinstance(results, str) else case.outcome(number, results)
+        outcomes[case.id] = Outcome(verdict, told.get(number, ()))
+    return outcomes
+
+
+def _told(log: str) -> dict[int, tuple[str, ...]]:
+    """The rules in the server's log, by the number of the attack whose mark came before."""
+    found: dict[int, tuple[str, ...]] = {}
+    number = -1
+    for line in log.splitlines():
+        if (mark := _MARK.search(line)) and int(mark[1]) >= FIRST_MARK:
+            number = int(mark[1]) - FIRST_MARK
+            found[number] = ()
+        elif rule := _RULE.search(line):
+            found[number] = (*found.get(number, ()), rule[1])
+    return found
