@@ -7,7 +7,7 @@ import re
 from itertools import chain
 
 import pytest
-from virtio_test import checks
+from virtio_test import checks, strategies
 from virtio_test.checks import CATALOGUE, ROWS, SECTIONS, Entry, Meets, Outcome, Row, find_row, rows_of_rule
 from virtio_test.checks.entry import clause_text
 from virtio_test.errors import InvalidArgument
@@ -122,6 +122,44 @@ def test_what_a_row_tolerates_its_rule_does() -> None:
         family = "vhost-user" if row.meets is Meets.PROTOCOL else "virtio"
         entry = next((each for each in CATALOGUE[row.rules[0]] if each.family == family), CATALOGUE[row.rules[0]][0])
         assert (row.interop, row.strict) == (entry.interop, entry.strict), row.id
+
+
+# ------------------------------------------------------------------------------------------------ held to the cases
+
+FOUND = {Outcome.BROKEN, Outcome.LATCHED, Outcome.REFUSED}
+"""What a queue that finds a rule broken comes to."""
+
+
+@pytest.mark.parametrize("name", strategies.ROWS)
+def test_a_row_says_what_comes_of_its_rings(name: str) -> None:
+    row = ROWS[name]
+    # What a switch changes is neither of the two policies.
+    cases = [case for case in strategies.cases(name) if not case.switches]
+    for outcome, told in (
+        (row.interop, [case.interop.rule for case in cases if case.interop]),
+        (row.strict, [case.strict.rule for case in cases if case.strict]),
+    ):
+        assert {rule for rule in told if rule} <= set(row.rules)
+        # Where some of it is accepted, another case may show where that ends.
+        assert any(told) if outcome in FOUND else not told or None in told
+
+
+@pytest.mark.parametrize("name", strategies.REGISTER_ROWS)
+def test_a_row_says_what_comes_of_its_registers(name: str) -> None:
+    row = ROWS[name]
+    if row.interop is Outcome.ACCEPTED:
+        return  # what is broken on the way there is its story
+    for program in strategies.register_cases(name):
+        assert set(program.rules) <= set(row.rules), str(program)
+        assert program.rules or row.interop is Outcome.UNREAD, str(program)
+
+
+@pytest.mark.parametrize("name", strategies.MESSAGE_ROWS)
+def test_a_row_says_what_comes_of_its_messages(name: str) -> None:
+    row = ROWS[name]
+    judged = row.interop in (Outcome.ENDED, Outcome.JUDGED)
+    for program in strategies.message_cases(name):
+        assert (program.rule in row.rules) if judged else program.rule is None, str(program)
 
 
 # -------------------------------------------------------------------------------------------------------- explained

@@ -327,7 +327,7 @@ def repeat(*path: str | int, times: int) -> Spoil:
 
 
 IN_BANK: list[tuple[str, tuple[str, ...], Spoil]] = [
-    ("queue size 0", ("R01", "CVE-2013-4148"), put("queues", 0, "size", to=0)),
+    ("queue size 0", ("R01", "CVE-2013-4148", "qemu@d6384ad1"), put("queues", 0, "size", to=0)),
     ("queue size 3", ("R01",), put("queues", 0, "size", to=3)),
     ("queue size beyond the device's", ("R01", "CVE-2013-4148"), put("queues", 0, "size", to=32)),
     ("queue size 65536", ("R01",), put("queues", 0, "size", to=65536)),
@@ -340,7 +340,11 @@ IN_BANK: list[tuple[str, tuple[str, ...], Spoil]] = [
     ("a queue index of 64 bits", ("R04", "CVE-2013-6399"), put("queues", 0, "index", to=1 << 63)),
     ("elements in flight", ("R06", "CVE-2013-4535", "CVE-2013-4536"), put("queues", 0, "elements", to=[{"in": 4096}])),
     ("requests in flight", ("R06", "CVE-2013-4542"), put("device", "requests", to=[{"out_num": 4096}])),
-    ("a long configuration", ("R07", "CVE-2013-4149"), put("device", "config", "values", "more", to=1)),
+    (
+        "a long configuration",
+        ("R07", "CVE-2013-4149", "qemu@665c8543"),
+        put("device", "config", "values", "more", to=1),
+    ),
     ("no configuration", ("R07",), put("device", "config", to=None)),
     ("a device that is none", ("R07", "CVE-2013-4150"), put("device", to=[])),
     ("a field of 33 bits", ("R07", "CVE-2013-4150"), put("device", "config", "values", "level", to=1 << 32)),

@@ -51,7 +51,7 @@ DRIVER_ROWS: Final = (
         "G11",
         _G,
         "A packed used descriptor is of another lap, or names nothing in flight.",
-        by="UsedIdNotInFlight UsedIdOutOfRange",
+        by="UsedIdNotInFlight UsedIdOutOfRange UsedIdxTooFar",
         behaviour="One whose flags do not say used is not taken.",
     ),
     row(

@@ -45,7 +45,7 @@ MESSAGE_ROWS: Final = (
         "M06",
         _P,
         "Regions are added twice or beyond the slots, or one is removed that is not there or in use.",
-        by="RegionOverlap RegionSlots RegionUnknown",
+        by="RegionOverlap RegionSlots RegionUnknown RegionSize",
         behaviour="A region in use may be removed: chains that lie there raise `StaleMemory`.",
         differs="Recommended is an error for a region in use. The protocol allows the removal, and accesses check.",
     ),
@@ -67,7 +67,7 @@ MESSAGE_ROWS: Final = (
         "M11",
         _P,
         "Messages come in any order.",
-        by="VringIndex VringOrder QueueCount",
+        by="VringIndex VringOrder VringValue QueueCount",
         behaviour="A ring runs only when all is there that it needs.",
     ),
     row(

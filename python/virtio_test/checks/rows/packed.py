@@ -51,7 +51,13 @@ PACKED_ROWS: Final = (
     ),
     row("P11", _D, "The size of the queue is no power of two.", Outcome.ACCEPTED, clauses="2.8"),
     row("P12", _D, "The queue has one descriptor.", Outcome.ACCEPTED, "Each buffer is a lap.", clauses="2.8"),
-    row("P13", _D, "The size of the queue is 0 or beyond 32768.", by="QueueSizeZero QueueSizeTooBig"),
+    row(
+        "P13",
+        _D,
+        "The size of the queue is 0 or beyond 32768.",
+        by="QueueSizeZero QueueSizeTooBig QueueSizeNotPowerOfTwo",
+        behaviour="A split ring's must be a power of two as well (Q02).",
+    ),
     row(
         "P14",
         _D,

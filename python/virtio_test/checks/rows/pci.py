@@ -32,7 +32,7 @@ PCI_ROWS: Final = (
         "X03",
         _T,
         "A kick has an odd place or width, or is beyond the last queue.",
-        by="BadNotification NotificationValue",
+        by="BadNotification NotificationValue AccessWidth",
         behaviour="Where place and value differ, the place counts.",
     ),
     row(

@@ -54,11 +54,12 @@ HEAD_ROWS: Final = (
         "A10",
         _D,
         "The avail idx goes back between looking for work and taking it.",
-        (Outcome.ACCEPTED, Outcome.BROKEN),
-        by="AvailIdxDecreased AvailIdxTooFar",
-        peer="no driver is known to need it; seeing it costs a load for each chain, which only strict pays",
-        differs="Recommended is that pop finds nothing. What was published when idx was read stays published: that is "
-        "one read instead of two, and a driver must not take it back (2.7.6.1).",
+        Outcome.BROKEN,
+        "What was published when idx was read stays published: interop hands it out, and then finds idx behind what "
+        "was consumed. Strict reads idx again, and finds it before.",
+        by="AvailIdxTooFar AvailIdxDecreased",
+        differs="Recommended is that pop finds nothing, without an error. That takes two loads for each look where one "
+        "does, and a driver must not take back what it published (2.7.6.1).",
     ),
     row(
         "A13",
