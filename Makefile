@@ -83,13 +83,16 @@ test-asan: | toolchain ## the same under AddressSanitizer
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address RUSTDOCFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan \
 		cargo test --locked --no-default-features --target "$$(rustc -vV | sed -n 's/^host: //p')"
 
+# Where rings and programs that made a test fail are kept as JSON; what is worth it moves to tests/corpus.
+FOUND := --virtio-corpus=.hypothesis/virtio-corpus
+
 test-python: $(VENV)/.core $(VENV)/.dev ## the Python tests that need no guest
-	$(BIN)/pytest -n $(JOBS) -m "not kernel and not peers" --hypothesis-profile=virtio-ci
+	$(BIN)/pytest -n $(JOBS) -m "not kernel and not peers" --hypothesis-profile=virtio-ci $(FOUND)
 
 # A million cases in all, beside what the profile multiplies; a test alone may take long here.
 deep: $(VENV)/.core $(VENV)/.dev ## the properties with the deep profile, and the tests that take long (an hour)
-	$(BIN)/pytest -n $(JOBS) -m "not deep" --timeout=7200 --hypothesis-profile=virtio-deep tests/property
-	$(BIN)/pytest -n $(JOBS) -m deep --timeout=7200 --hypothesis-profile=virtio-deep
+	$(BIN)/pytest -n $(JOBS) -m "not deep" --timeout=7200 --hypothesis-profile=virtio-deep $(FOUND) tests/property
+	$(BIN)/pytest -n $(JOBS) -m deep --timeout=7200 --hypothesis-profile=virtio-deep $(FOUND)
 
 # Kernels and QEMU are built and fetched before pytest starts, so that no test's time limit runs meanwhile.
 test-kernel: $(VENV)/.core $(VENV)/.dev guest-packages ## real Linux as the guest, and real devices before our drivers

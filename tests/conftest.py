@@ -4,7 +4,8 @@ They are derived from the profile in force (Hypothesis loads its own `ci` where 
 on two busy cores the time of one test case says nothing about the code.
 
 Chosen by ``--hypothesis-profile=virtio-deep`` or by ``VIRTIO_TEST_PROFILE=virtio-deep``; without either it is the quick
-one. Nothing is loaded at import, so a profile chosen by the caller is never overruled.
+one. They are the plugin's, which users have as well. Nothing is loaded at import, so a profile chosen by the caller is
+never overruled.
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ import os
 import signal
 
 import pytest
+from _virtio_test_pytestplugin import register_profiles
 from hypothesis import settings
 
 from tests import shown
 
-PROFILES = {"virtio-quick": 50, "virtio-ci": 200, "virtio-deep": 5000}
-"""Test cases per property, by profile."""
-
-for _name, _cases in PROFILES.items():
-    settings.register_profile(_name, parent=settings(), max_examples=_cases, deadline=None)
+register_profiles()
 
 
 def pytest_configure(config: pytest.Config) -> None:
