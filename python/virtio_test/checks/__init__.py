@@ -14,7 +14,7 @@ from .explain import as_dict, explain, list_rows, list_rules
 from .lint import check_ring
 from .minimal import EXAMPLES
 from .ring import Ring
-from .rows import ROWS, SECTIONS, Meets, Row, find_row, rows_of_rule
+from .rows import ROWS, SECTIONS, Meets, Row, find_row, rows_of_rule, rules_of_row
 
 __all__ = [
     "CATALOGUE",
@@ -36,4 +36,5 @@ __all__ = [
     "list_rules",
     "nearest",
     "rows_of_rule",
+    "rules_of_row",
 ]

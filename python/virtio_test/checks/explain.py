@@ -12,7 +12,7 @@ from virtio_test.errors import InvalidArgument, MessageError, RuleViolation
 from .catalogue import CATALOGUE, entries
 from .entry import Entry
 from .minimal import EXAMPLES
-from .rows import ROWS, Row, find_row, rows_of_rule
+from .rows import ROWS, Row, find_row, rows_of_rule, rules_of_row
 
 __all__ = ["as_dict", "expected", "explain", "list_rows", "list_rules"]
 
@@ -50,7 +50,7 @@ def as_dict(rule: str) -> list[dict[str, Any]]:
     """The same as plain data, one dictionary for each entry of that name, or for the row; raises as `explain`."""
     named = _named(rule)
     if isinstance(named, Row):
-        return [named.as_dict()]
+        return [named.as_dict() | {"rules": list(rules_of_row(named))}]
     return [
         {
             "name": entry.name,
@@ -96,8 +96,8 @@ def _named(name: str) -> tuple[Entry, ...] | Row:
 
 def _rows(entry: Entry) -> tuple[str, ...]:
     """The rows that it answers; those of a protocol's rule are its own."""
-    more = (each.id for each in rows_of_rule(entry.name)) if entry.family == "virtio" else ()
-    return tuple(dict.fromkeys((*entry.rows, *more)))
+    # Where two families use one name, only what an entry says itself is sure to be its own.
+    return rows_of_rule(entry.name) if len(CATALOGUE[entry.name]) == 1 else entry.rows
 
 
 def _entries(error: RuleViolation) -> list[Entry]:
@@ -144,7 +144,7 @@ def _row_text(row: Row, width: int) -> str:
         ("How", row.behaviour),
         ("Why not", row.reason),
         ("Differs", row.differs),
-        ("Rules", ", ".join(row.rules)),
+        ("Rules", ", ".join(rules_of_row(row))),
         ("Like", ", ".join(row.rows)),
     ):
         if text:

@@ -8,7 +8,6 @@ the catalogue's sections; others are vulnerabilities, and issues or commits of o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 from itertools import chain
 from types import MappingProxyType
@@ -30,37 +29,30 @@ from .rings import CHAIN_ROWS, HEAD_ROWS
 from .row import Meets, Row
 from .state import STATE_ROWS
 
-__all__ = ["ROWS", "SECTIONS", "Meets", "Row", "find_row", "rows_of_rule"]
+__all__ = ["ROWS", "SECTIONS", "Meets", "Row", "find_row", "rows_of_rule", "rules_of_row"]
 
-_TABLES: Final[Mapping[str, tuple[Row, ...]]] = {
-    "Avail ring and heads (split)": HEAD_ROWS,
-    "Walking a chain (split)": CHAIN_ROWS,
-    "Buffers": BUFFER_ROWS,
-    "Indirect tables": TABLE_ROWS,
-    "Packed ring": PACKED_ROWS,
-    "Queue configuration": QUEUE_ROWS,
-    "Status, features, reset": STATUS_ROWS,
-    "PCI": PCI_ROWS,
-    "Completion": USED_ROWS,
-    "Notifications": NOTIFY_ROWS,
-    "What changes meanwhile": RACE_ROWS,
-    "Saved state and what is in flight": STATE_ROWS,
-    "vhost-user messages": MESSAGE_ROWS,
-    "Our driver before a hostile device": DRIVER_ROWS,
-    "What went wrong in QEMU": QEMU_ROWS,
-    "What went wrong in Linux": LINUX_ROWS,
-    "What went wrong in DPDK": DPDK_ROWS,
-    "What went wrong in other monitors and libraries": VMM_ROWS,
-}
-
-
-def _whole(row: Row) -> Row:
-    """With the rules that name it."""
-    naming = (name for name, found in CATALOGUE.items() if any(row.id in entry.rows for entry in found))
-    return replace(row, rules=tuple(dict.fromkeys((*row.rules, *naming))))
-
-
-SECTIONS: Final = MappingProxyType({title: tuple(map(_whole, rows)) for title, rows in _TABLES.items()})
+SECTIONS: Final[Mapping[str, tuple[Row, ...]]] = MappingProxyType(
+    {
+        "Avail ring and heads (split)": HEAD_ROWS,
+        "Walking a chain (split)": CHAIN_ROWS,
+        "Buffers": BUFFER_ROWS,
+        "Indirect tables": TABLE_ROWS,
+        "Packed ring": PACKED_ROWS,
+        "Queue configuration": QUEUE_ROWS,
+        "Status, features, reset": STATUS_ROWS,
+        "PCI": PCI_ROWS,
+        "Completion": USED_ROWS,
+        "Notifications": NOTIFY_ROWS,
+        "What changes meanwhile": RACE_ROWS,
+        "Saved state and what is in flight": STATE_ROWS,
+        "vhost-user messages": MESSAGE_ROWS,
+        "Our driver before a hostile device": DRIVER_ROWS,
+        "What went wrong in QEMU": QEMU_ROWS,
+        "What went wrong in Linux": LINUX_ROWS,
+        "What went wrong in DPDK": DPDK_ROWS,
+        "What went wrong in other monitors and libraries": VMM_ROWS,
+    }
+)
 """All rows, in the order of the catalogue."""
 
 ROWS: Final = MappingProxyType({row.id: row for row in chain.from_iterable(SECTIONS.values())})
@@ -83,6 +75,13 @@ def find_row(name: str) -> Row:
     return found
 
 
-def rows_of_rule(name: str) -> tuple[Row, ...]:
-    """The rows that a rule answers."""
-    return tuple(row for row in ROWS.values() if name in row.rules)
+def rows_of_rule(name: str) -> tuple[str, ...]:
+    """Ids of the rows that a rule answers: those that it names, and those that name it."""
+    told = [row for entry in CATALOGUE.get(name, ()) for row in entry.rows]
+    return tuple(dict.fromkeys((*told, *(row.id for row in ROWS.values() if name in row.rules))))
+
+
+def rules_of_row(row: Row) -> tuple[str, ...]:
+    """Names of the rules that answer a row: those that it names, and those that name it."""
+    naming = (name for name, found in CATALOGUE.items() if any(row.id in entry.rows for entry in found))
+    return tuple(dict.fromkeys((*row.rules, *naming)))
