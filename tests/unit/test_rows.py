@@ -21,6 +21,7 @@ from virtio_test.checks import (
     rules_of_row,
 )
 from virtio_test.checks.entry import clause_text
+from virtio_test.checks.rows.practice import PRACTICE
 from virtio_test.errors import InvalidArgument
 
 from tests import rows, shown
@@ -124,6 +125,11 @@ def test_rules_and_rows_name_each_other(entry: Entry) -> None:
     assert set(entry.rows) <= set(ROWS)
     assert set(entry.rows) <= set(rows_of_rule(entry.name))
     assert all(entry.name in rules_of_row(ROWS[name]) for name in entry.rows)
+
+
+def test_practice_is_told_of_rows_that_there_are() -> None:
+    assert set(PRACTICE) <= set(ROWS)
+    assert all(text.endswith(".") and ROWS[name].practice == text for name, text in PRACTICE.items())
 
 
 def test_what_a_row_tolerates_its_rule_does() -> None:

@@ -142,6 +142,7 @@ def _row_text(row: Row, width: int) -> str:
     lines += _outcomes("Outcome", row, width)
     for title, text in (
         ("How", row.behaviour),
+        ("Elsewhere", row.practice),
         ("Why not", row.reason),
         ("Differs", row.differs),
         ("Rules", ", ".join(rules_of_row(row))),

@@ -10,6 +10,8 @@ from typing import Any, Final
 from virtio_test.checks.catalogue import CATALOGUE
 from virtio_test.checks.entry import Entry, Outcome, clause_text
 
+from .practice import PRACTICE
+
 __all__ = ["Meets", "Row", "apart", "row"]
 
 
@@ -36,6 +38,7 @@ class Row:
         meets: who meets it.
         rules: names of `CATALOGUE` that can be raised for it; empty where it is behaviour alone.
         behaviour: what is done beyond raising; empty where the rules say all.
+        practice: what implementations do with it, where its rules do not tell; empty where nothing is known.
         clauses: clauses of VIRTIO 1.4, or sections of a protocol's document.
         interop: what follows under `Policy.interop`.
         strict: what follows under `Policy.strict`.
@@ -51,6 +54,7 @@ class Row:
     meets: Meets
     rules: tuple[str, ...] = ()
     behaviour: str = ""
+    practice: str = ""
     clauses: tuple[str, ...] = ()
     interop: Outcome
     strict: Outcome
@@ -78,6 +82,7 @@ class Row:
             "meets": str(self.meets),
             "rules": list(self.rules),
             "behaviour": self.behaviour,
+            "practice": self.practice,
             "clauses": list(self.clauses),
             "demands": self.demands,
             "interop": str(self.interop),
@@ -131,6 +136,7 @@ def row(
         meets=meets,
         rules=tuple(by.split()),
         behaviour=behaviour,
+        practice=PRACTICE.get(first, ""),
         clauses=tuple(clauses.split()) or _clauses(by.split(), meets),
         interop=interop,
         strict=strict,
