@@ -24,9 +24,9 @@ PATIENT = 3.0
 
 def judged(name: str, *rows: str, program: str | None = None, patience: float = PATIENT) -> list[Result]:
     """One case for each ring of these rows."""
-    first: dict[tuple[str, bool], RingCase] = {}
+    first: dict[tuple[str, bool], judge.Case] = {}
     for case in judge.chosen(rows):
-        first.setdefault((case.row, case.packed), case)
+        first.setdefault((case.row, isinstance(case, RingCase) and case.packed), case)
     try:
         target = judge.named(name).started_by(program) if name in judge.TARGETS else reference.target(name)
     except BuildError as error:
@@ -45,12 +45,13 @@ def test_our_own_device_survives() -> None:
 
 
 def test_qemu_storage_daemon_refuses() -> None:
-    found = judged("qemu-storage-daemon-testing", "A02", "A04", "C01", "P16")
+    found = judged("qemu-storage-daemon-testing", "A02", "A04", "C01", "P16", "M01")
     # It offers no packed ring, so P16 cannot be put to it.
-    assert [(each.row, each.verdict) for each in found] == [
-        ("A02", Verdict.SURVIVES),
-        ("A04", Verdict.REFUSES),
-        ("C01", Verdict.REFUSES),
+    assert [(each.row, each.ring, each.verdict) for each in found] == [
+        ("A02", "split", Verdict.SURVIVES),
+        ("A04", "split", Verdict.REFUSES),
+        ("C01", "split", Verdict.REFUSES),
+        ("M01", "messages", Verdict.REFUSES),
     ]
     assert all("ends the connection" in each.evidence for each in found[1:])
 

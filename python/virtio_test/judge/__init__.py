@@ -6,7 +6,7 @@ what became of the service: it survives, refuses, ignores, hangs or dies.
 
 from __future__ import annotations
 
-from .run import PATIENCE, chosen, judge
+from .run import PATIENCE, Case, chosen, judge
 from .table import as_json, as_lines, as_markdown
 from .target import TARGETS, Target, named
 from .verdict import BAD, Observation, Result, Verdict
@@ -15,6 +15,7 @@ __all__ = [
     "BAD",
     "PATIENCE",
     "TARGETS",
+    "Case",
     "Observation",
     "Result",
     "Target",

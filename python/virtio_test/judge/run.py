@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from virtio_test.errors import InvalidArgument, PeerError
-from virtio_test.strategies import Buffer, RingCase, cases
+from virtio_test.strategies import Buffer, MessageProgram, RingCase, cases, message_cases
 
 from .child import Child
 from .qemu import QemuTrial
@@ -17,7 +17,9 @@ from .target import IMAGE_BYTES, Target
 from .verdict import BAD, Observation, Result
 from .vhost import NotOffered, VhostTrial
 
-__all__ = ["PATIENCE", "chosen", "judge"]
+__all__ = ["PATIENCE", "Case", "chosen", "judge"]
+
+Case = RingCase | MessageProgram
 
 AGAIN: Final = "virtio-test judge --target {target} --row {row}"
 PATIENCE: Final = 1.0
@@ -26,7 +28,7 @@ PATIENCE: Final = 1.0
 
 def judge(
     target: Target,
-    put: Iterable[RingCase],
+    put: Iterable[Case],
     *,
     patience: float = PATIENCE,
     again: str = AGAIN,
@@ -56,7 +58,7 @@ def judge(
     return results
 
 
-def _judged(target: Target, case: RingCase, patience: float, again: str) -> Result:
+def _judged(target: Target, case: Case, patience: float, again: str) -> Result:
     seen = _trial(target, case, patience)
     steady = True
     if seen.verdict in BAD:
@@ -68,7 +70,7 @@ def _judged(target: Target, case: RingCase, patience: float, again: str) -> Resu
         target=target.name,
         row=case.row,
         title=case.title,
-        ring="packed" if case.packed else "split",
+        ring="messages" if isinstance(case, MessageProgram) else "packed" if case.packed else "split",
         verdict=seen.verdict,
         evidence=seen.evidence,
         steady=steady,
@@ -77,7 +79,9 @@ def _judged(target: Target, case: RingCase, patience: float, again: str) -> Resu
     )
 
 
-def _ours(case: RingCase) -> str:
+def _ours(case: Case) -> str:
+    if isinstance(case, MessageProgram):
+        return case.rule or "accepted"
     if case.interop is None:
         return ""
     if case.interop.rule is not None:
@@ -85,20 +89,27 @@ def _ours(case: RingCase) -> str:
     return "accepted" if case.interop.chains else "nothing there"
 
 
-def _trial(target: Target, case: RingCase, patience: float) -> Observation:
+def _legal_one(case: Case) -> bool:
+    if isinstance(case, MessageProgram):
+        return case.rule is None
+    return case.interop is None or case.interop.rule is None
+
+
+def _trial(target: Target, case: Case, patience: float) -> Observation:
     with tempfile.TemporaryDirectory(prefix="virtio-test-judge-") as name:
         folder = Path(name)
         (folder / "image").write_bytes(bytes(IMAGE_BYTES))
         if target.carrier == "qtest":
-            return _with_legal(QemuTrial(target, target.arguments(folder), patience=patience).ring(case), case)
-        socket = folder / "s"
-        words = [*target.program, *target.arguments(folder)]
-        with Child(words, folder, ready=lambda said: target.up in said and _listens(socket)) as child:
-            return _with_legal(VhostTrial(child, socket, target, patience=patience).ring(case), case)
-
-
-def _with_legal(seen: Observation, case: RingCase) -> Observation:
-    seen.legal = case.interop is None or case.interop.rule is None
+            if isinstance(case, MessageProgram):
+                raise NotOffered("there are no messages before registers")
+            seen = QemuTrial(target, target.arguments(folder), patience=patience).ring(case)
+        else:
+            socket = folder / "s"
+            words = [*target.program, *target.arguments(folder)]
+            with Child(words, folder, ready=lambda said: target.up in said and _listens(socket)) as child:
+                trial = VhostTrial(child, socket, target, patience=patience)
+                seen = trial.messages(case) if isinstance(case, MessageProgram) else trial.ring(case)
+    seen.legal = _legal_one(case)
     return seen
 
 
@@ -127,16 +138,18 @@ def _listens(path: Path) -> bool:
     return any(line.endswith(f" {path}") and line.split()[3] == "00010000" for line in lines)
 
 
-def chosen(rows: Sequence[str]) -> list[RingCase]:
+def chosen(rows: Sequence[str]) -> list[Case]:
     """One case for each way to break each of these rows, of all rows when there are none, for a device end.
 
     Raises:
         InvalidArgument: a row that no case shows.
     """
-    found: dict[tuple[str, bool, str], RingCase] = {}
+    found: dict[tuple[str, bool, str], Case] = {}
     for case in cases():
         if case.end == "device":
             found.setdefault((case.row, case.packed, case.title), case)
+    for program in message_cases():
+        found.setdefault((program.row, False, program.title), program)
     known = {case.row for case in found.values()}
     for row in rows:
         if row not in known:

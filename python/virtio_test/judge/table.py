@@ -33,7 +33,7 @@ def as_lines(target: str, results: Sequence[Result], *, every: bool = False) -> 
     rows = worst(results)
     shown = [each for some in rows.values() for each in (some if every else some[:1])]
     head = f"{target}: {_counted(results)}"
-    lines = [_line(each, len(rows[each.row, each.ring])) for each in shown]
+    lines = [_line(each, 1 if every else len(rows[each.row, each.ring])) for each in shown]
     bad = sorted({each.command for each in results if each.verdict in BAD})
     return "\n".join([head, *lines, *(f"again: {command}" for command in bad)])
 

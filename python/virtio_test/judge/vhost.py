@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -22,7 +21,7 @@ from typing import Final
 from virtio_test._core import GuestMemory, QueueConfig, RingLayout
 from virtio_test.errors import MessageError, PeerDisconnected, PeerError, PeerTimeout, QueueViolation
 from virtio_test.features import FeatureSet
-from virtio_test.strategies import RingCase
+from virtio_test.strategies import MessageProgram, RingCase
 from virtio_test.transport.vhost_user.frontend import USER_OFFSET, FrontEnd, FrontEndRing
 from virtio_test.transport.vhost_user.messages import ProtocolFeature, Request
 from virtio_test.transport.vhost_user.payloads import MAX_TABLE_REGIONS
@@ -41,6 +40,7 @@ _IDLE: Final = 0x4000
 _RING_FEATURES: Final = FeatureSet("INDIRECT_DESC", "EVENT_IDX", "RING_PACKED", "IN_ORDER", "ACCESS_PLATFORM")
 _LOOK_SECONDS: Final = 0.002
 _SLEEP_SECONDS: Final = 0.25
+_DEATH_SECONDS: Final = 0.05
 _LAST: Final = 2**64 - 1
 
 
@@ -96,16 +96,20 @@ class VhostTrial:
         self._heal_new(seen, packed=case.packed)
         return seen
 
-    def messages(self, program: Callable[[FrontEnd], object]) -> Observation:
-        """Let it have messages; `program` sends them, and raises what the target made of them."""
+    def messages(self, program: MessageProgram) -> Observation:
+        """Let it have messages."""
         seen = Observation()
         try:
-            with FrontEnd(self._path, timeout=self._patience) as front:
-                program(front)
-                front.check_silent()
+            came = program.run(self._path, timeout=self._patience)
         except PeerError as error:
-            seen.refused = refusal(error)
+            came, seen.refused = [], refusal(error)
+        said = {"silence": "does not answer", "closed": "ends the connection", "refused": "refuses a message"}
+        seen.refused = seen.refused or next((words for word, words in said.items() if word in came), "")
+        # Who hangs up in the middle waits for nothing: then nothing is known but that it serves on.
+        seen.used = "takes it" if program.messages[-1].answer and not seen.refused else ""
         self._heal_new(seen, packed=False)
+        # The program's own connection is over in any case.
+        seen.healed = seen.healed and "same"
         return seen
 
     # ------------------------------------------------------------------------------------------------------ the attack
@@ -202,7 +206,7 @@ class VhostTrial:
                 seen.healed = "same"
 
     def _heal_new(self, seen: Observation, *, packed: bool) -> None:
-        seen.death = self._child.died(0.05)
+        seen.death = self._child.died(_DEATH_SECONDS)
         if seen.death or seen.healed:
             return
         # Some take the next one only a while after they have seen that the last has left.
