@@ -24,7 +24,14 @@ def save(case: RingCase, folder: str | Path) -> Path:
 
 
 def load(folder: str | Path) -> Iterator[tuple[str, RingCase]]:
-    """(name of the file, case) of every ring case in the folder, by name; an `InvalidArgument` says which is none."""
+    """(name of the file, case) of every ring case in the folder, by name; an `InvalidArgument` says which is broken.
+
+    As a test of your own::
+
+        @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in load("corpus")])
+        def test_what_failed_once(case):
+            case.check()
+    """
     for path in sorted(Path(folder).glob("*.json")):
         try:
             yield path.stem, RingCase.from_json(path.read_bytes())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from virtio_test.strategies.acts import Look, Pop, Put
-from virtio_test.strategies.case import AVAIL, USED, RingCase
-from virtio_test.strategies.draft import NEXT, WRITE, Draft, direct, single
+from typing import Literal
+
+from virtio_test.strategies.acts import Buffer, Look, Pop, Push, Put, Take, Use
+from virtio_test.strategies.case import AVAIL, USED, Outcome, RingCase
+from virtio_test.strategies.draft import NEXT, READ_A, TAKES, WRITE, Draft, direct, single
 from virtio_test.strategies.draw import Draw
 
 from .registry import row
-from .split import readers, singles
+from .split import overwritten, readers, singles
 
 
 def one(draw: Draw) -> Draft:
@@ -122,3 +124,58 @@ def reserved_flags(draw: Draw) -> RingCase:
     for index in range(3):
         draft.flip(index, add=draw.choice((0x7F78, 0x0008)))
     return draft.accepted("reserved flags")
+
+
+@row("P25")
+def changed_after_the_pop(draw: Draw) -> RingCase:
+    return overwritten(Draft(draw, direct(draw), packed=True), draw)
+
+
+@row("P22")
+def reserved_event_flags(draw: Draw) -> RingCase:
+    draft = one(draw)
+    draft.put("driver_event.flags", draw.choice((3, 0xFFFF, 0xFFFC, draw.integer(3, 0xFFFF))))
+    return _told(draft)
+
+
+@row("P23")
+def event_beyond_the_ring(draw: Draw) -> RingCase:
+    draft = one(draw)
+    draft.put("driver_event.off_wrap", draw.choice((draft.size, 0x7FFF, 0xFFFF, draw.integer(draft.size, 0x7FFF))))
+    draft.put("driver_event.flags", 2)
+    return _told(draft)
+
+
+def _told(draft: Draft) -> RingCase:
+    """Completed all the same; whether the driver is told is no matter of the ring."""
+    draft.later += [Pop(), Push(0)]
+    return draft.accepted("event structure that makes no sense")
+
+
+def _in_any_order(draw: Draw, *, end: Literal["device", "driver"]) -> RingCase:
+    """Chains of three, two and one slots over the end of the ring, used in any order."""
+    start = 4 | draw.choice((0, 1)) << 15
+    parts = [
+        Buffer(tuple((READ_A + 64 * n, 4) for n in range(count)), ((TAKES + 64 * count, 9),)) for count in (2, 1, 0)
+    ]
+    draft = Draft(draw, parts, packed=True, size=7, start=start, alone=True)
+    order = draw.choice(((0, 1, 2), (1, 2, 0), (2, 1, 0), (2, 0, 1), (1, 0, 2), (0, 2, 1)))
+    draft.more["end"] = end
+    title = f"used in order {order}, from {start:#x}"
+    if end == "device":
+        draft.later += [Pop(3), *(Push(which, which) for which in order), Take()]
+        return draft.accepted(title)
+    used = tuple((which, which + 1) for which in order)
+    draft.later += [Use(which, written) for which, written in used]
+    found = Outcome(3, used=used)
+    return draft.case(title, found, found)
+
+
+@row("P20")
+def skipped_slots(draw: Draw) -> RingCase:
+    return _in_any_order(draw, end=draw.choice(("device", "driver")))
+
+
+@row("P21")
+def out_of_order(draw: Draw) -> RingCase:
+    return _in_any_order(draw, end=draw.choice(("device", "driver")))

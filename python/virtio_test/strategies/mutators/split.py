@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from virtio_test.strategies.acts import Buffer, Look, Pop, Put, Unmap
+from virtio_test.strategies.acts import Buffer, Look, Pop, Push, Put, Unmap
 from virtio_test.strategies.case import EDGE, LOW, Outcome, RingCase
 from virtio_test.strategies.draft import INDIRECT, NEXT, READ_A, TABLES, TAKES, Draft, direct, single
 from virtio_test.strategies.draw import Draw
@@ -194,3 +194,26 @@ def unknown_flags(draw: Draw) -> RingCase:
     for index in range(3):
         draft.flip(index, add=bits)
     return draft.accepted(f"flags {bits:#x}")
+
+
+@row("C13")
+def changed_after_the_pop(draw: Draw) -> RingCase:
+    """Whatever the driver makes of descriptors that were read is not looked at (T01 to T06)."""
+    return overwritten(Draft(draw, direct(draw), packed=False), draw)
+
+
+def overwritten(draft: Draft, draw: Draw) -> RingCase:
+    """The chain in view is popped, and all that described it is written over; then it is completed."""
+    draft.later.append(Pop(draft.before + 1))
+    value = draw.choice((0, 0xFF, 0x7F))
+    fields = {"addr": 8, "len": 4, "flags": 2, "id" if draft.packed else "next": 2}
+    for index in range(1 if draft.view.indirect else 3):
+        for name, width in fields.items():
+            draft.later.append(Put(f"desc.{name}", int.from_bytes(bytes([value] * width)), draft.place(index)))
+    if draft.view.indirect:
+        for index in range(3):
+            draft.later.append(Put("table.addr", int.from_bytes(bytes([value] * 8)), draft.entry(index)))
+    if not draft.packed:
+        draft.later.append(Put("avail.ring", 0xFFFF, draft.slot()))
+    draft.later.append(Push(draft.before, draw.choice((0, 1))))
+    return draft.accepted(f"all of {value:#x} after the pop")

@@ -8,6 +8,7 @@ from virtio_test.strategies.draft import INDIRECT, NEXT, READ_A, TAKES, WRITE, D
 from virtio_test.strategies.draw import Draw
 
 from .registry import row
+from .split import overwritten
 
 MUCH = 0x40000
 """A region for tables that are longer than any queue."""
@@ -268,3 +269,8 @@ def packed_table_in_a_split_ring(draw: Draw) -> RingCase:
     for index in range(3):
         draft.cell(index, flags=1, next=0x80)
     return draft.broken("a packed table", "NextOutOfRange")
+
+
+@row("I19")
+def changed_after_the_pop(draw: Draw) -> RingCase:
+    return overwritten(tabled(draw, packed=either(draw)), draw)
