@@ -5,34 +5,59 @@ from __future__ import annotations
 import doctest
 import subprocess
 import sys
+from pathlib import Path
 from random import Random
 
 import pytest
 import virtio_test.strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from virtio_test import DeviceQueue, FeatureSet, GuestMemory, Policy, QueueConfig, QueueState, RingLayout
+from virtio_test import (
+    DeviceQueue,
+    FeatureSet,
+    GuestMemory,
+    Policy,
+    QueueConfig,
+    QueueState,
+    RingLayout,
+    TestDevice,
+    VirtioPci,
+)
 from virtio_test.device import RING_FEATURES
 from virtio_test.errors import InvalidArgument
 from virtio_test.strategies import (
     ROWS,
     CaseFailed,
     Fill,
+    MessageProgram,
     Outcome,
+    PciTarget,
+    Peek,
+    ProgramFailed,
     Put,
     RandomDraw,
+    RegisterProgram,
     RingCase,
+    any_messages,
+    any_program,
     cases,
     defects,
+    drawn,
     every,
     feature_sets,
     legal,
+    legal_messages,
+    legal_program,
+    load,
     memory_maps,
+    message_cases,
     partitions,
     policies,
     queue_sizes,
     queue_starts,
     random_case,
+    register_cases,
+    save,
 )
 from virtio_test.strategies.draw import Draw
 
@@ -161,11 +186,37 @@ def test_a_change_of_nothing_changes_nothing() -> None:
     assert case.run() == RingCase().run() == Outcome(0, segments=())
 
 
+def test_one_folder_keeps_all_kinds(tmp_path: Path) -> None:
+    """And a program that fails carries itself as a ring case does, so the plugin keeps it."""
+    ring, registers, messages = next(cases("A04")), next(register_cases("Q02")), next(message_cases("M01"))
+    names = [save(each, tmp_path).stem for each in (ring, registers, messages)]
+    assert list(load(tmp_path)) == [(names[0], ring)]
+    assert list(load(tmp_path, RegisterProgram)) == [(names[1], registers)]
+    assert list(load(tmp_path, MessageProgram)) == [(names[2], messages)]
+    wrong = RegisterProgram(steps=(Peek("common", 20, 1, value=0x99),))
+    with pytest.raises(ProgramFailed) as caught:
+        wrong.check(PciTarget(VirtioPci(TestDevice())))
+    assert caught.value.case == wrong
+    assert caught.value.__notes__ == [wrong.to_json()]
+    assert RegisterProgram.from_json(caught.value.__notes__[0]) == wrong
+
+
+@given(drawn(any_program), drawn(any_messages), drawn(legal_program), drawn(legal_messages))
+def test_other_generators_are_strategies_too(
+    one: RegisterProgram, two: MessageProgram, three: RegisterProgram, four: MessageProgram
+) -> None:
+    for program in (one, three):
+        assert RegisterProgram.from_json(program.to_json()) == program
+    for program in (two, four):
+        assert MessageProgram.from_json(program.to_json()) == program
+
+
 def test_without_hypothesis_one_line_says_what_is_missing() -> None:
     """And all that does not need it works."""
     program = """
 import sys
 sys.modules["hypothesis"] = None
+from pathlib import Path
 from random import Random
 from virtio_test.strategies import cases, random_case
 random_case(Random(1)).check()

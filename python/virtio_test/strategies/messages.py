@@ -189,7 +189,8 @@ class MessageProgram:
         for number, each in enumerate(waiting):
             came = found[number] if number < len(found) else "nothing"
             if came != each.answer and (each.answer, came) != ("refused", "closed"):
-                raise ProgramFailed(f"{self}: {came} came back for {each}, and must be {ANSWERS[each.answer]}")
+                text = f"{self}: {came} came back for {each}, and must be {ANSWERS[each.answer]}"
+                raise ProgramFailed(text, self)
             if came == "closed":
                 return
 

@@ -138,7 +138,13 @@ class Facts(NamedTuple):
 
 
 class ProgramFailed(AssertionError):
-    """A register reads something else than it must."""
+    """Something else was read, or came back, than must; `case` is the program, and a note has it as JSON."""
+
+    def __init__(self, text: str, case: Any = None) -> None:
+        super().__init__(text)
+        self.case = case
+        if case is not None:
+            self.add_note(case.to_json())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +180,7 @@ class RegisterProgram:
         """
         for number, (value, peek) in enumerate(self._results(target)):
             if peek.value is not None and value != peek.value:
-                raise ProgramFailed(f"{self}: read {number}, {peek}, reads {value:#x}")
+                raise ProgramFailed(f"{self}: read {number}, {peek}, reads {value:#x}", self)
 
     def _results(self, target: Target) -> list[tuple[int, Peek]]:
         found: list[tuple[int, Peek]] = []
