@@ -77,6 +77,8 @@ class Machine:
         rom: an address that the device may only read, or None.
         relocates: whether an address written to a BAR moves it for the guest.
         keeps_table: whether MSI-X table and pending bits are the machine's, and not the function's.
+        line: whether there is an interrupt line.
+        late: whether the device keeps what it is asked for until it is told to answer (`late`).
     """
 
     name: str
@@ -85,9 +87,17 @@ class Machine:
     rom: int | None = None
     relocates: bool = False
     keeps_table: bool = False
+    line: bool = False
+    late: bool = False
+
+    def can(self, case: Case) -> bool:
+        """Whether a case can be done here; what is for a late device can be done with nothing else."""
+        if self.late:
+            return case.needs == "late"
+        return case.needs is None or getattr(self, case.needs) not in (None, False)
 
 
-Needs: TypeAlias = Literal["low", "rom", "relocates"]
+Needs: TypeAlias = Literal["low", "rom", "relocates", "line", "late"]
 """A fact of `Machine` that must be there."""
 
 
@@ -118,6 +128,11 @@ class Case:
     needs: Needs | None = None
 
     @property
+    def by_line(self) -> bool:
+        """Whether the function interrupts by its line instead of messages."""
+        return self.needs == "line"
+
+    @property
     def id(self) -> str:
         """Its name with the format."""
         return f"{self.name}-{'packed' if self.packed else 'split'}"
@@ -132,7 +147,7 @@ class Case:
         mark(p, FIRST_MARK + number)
         self.run(p, machine)
         reset(p, "end")
-        probe(p, number % 100, packed=self.packed)
+        probe(p, number % 100, packed=self.packed, late=machine.late)
         return p
 
     def outcome(self, number: int, results: Results) -> str:

@@ -37,6 +37,7 @@ __all__ = [
     "mark",
     "probe",
     "probed",
+    "release",
     "request",
     "reset",
 ]
@@ -137,7 +138,7 @@ class Queue:
 
         What the device says about kicks is put to what it never says, so that its first look shows.
         """
-        name = "device_event.flags" if self.packed else "avail_event" if "EVENT_IDX" in self.features else "used.flags"
+        name = self.says
         looks = settled and self.enabled and bool(self.final & Status.DRIVER_OK)
         if looks:
             self.put(p, name, 0, 0xFFFF)
@@ -149,6 +150,17 @@ class Queue:
         p.read("started", "device_status")
         if looks:
             p.wait("looked", self.layout.at(name), 2, 2 if self.packed and "EVENT_IDX" in self.features else 0)
+
+    @property
+    def says(self) -> str:
+        """The field in which the device says whether it wants kicks; it writes it whenever it looks at the queue."""
+        return "device_event.flags" if self.packed else "avail_event" if "EVENT_IDX" in self.features else "used.flags"
+
+    def kick_and_wait(self, p: Program, label: str) -> None:
+        """Kick, and wait until the device has looked at the queue, whatever it found there."""
+        self.put(p, self.says, 0, 0xFFFF)
+        kick(p)
+        p.wait(label, self.layout.at(self.says), 2, 0, 0xFF00)
 
     def negotiate(self, p: Program) -> None:
         """Zero the area, then up to FEATURES_OK."""
@@ -209,8 +221,16 @@ class Queue:
             self.put(p, "avail.ring", slot, head)
         self.put(p, "avail.idx", 0, len(heads) if idx is None else idx)
 
-    def ask(self, p: Program, number: int, *, position: int = 0, kicks: bool = True) -> None:
-        """Make the request of `number` available, as the one behind `position` others of two descriptors."""
+    def ask(self, p: Program, number: int, *, position: int = 0, kicks: bool = True, identity: int = 1) -> None:
+        """Make the request of `number` available, as the one behind `position` others of two descriptors.
+
+        Args:
+            p: the program.
+            number: see `request`.
+            position: how many came before.
+            kicks: whether to kick.
+            identity: the buffer's id in a packed ring.
+        """
         at, to = REQUESTS + 0x100 * (position % 16), RESPONSES + 0x100 * (position % 16)
         p.put_bytes(at, request(number))
         p.fill(to, 16, 0xEE)
@@ -220,8 +240,8 @@ class Queue:
             # The head last: it makes the whole list available.
             flip = [(2 * position + each) // self.size % 2 for each in (0, 1)]
             masks = [(AVAIL | USED) if each else 0 for each in flip]
-            self.desc(p, second, At(to), RESPONSE.size, WRITE ^ masks[1], 1)
-            self.desc(p, first, At(at), REQUEST.size, NEXT ^ masks[0], 1)
+            self.desc(p, second, At(to), RESPONSE.size, WRITE ^ masks[1], identity)
+            self.desc(p, first, At(at), REQUEST.size, NEXT ^ masks[0], identity)
         else:
             self.desc(p, first, At(at), REQUEST.size, NEXT, second)
             self.desc(p, second, At(to), RESPONSE.size, WRITE)
@@ -260,11 +280,19 @@ class Queue:
         p.get(f"{label}high", to + 8, 4)
 
 
-def probe(p: Program, number: int, *, packed: bool) -> None:
+def release(p: Program, how: int = 1) -> None:
+    """Tell the late device (`late`) to answer what it keeps: 1 oldest first, 2 newest first."""
+    p.out_at(CapType.DEVICE_CFG, 8, 4, how)
+
+
+def probe(p: Program, number: int, *, packed: bool, late: bool = False) -> None:
     """After a reset: everything from the beginning, and one request; its results begin with ``probe.``."""
     queue = Queue(packed=packed)
-    queue.start(p, settled=False)
-    queue.ask(p, number)
+    queue.start(p, settled=late)
+    queue.ask(p, number, kicks=not late)
+    if late:
+        queue.kick_and_wait(p, "probe.looked")
+        release(p)
     queue.used(p, label="probe.")
     queue.answered(p, label="probe.")
     p.interrupts("probe.queue", QUEUE_VECTOR, 1)

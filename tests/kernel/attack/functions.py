@@ -22,8 +22,9 @@ from virtio_test.spec.pcibus import (
 from virtio_test.transport.pci.configspace import ConfigBytes
 from virtio_test.transport.pci.flavours import declare
 
-from tests.kernel.attack.case import NUMBER, Case, Machine, Steps, registers, verdict
+from tests.kernel.attack.case import NUMBER, Case, Machine, Steps, registers, ring, verdict
 from tests.kernel.attack.driver import BASIC, CONFIG_VECTOR, QUEUE_VECTOR, Queue, answer, kick
+from tests.kernel.attack.pieces import NOWHERE, READ, WRITTEN, joined
 from tests.kernel.attack.program import CONFIG, InBar, Program, Results, bar
 
 __all__ = ["CASES"]
@@ -355,6 +356,44 @@ def _with_data_judged(results: Results) -> str:
     return verdict("accepted", results, {"status": _LIVE, "unused": 0, "len": 12, "low": low, "high": high})
 
 
+# --- X15: the line ------------------------------------------------------------------------------------------
+
+
+def _line_disabled(p: Program, _: Machine) -> None:
+    """Two requests while the line is off: only the ISR status tells of them, and only once."""
+    p.out_at(CONFIG, _COMMAND, 2, _REST | COMMAND_MASTER | COMMAND_MEMORY)
+    for position in (0, 1):
+        _ask(p, f"{position}.", position=position)
+    p.read("turn", "device_status")
+    p.interrupts("queue", QUEUE_VECTOR)
+    p.read_at("isr", CapType.ISR_CFG, 0, 1)
+    p.read_at("isr_again", CapType.ISR_CFG, 0, 1)
+    p.out_at(CONFIG, _COMMAND, 2, COMMAND_IO | COMMAND_MASTER | COMMAND_MEMORY)
+    p.read("status", "device_status")
+    p.interrupts("later", QUEUE_VECTOR)
+
+
+def _pending_line(p: Program, _: Machine) -> None:
+    """An interrupt that waits while the line is off comes when it is on."""
+    p.out_at(CONFIG, _COMMAND, 2, _REST | COMMAND_MASTER | COMMAND_MEMORY)
+    _ask(p, "then.")
+    p.read("turn", "device_status")
+    p.interrupts("before", QUEUE_VECTOR)
+    p.out_at(CONFIG, _COMMAND, 2, COMMAND_IO | COMMAND_MASTER | COMMAND_MEMORY)
+    p.interrupts("after", QUEUE_VECTOR, 1)
+    p.read_at("isr", CapType.ISR_CFG, 0, 1)
+
+
+_BY_LINE: Final = [
+    *ring("X15", "line", joined(READ, WRITTEN), outcome="accepted", answered=True, needs="line"),
+    *ring("X15 N07", "line-when-broken", joined((NOWHERE, 16, 0)), rules="UnmappedAddress", needs="line"),
+    registers("X15", "line-disabled", _line_disabled, outcome="accepted", position=2, needs="line",
+              reads={"0.len": 12, "1.len": 12, "queue": 0, "isr": 1, "isr_again": 0, "later": 0}),
+    registers("X15", "line-enabled-later", _pending_line, outcome="accepted", position=1, needs="line",
+              reads={"then.len": 12, "before": 0, "after": 1, "isr": 0}),
+]  # fmt: skip
+
+
 def _deaf(case: Case) -> Case:
     """What a register reads at which nobody answers is the machine's matter: not what the device has there."""
 
@@ -415,4 +454,5 @@ CASES: Final[list[Case]] = [
     Case(rows=("CVE-2024-4693",), name="msix-disabled", run=_disabled_msix,
          judge=lambda results: verdict("broken", results, {"status": _LIVE | 0x40, "isr": 2}), verdict="broken",
          rules=("UnmappedAddress",)),
+    *_BY_LINE,
 ]  # fmt: skip

@@ -13,12 +13,13 @@ from tests.kernel.checks import said
 from tests.kernel.guest import Guest
 from tests.kernel.server import Server
 
-__all__ = ["FILE", "Outcome", "attack", "programs"]
+__all__ = ["Outcome", "attack", "programs"]
 
-FILE: Final = "attack/programs"
-"""Where the programs lie in the guest."""
+_FILES: Final = {False: "attack/messages", True: "attack/line"}
+"""Where the programs lie in the guest: those for MSI-X, and those for the interrupt line."""
 
 _MARK: Final = re.compile(r"the driver: NoSuchQueue .*queue_size written.*\[queue (\d+)\]")
+_SECONDS: Final = 120.0
 _RULE: Final = re.compile(r"the driver: (\w+)")
 
 
@@ -36,14 +37,22 @@ class Outcome:
 
 
 def programs(cases: Sequence[Case], machine: Machine) -> Mapping[str, bytes]:
-    """The guest's file with them."""
-    return {FILE: file([case.program(number, machine) for number, case in enumerate(cases)])}
+    """The guest's files with them."""
+    return {
+        path: file([case.program(number, machine) for number, case in enumerate(cases) if case.by_line == by_line])
+        for by_line, path in _FILES.items()
+    }
 
 
 def attack(guest: Guest, server: Server, cases: Sequence[Case], machine: Machine) -> dict[str, Outcome]:
-    """Run the programs that the guest was given; what came of each case, by its id."""
-    came = parse(said(guest.command(f"run attack /{FILE}", timeout=120)))
-    told = _told(server.log)
+    """Load the module and run the programs that the guest was given; what came of each case, by its id."""
+    guest.command("insmod virtio_attack")
+    lines = said(guest.command(f"run attack /{_FILES[False]}", timeout=_SECONDS))
+    if any(case.by_line for case in cases):
+        guest.command("rmmod virtio_attack")
+        guest.command("insmod virtio_attack line=1")
+        lines += said(guest.command(f"run attack /{_FILES[True]}", timeout=_SECONDS))
+    came, told = parse(lines), _told(server.log)
     outcomes: dict[str, Outcome] = {}
     for number, case in enumerate(cases):
         values = came.get(f"{number}", "it did not run")
