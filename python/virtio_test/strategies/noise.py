@@ -7,7 +7,10 @@ rule is found broken once at most, and then there is silence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Final, Literal
+
+from virtio_test._core import RingLayout
 
 from .acts import Act, Change, Look, Pop, Publish, Push, Put, Take, Use, Write
 from .case import AVAIL, DATA, EDGE, HOLE, RING, TABLES, USED, RingCase
@@ -33,10 +36,6 @@ LIKELY: Final[Mapping[str, Sequence[int]]] = {
 }
 """What is nearly right, by the last word of the field: it gets further than noise."""
 
-_TABLE: Final = {
-    False: ("table.addr", "table.len", "table.flags", "table.next"),
-    True: ("table.addr", "table.len", "table.flags"),
-}
 _DEVICES: Final = {
     False: ("used.idx", "used.ring.id", "used.ring.len", "used.flags", "avail_event"),
     True: ("desc.id", "desc.len", "desc.flags", "device_event.off_wrap", "device_event.flags"),
@@ -72,25 +71,31 @@ def _call(draw: Draw, case: RingCase, free: list[int]) -> Act:
     return Look() if kind is Look else Publish()
 
 
+@cache
+def _fields(size: int, packed: bool) -> dict[str, tuple[int, int, tuple[int, ...]]]:  # noqa: FBT001 (a key of the cache)
+    """Field to (bytes, places, what is nearly right there); those of tables too."""
+    found: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+    for name, (_, width, _, count) in RingLayout(size, packed=packed).fields().items():
+        likely = tuple(value for value in LIKELY.get(name.rpartition(".")[2], ()) if value < 1 << 8 * width)
+        found[name] = width, min(count, 9), likely
+        if name in ("desc.addr", "desc.len", "desc.flags", "desc.next"):
+            found[f"table.{name[5:]}"] = width, 9, likely
+    return found
+
+
 def _scribbles(draw: Draw, case: RingCase) -> list[Change]:
-    layout = case.layout().fields()
-    names = _DEVICES[case.packed] if case.end == "driver" and draw.some((True, True, False)) else tuple(layout)
-    if case.end == "device":
-        names += _TABLE[case.packed]
+    fields = _fields(case.size, case.packed)
+    names = _DEVICES[case.packed] if case.end == "driver" and draw.some((True, True, False)) else tuple(fields)
     found: list[Change] = []
     for _ in range(draw.vary(1, 8, 2)):
         name = draw.choice(names)
-        _, width, _, count = layout[name.replace("table.", "desc.")]
-        found.append(Put(name, _value(draw, name, width), draw.vary(0, min(count, 9) - 1, 0)))
+        width, places, likely = fields[name]
+        known = likely and draw.some((True, True, False))
+        value = draw.some(likely) if known else draw.vary(0, (1 << 8 * width) - 1, 0)
+        if known and name.endswith(".idx"):
+            value = value + case.start & 0xFFFF
+        found.append(Put(name, value, draw.vary(0, places - 1, 0)))
     if not draw.vary(0, 15, 1):
         noise = bytes(draw.vary(0, 255, 0) for _ in range(draw.vary(1, 32, 8)))
         found.append(Write(RING + draw.vary(0, 0x200, 0), noise))
     return found
-
-
-def _value(draw: Draw, name: str, width: int) -> int:
-    most = (1 << 8 * width) - 1
-    likely = [value for value in LIKELY.get(name.rpartition(".")[2], ()) if value <= most]
-    if likely and draw.some((True, True, False)):
-        return draw.some(likely)
-    return draw.vary(0, most, 0)

@@ -197,9 +197,8 @@ class Scene:
             self.put("used.idx", case.start)
             return
         here, wrap = case.start & 0x7FFF, case.start >> 15
-        for slot in range(case.size):
-            if wrap if slot < here else not wrap:
-                self.put("desc.flags", AVAIL | USED, slot)
+        begin, end = (0, here) if wrap else (here, case.size)
+        self.fill("desc.flags", (AVAIL | USED,) * (end - begin), begin)
 
     # ----------------------------------------------------------------------------------------------------- the fields
 
@@ -220,14 +219,14 @@ class Scene:
         """Read one field."""
         return int.from_bytes(self.memory.read(*self.at(field, index)), "little")
 
-    def fill(self, field: str, values: Sequence[int]) -> None:
-        """Write the first places of a field."""
+    def fill(self, field: str, values: Sequence[int], begin: int = 0) -> None:
+        """Write a field at so many places, from `begin` on."""
         if not values:
             return
-        first, width = self.at(field)
-        stride = self.at(field, len(values) - 1)[0] - first
-        stride //= max(len(values) - 1, 1)
-        whole = bytearray(self.memory.read(first, stride * (len(values) - 1) + width))
+        more = len(values) - 1
+        first, width = self.at(field, begin)
+        stride = (self.at(field, begin + more)[0] - first) // max(more, 1)
+        whole = bytearray(self.memory.read(first, stride * more + width))
         for number, value in enumerate(values):
             whole[stride * number : stride * number + width] = _bytes(field, value, width)
         self.memory.write(first, whole)

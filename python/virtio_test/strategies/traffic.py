@@ -23,6 +23,7 @@ EVENT_IDX: Final = 1 << 29
 IN_ORDER: Final = 1 << 35
 _PAGES: Final = range(DATA, 0x10000, PAGE)
 _PARTS: Final = 6
+_PATTERN: Final = bytes(number * number >> 3 & 0xFF for number in range(1024))
 
 Request = tuple[bytes, int]
 """What the device is to read, and how many bytes it may answer."""
@@ -230,8 +231,5 @@ def legal_case(
 
 def _requests(draw: Draw) -> Iterable[Request]:
     for number in range(draw.vary(1, 12, 4)):
-        length = draw.some((16, 0, 1, draw.vary(1, 600, 64)))
-        yield (
-            bytes((number + 1) * (each + 1) & 0xFF for each in range(length)),
-            draw.some((8, 0, draw.vary(1, 600, 64))),
-        )
+        length, at = draw.some((16, 0, 1, draw.vary(1, 600, 64))), 31 * number
+        yield _PATTERN[at : at + length], draw.some((8, 0, draw.vary(1, 600, 64)))
