@@ -29,7 +29,7 @@ USED_ROWS: Final = (
         _OURS,
         "A chain is used twice, at another queue, or after a reset.",
         Outcome.MISUSE,
-        "After a reset, or once the queue is latched, it is dropped instead where the device completes it.",
+        "A chain of a queue that was reset or broke meanwhile is dropped, and `push` says so.",
         clauses="2.7.8 2.8.4",
     ),
     row(

@@ -83,7 +83,7 @@ MESSAGE_ROWS: Final = (
         _P,
         "The device is reset by RESET_DEVICE or RESET_OWNER in the middle of requests.",
         Outcome.DROPPED,
-        "RESET_DEVICE resets all queues. RESET_OWNER is deprecated and changes nothing.",
+        "RESET_DEVICE resets all queues. RESET_OWNER, which is deprecated, disables them and no more.",
         clauses="vhost-user:VHOST_USER_RESET_DEVICE",
     ),
     row(
