@@ -113,6 +113,18 @@ def test_an_odd_notification_kicks_nobody(monkeypatch: pytest.MonkeyPatch, row: 
 
 
 @row("X03", "A17")
+@pytest.mark.parametrize("value", [0, 1, 2, 0xFFFF])
+def test_a_place_behind_the_last_queue_kicks_nobody(monkeypatch: pytest.MonkeyPatch, row: str, value: int) -> None:
+    """Two bytes for each of two queues, in a structure that has six."""
+    world = World(multiplier=2)
+    world.live()
+    kicked: list[int] = []
+    monkeypatch.setattr(world.bank, "kick", kicked.append)
+    world.write(world.layout.notify, 4, 2, value)
+    assert (kicked, world.rules()) == ([], {"BadNotification": 1})
+
+
+@row("X03", "A17")
 @pytest.mark.parametrize(("place", "value"), [(0, 0xFFFF), (0, 1), (1, 0)])
 def test_the_place_says_which_queue(monkeypatch: pytest.MonkeyPatch, row: str, place: int, value: int) -> None:
     world = World()
@@ -246,6 +258,9 @@ def test_the_window_kicks_and_reads_the_isr(row: str) -> None:
         (4, 0x2002, 4),
         (4, 0x1, 2),
         (4, 0x15, 2),
+        # Within the device's configuration space, whose bytes can be accessed in any width but through the window.
+        (4, 0x2001, 3),
+        (4, 0x2000, 8),
     ],
 )
 def test_the_window_reaches_nothing_else(row: str, bar: int, offset: int, length: int) -> None:
@@ -254,12 +269,15 @@ def test_the_window_reaches_nothing_else(row: str, bar: int, offset: int, length
     window = Window(world)
     before = {name: world.get(name) for name in COMMON}
     table = world.read(world.layout.table, 12, 4)
+    assert world.layout.config == (4, 0x2000, 10)
+    config = world.device.config.read(0, 10)
     window.aim(bar, offset, length)
     assert window.read() == 0xFFFF_FFFF
     window.write(0)
     window.write(0xFFFF_FFFF)
     assert {name: world.get(name) for name in COMMON} == before
     assert world.read(world.layout.table, 12, 4) == table
+    assert world.device.config.read(0, 10) == config
     assert world.rules() == {"BadWindow": 3}
 
 
