@@ -29,6 +29,18 @@ def pop(count):
         if chain is None:
             break
         chains.append(chain)
+
+
+def push(which, written):
+    if which < len(chains):
+        end.push(chains[which], written)
+
+
+def take(limit):
+    try:
+        used.extend((tokens.index(token), written) for token, written in driver.get_used_many(limit))
+    except QueueViolation as violation:
+        print("the legal driver found:", violation)
 """
 
 _DRIVER: Final = """
