@@ -326,6 +326,22 @@ def repeat(*path: str | int, times: int) -> Spoil:
     return apply
 
 
+def suspended_without_feature(state: Any) -> None:
+    state["status"] = 0x1B
+    state["features"] &= ~FeatureSet("SUSPEND").bits
+
+
+def not_enabled(size: int) -> Spoil:
+    return lambda state: state["queues"][0].update(size=size, enabled=False, avail=None, used=None)
+
+
+def deep(levels: int) -> object:
+    value: object = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 IN_BANK: list[tuple[str, tuple[str, ...], Spoil]] = [
     ("queue size 0", ("R01", "CVE-2013-4148", "qemu@d6384ad1"), put("queues", 0, "size", to=0)),
     ("queue size 3", ("R01",), put("queues", 0, "size", to=3)),
@@ -360,6 +376,12 @@ IN_BANK: list[tuple[str, tuple[str, ...], Spoil]] = [
     ("another version", (), put("version", to=1)),
     ("a status that cannot be", (), put("status", to=0x20)),
     ("suspended and running", (), put("status", to=0x1F)),
+    ("suspended without the feature", ("D17",), suspended_without_feature),
+    ("a size 3 of a queue that is not enabled", ("R01",), not_enabled(3)),
+    ("a size 0 of a queue that is not enabled", ("R01",), not_enabled(0)),
+    ("a device that is too deep", ("R07",), lambda state: state["device"].update(config=deep(40))),
+    ("a field that has no name", ("R07",), put("device", "config", to={1: 2})),
+    ("a field that is no JSON value", ("R07",), put("device", "config", to=b"")),
     ("an interface that is none", (), put("interface", to="old")),
     ("an interface with other features", (), put("interface", to="legacy")),
     ("a change that may be due", (), put("config_due", to=None)),
@@ -433,6 +455,47 @@ def test_a_bad_state_changes_nothing(way: str, path: tuple[str, ...], spoil: Spo
     assert over.bank.errors == []
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("device", "config", to=deep(40)), "deeper than"),
+        (put("device", "config", to={1: 2}), "no text"),
+        (put("device", "config", to=b""), "no JSON value"),
+    ],
+)
+def test_a_device_is_given_json_values_only(change: Spoil, message: str) -> None:
+    """Whatever a device of one's own would make of them."""
+
+    class Careless(BaseDevice):
+        def check_state(self, state: object) -> None:
+            """Takes anything."""
+
+        def apply_state(self, state: object) -> None:
+            """Takes anything."""
+
+    over = reach(Careless(7, handlers={0: bytes.upper}), "in process")
+    state: Any = over.side.save()
+    change(state)
+    with pytest.raises(SavedStateError, match=message):
+        over.side.restore(state)
+
+
+@pytest.mark.row("X11")
+@pytest.mark.parametrize(
+    ("offset", "bits", "message"),
+    [("power", 1, "power state is D1"), ("power", 2, "power state is D2"), ("express", 0x80, "middle of a reset")],
+)
+def test_a_function_that_cannot_be(offset: str, bits: int, message: str) -> None:
+    side = VirtioPci(keeper(), behind_express_port=True)
+    at = side._config.capabilities[offset] + {"power": 4, "express": 9}[offset]  # type: ignore[reportPrivateUsage]
+    state: Any = through_json(side.save())
+    config = bytearray.fromhex(state["function"]["config"])
+    config[at] |= bits
+    state["function"]["config"] = config.hex()
+    with pytest.raises(SavedStateError, match=message):
+        side.restore(state)
+
+
 @pytest.mark.row("R09")
 @pytest.mark.parametrize("bits", [16, 0x7FFF, 0x8010, 0xFFFF])
 @pytest.mark.parametrize("name", ["avail", "used"])
@@ -462,6 +525,14 @@ def test_a_position_that_the_ring_contradicts_breaks_the_device(way: str) -> Non
     assert over.bank.ignored == {"AvailIdxTooFar": 1}
     driver.initialize()
     assert driver.submit(1, [b"x"], [1]).wait() == b"X"
+
+
+@pytest.mark.row("R04")
+def test_a_function_has_vectors_for_its_own_queues() -> None:
+    over = reach(keeper(), "pci")
+    more = BaseDevice(7, handlers={2: bytes.upper}, queue_sizes=(16, 16, 16), config=ConfigSpace(LAYOUT))
+    with pytest.raises(SavedStateError, match="3 queues, this function 2"):
+        over.side.restore(over.side.save(), device=more)
 
 
 @pytest.mark.row("R04")

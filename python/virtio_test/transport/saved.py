@@ -197,10 +197,7 @@ def _saved_queue(slot: QueueSlot, position: QueueState | None) -> dict[str, obje
 
 def _features(bank: RegisterBank, bits: object, status: int, device: Device, *, legacy: bool) -> FeatureSet:
     value = number(bits, "features", (1 << FEATURE_BITS) - 1)
-    try:
-        features = FeatureSet.from_bits(value, device=bank.offered.device)
-    except InvalidArgument as error:
-        raise SavedStateError(f"the saved features do not fit: {error}") from None
+    features = FeatureSet.from_bits(value, device=bank.offered.device)
     if legacy:
         beyond = value & ~bank.legacy_features()
         if beyond and status & Status.FEATURES_OK:
