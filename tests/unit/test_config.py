@@ -148,6 +148,7 @@ def test_driver_writes_change_writable_bytes_only(space: ConfigSpace, data: st.D
     assert (changes, space.generation) == ([], generation), "the driver needs no news of its own writes"
 
 
+@pytest.mark.row("X09")
 @given(space=spaces(), data=st.data())
 def test_ranges_outside_are_the_other_sides_fault_and_change_nothing(space: ConfigSpace, data: st.DataObject) -> None:
     before = snapshot(space)

@@ -9,6 +9,7 @@ from virtio_test._core import RingLayout
 from virtio_test.devices.base import kept
 from virtio_test.features import FeatureSet
 from virtio_test.spec.pci import COMMON
+from virtio_test.transport.slot import QueueSlot
 
 from .pci_world import BASE, LIVE, MEMORY, READY, ROWS, SIZE, UP, S, World, row, upper
 
@@ -400,6 +401,8 @@ def test_packed_then_split(row: str) -> None:
     world = World()
     for packed in (True, False, True):
         world.status(0)
+        assert world.bank.accepted == FeatureSet()
+        assert all(slot == QueueSlot(slot.index, SIZE, SIZE) for slot in world.bank.slots)
         world.status(UP)
         world.features(world.bank.offered - (FeatureSet() if packed else FeatureSet("RING_PACKED")))
         assert world.status(READY) == READY
