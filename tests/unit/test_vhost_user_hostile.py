@@ -183,7 +183,7 @@ def table(*regions: MemoryRegion) -> MemoryTable:
 
 REFUSED: list[tuple[str, str, Request, Payload, list[str]]] = [
     ("M04", "FeatureNotOffered", Request.SET_FEATURES, U64(1 << 63), []),
-    ("M04", "FeatureNotOffered", Request.SET_FEATURES, U64(1 << 32 | 1 << 26), []),
+    ("M04", "FeatureNotOffered", Request.SET_FEATURES, U64(1 << 32 | 1 << 33), []),
     ("M04", "FeaturesRefused", Request.SET_FEATURES, U64(1 << 34), []),
     ("M04", "ProtocolFeatureNotOffered", Request.SET_PROTOCOL_FEATURES, U64(1 << 40), []),
     ("M05", "RegionCount", Request.SET_MEM_TABLE, table(), []),
@@ -225,7 +225,7 @@ REFUSED: list[tuple[str, str, Request, Payload, list[str]]] = [
     ("M09", "VringAddress", Request.SET_VRING_ADDR, VringAddress(0, 0, 0x1000, U, U), []),
     ("M09", "VringAddress", Request.SET_VRING_ADDR, VringAddress(0, 0, (1 << 64) - 16, U, U), []),
     ("M09", "VringAddress", Request.SET_VRING_ADDR, VringAddress(0, 0, U + (1 << 20) - 16, U, U), []),
-    ("M09", "VringFlags", Request.SET_VRING_ADDR, VringAddress(0, 1, U, U, U), []),
+    ("M09", "VringFlags", Request.SET_VRING_ADDR, VringAddress(0, 2, U, U, U), []),
     ("M09", "VringFlags", Request.SET_VRING_ADDR, VringAddress(0, 0x8000_0000, U, U, U), []),
     ("M10", "FdType", Request.SET_VRING_KICK, U64(0), ["page"]),
     ("M10", "FdType", Request.SET_VRING_KICK, U64(0), ["zero"]),
@@ -235,7 +235,7 @@ REFUSED: list[tuple[str, str, Request, Payload, list[str]]] = [
     ("M11", "VringIndex", Request.SET_VRING_KICK, U64(0xFF), ["pipe"]),
     ("M11", "VringIndex", Request.SET_VRING_ENABLE, VringState(0xFFFF_FFFF, 1), []),
     ("M11", "VringValue", Request.SET_VRING_ENABLE, VringState(0, 2), []),
-    ("M15", "NotNegotiated", Request.SET_LOG_FD, Empty(), ["page"]),
+    ("M15", "FdType", Request.SET_LOG_FD, Empty(), ["page"]),
     ("M16", "NotNegotiated", Request.VRING_KICK, VringState(0), []),
     ("M16", "NotSupported", Request.GPU_SET_SOCKET, Empty(), ["pipe"]),
     ("M01", "StatusValue", Request.SET_STATUS, U64(0x100), []),

@@ -75,7 +75,8 @@ class Backend(PeerServer):
         memory: GuestMemory | None = None,
     ) -> None:
         offered = device.features if features is None else features
-        if extra := offered - device.features:
+        # The device IOTLB is the transport's, whatever the device: it is offered to whoever asks for it.
+        if extra := offered - device.features - FeatureSet("ACCESS_PLATFORM"):
             raise InvalidArgument(f"the device does not have the features {extra}; it has {device.features}")
         check_own_offer(offered, requires=device.requires)
         if memory is not None and memory.regions:

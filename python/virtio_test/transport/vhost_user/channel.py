@@ -10,14 +10,17 @@ import logging
 import os
 import socket
 import stat
+from collections import deque
+from collections.abc import Callable
+from itertools import count
 from typing import Final
 
 from virtio_test.errors import MessageError
 from virtio_test.loop import OwnerLoop
 
-from .codec import Decoder, OwnedFd, encode
+from .codec import Decoder, Message, OwnedFd, encode
 from .messages import BACKEND_REQUESTS, BackendRequest
-from .payloads import U64, Payload, VringState
+from .payloads import U64, Iotlb, Payload, VringState
 from .rules import violation
 
 __all__ = ["BackendChannel"]
@@ -32,6 +35,9 @@ class BackendChannel:
         fd: the socket that came with SET_BACKEND_REQ_FD.
         loop: waits for answers.
 
+    Attributes:
+        on_refused: called with the page of a MISS that was answered with a number other than 0.
+
     Raises:
         MessageError: FdType, it is no socket.
     """
@@ -45,6 +51,10 @@ class BackendChannel:
         self._unsent: dict[tuple[BackendRequest, int], bytes] = {}
         self._partial = b""
         self._refused = False
+        self.on_refused: Callable[[int], object] = lambda _: None
+        # Pages of the misses that will be answered, in the order in which they are sent.
+        self._missed: deque[int] = deque()
+        self._numbers = count()
         loop.add_reader(self._socket.fileno(), self._readable)
 
     def __repr__(self) -> str:
@@ -61,6 +71,16 @@ class BackendChannel:
     def vring_error(self, index: int) -> None:
         """Queue `index` has stopped for good."""
         self._send(BackendRequest.VRING_ERR, VringState(index), index, need_reply=True)
+
+    def miss(self, entry: Iotlb, *, need_reply: bool) -> None:
+        """The translation of a page is missing; whoever asks does so once for each."""
+        if self._socket is not None:
+            if need_reply:
+                self._missed.append(entry.iova)
+            self._unsent[BackendRequest.IOTLB_MSG, next(self._numbers)] = encode(
+                BackendRequest.IOTLB_MSG, entry, need_reply=need_reply
+            )
+            self._flush()
 
     def close(self) -> None:
         """Close the channel; what was not sent is dropped."""
@@ -95,10 +115,7 @@ class BackendChannel:
         try:
             data = self._socket.recv(self._decoder.wanted, socket.MSG_DONTWAIT)
             for message in self._decoder.feed(data):
-                if isinstance(message.payload, U64) and message.payload.value and not self._refused:
-                    # Once: it can send as many as it likes, for requests that there never were.
-                    self._refused = True
-                    _log.info("the front-end refused request %d of ours", message.request)
+                self._answered(message)
         except BlockingIOError:
             return
         except (OSError, MessageError) as error:
@@ -108,3 +125,16 @@ class BackendChannel:
             self._flush()
         else:
             self.close()
+
+    def _answered(self, message: Message) -> None:
+        refused = isinstance(message.payload, U64) and bool(message.payload.value)
+        if refused and not self._refused:
+            # Once: it can send as many as it likes, for requests that there never were.
+            self._refused = True
+            _log.info("the front-end refused request %d of ours", message.request)
+        if message.request == BackendRequest.IOTLB_MSG:
+            if not self._missed:
+                raise violation("UnexpectedReply", "a translation was answered that nobody asked for")
+            page = self._missed.popleft()
+            if refused:
+                self.on_refused(page)

@@ -11,9 +11,10 @@ import os
 import select
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final, Self
 
-from virtio_test._core import GuestMemory, Notifier, QueueConfig, Region
+from virtio_test._core import DirtyLog, GuestMemory, Notifier, QueueConfig, Region
 from virtio_test.errors import MessageError, PeerDisconnected, PeerTimeout, StateError
 from virtio_test.features import FeatureSet
 
@@ -22,11 +23,27 @@ from .inflight import InflightRegion
 from .messages import (
     BACKEND_REQUESTS,
     FRONTEND_REQUESTS,
+    LOG_ALL_BIT,
     PROTOCOL_FEATURES_BIT,
+    VRING_LOG,
+    IotlbType,
+    Permission,
     ProtocolFeature,
     Request,
 )
-from .payloads import U64, Config, Inflight, MemoryRegion, MemoryTable, Payload, SingleRegion, VringAddress, VringState
+from .payloads import (
+    U64,
+    Config,
+    Inflight,
+    Iotlb,
+    Log,
+    MemoryRegion,
+    MemoryTable,
+    Payload,
+    SingleRegion,
+    VringAddress,
+    VringState,
+)
 from .rules import violation
 from .wire import Wire, connect
 
@@ -36,11 +53,19 @@ USER_OFFSET: Final = 0x7000_0000_0000
 """What this front-end adds to a guest address to make its "user address": nobody can take one for the other."""
 
 _PROTOCOL: Final = 1 << PROTOCOL_FEATURES_BIT
+_LOG_ALL: Final = 1 << LOG_ALL_BIT
 _WORD64: Final = (1 << 64) - 1
 _MOST_REQUESTS: Final = 64
 _F = ProtocolFeature
 _WANTED: Final = (
-    _F.MQ | _F.REPLY_ACK | _F.BACKEND_REQ | _F.CONFIG | _F.RESET_DEVICE | _F.CONFIGURE_MEM_SLOTS | _F.STATUS
+    _F.MQ
+    | _F.LOG_SHMFD
+    | _F.REPLY_ACK
+    | _F.BACKEND_REQ
+    | _F.CONFIG
+    | _F.RESET_DEVICE
+    | _F.CONFIGURE_MEM_SLOTS
+    | _F.STATUS
 )
 
 
@@ -72,6 +97,13 @@ class FrontEnd:
         connection: a connected UNIX stream socket, ours from now on.
         timeout: seconds that an answer may take.
 
+    Attributes:
+        features: the accepted features.
+        protocol: the negotiated protocol features.
+        logging: whether the back-end marks what it writes (LOG_ALL).
+        guest_offset: what is added to an address of our memory to make the guest physical address that regions are
+            shared with. It is 0, unless addresses are those of an IOMMU (ACCESS_PLATFORM): then only logs know it.
+
     Raises:
         PeerDisconnected: nobody listens at `path`.
     """
@@ -92,6 +124,8 @@ class FrontEnd:
         self.timeout = timeout
         self.features = FeatureSet()
         self.protocol = ProtocolFeature(0)
+        self.logging = False
+        self.guest_offset = 0
         self.rings: dict[int, FrontEndRing] = {}
         self.channel: Wire | None = None
         self._wire = Wire(connection, Decoder(FRONTEND_REQUESTS, replies=True), timeout=timeout)
@@ -175,7 +209,7 @@ class FrontEnd:
             # Whoever keeps the error keeps what it was raised over.
             reply.close()
             raise violation("UnexpectedReply", f"a reply to request {reply.request}, where {row.name} was asked")
-        if row.reply is None and isinstance(reply.payload, U64) and reply.payload.value:
+        if (row.reply is None or row.refusable) and isinstance(reply.payload, U64) and reply.payload.value:
             raise violation("Refused", f"{row.name} was refused with {reply.payload.value}")
         return reply
 
@@ -212,7 +246,7 @@ class FrontEnd:
             self.set_protocol_features(offered & protocol_features)
         if self.protocol & _F.BACKEND_REQ:
             self.open_channel()
-        accepted = FeatureSet.from_bits(bits & ~_PROTOCOL)
+        accepted = FeatureSet.from_bits(bits & ~(_PROTOCOL | _LOG_ALL))
         self.set_features(accepted if wanted is None else accepted & wanted, protocol_bit=protocol_bit)
         return self.features
 
@@ -221,11 +255,17 @@ class FrontEnd:
         self.request(Request.SET_PROTOCOL_FEATURES, U64(int(chosen)))
         self.protocol = chosen
 
-    def set_features(self, features: FeatureSet, *, protocol_bit: bool = True) -> None:
-        """SET_FEATURES."""
-        bits = (features.bits & _WORD64) | (_PROTOCOL if protocol_bit else 0)
+    def set_features(self, features: FeatureSet, *, protocol_bit: bool = True, log: bool = False) -> None:
+        """SET_FEATURES; with `log` the back-end marks the pages that it writes."""
+        bits = (features.bits & _WORD64) | (_PROTOCOL if protocol_bit else 0) | (_LOG_ALL if log else 0)
         self.request(Request.SET_FEATURES, U64(bits))
         self.features = features
+        self.logging = log
+
+    @property
+    def translated(self) -> bool:
+        """Whether addresses are those of an IOMMU."""
+        return "ACCESS_PLATFORM" in self.features
 
     def open_channel(self) -> None:
         """Make a socket pair and give one end to the back-end."""
@@ -244,18 +284,48 @@ class FrontEnd:
 
     def share(self, memory: GuestMemory) -> None:
         """SET_MEM_TABLE with all regions of `memory`, which are memfds."""
-        regions = [_shared(region) for region in memory.regions]
+        regions = [self._shared(region) for region in memory.regions]
         self.request(Request.SET_MEM_TABLE, MemoryTable(tuple(each for each, _ in regions)), [fd for _, fd in regions])
 
     def add_region(self, region: Region) -> None:
         """ADD_MEM_REG."""
-        each, fd = _shared(region)
+        each, fd = self._shared(region)
         self.request(Request.ADD_MEM_REG, SingleRegion(each.guest, each.size, each.user, each.offset), [fd])
 
     def remove_region(self, region: Region) -> None:
         """REM_MEM_REG."""
-        each, _ = _shared(region)
+        each, _ = self._shared(region)
         self.request(Request.REM_MEM_REG, SingleRegion(each.guest, each.size, each.user, each.offset))
+
+    def _shared(self, region: Region) -> tuple[MemoryRegion, int]:
+        if region.fd is None:
+            raise StateError(f"the region at {region.address:#x} is anonymous memory and cannot be shared; use memfd")
+        guest, user = region.address + self.guest_offset, region.address + USER_OFFSET
+        return MemoryRegion(guest, region.size, user, region.offset), region.fd
+
+    # --- dirty log and IOTLB --------------------------------------------------------------------------------
+
+    def set_log(self, log: DirtyLog) -> None:
+        """SET_LOG_BASE: the log that is marked while LOG_ALL is set."""
+        self.request(Request.SET_LOG_BASE, Log(log.size, 0), [log.fd])
+
+    def log_rings(self) -> None:
+        """SET_VRING_ADDR of every ring again, which says whether its used ring is marked too."""
+        for index in sorted(self.rings):
+            self.request(Request.SET_VRING_ADDR, self.ring_address(self.rings[index].config))
+
+    def update_iotlb(self, iova: int, size: int, address: int, permission: Permission) -> None:
+        """IOTLB_MSG: the device finds `size` bytes from `address` of our memory on at `iova`.
+
+        Raises:
+            MessageError: Refused.
+        """
+        entry = Iotlb(iova, size, address + USER_OFFSET, int(permission), int(IotlbType.UPDATE))
+        self.request(Request.IOTLB_MSG, entry)
+
+    def invalidate_iotlb(self, iova: int, size: int) -> None:
+        """IOTLB_MSG: the device finds nothing at these addresses any more; once this returns it uses none of them."""
+        self.request(Request.IOTLB_MSG, Iotlb(iova, size, 0, 0, int(IotlbType.INVALIDATE)))
 
     # --- rings ----------------------------------------------------------------------------------------------
 
@@ -275,12 +345,17 @@ class FrontEnd:
         self.rings[index] = ring
         self.request(Request.SET_VRING_NUM, VringState(index, config.size))
         self.request(Request.SET_VRING_BASE, VringState(index, base))
-        self.request(Request.SET_VRING_ADDR, ring_address(config))
+        self.request(Request.SET_VRING_ADDR, self.ring_address(config))
         self.request(Request.SET_VRING_ERR, U64(index), [ring.error.fileno()])
         # The kick fd starts the ring, and libvhost-user calls at once: QEMU has given it a call fd long before.
         self.request(Request.SET_VRING_CALL, U64(index), [ring.call.fileno()])
         self.request(Request.SET_VRING_KICK, U64(index), [ring.kick.fileno()])
         return ring
+
+    def ring_address(self, config: QueueConfig) -> VringAddress:
+        """The addresses of a queue for this connection: the driver's own where they are an IOMMU's; and how to log."""
+        address = ring_address(config, offset=0 if self.translated else USER_OFFSET)
+        return replace(address, flags=VRING_LOG, log=config.device + self.guest_offset) if self.logging else address
 
     def enable(self, index: int, *, on: bool = True) -> None:
         """SET_VRING_ENABLE."""
@@ -392,19 +467,12 @@ class FrontEnd:
         return found
 
 
-def ring_address(config: QueueConfig) -> VringAddress:
+def ring_address(config: QueueConfig, *, offset: int = USER_OFFSET) -> VringAddress:
     """The addresses of a queue as this front-end writes them; the back-end refuses what lies nowhere."""
     return VringAddress(
         config.index,
         0,
-        config.desc + USER_OFFSET & _WORD64,
-        config.device + USER_OFFSET & _WORD64,
-        config.driver + USER_OFFSET & _WORD64,
+        config.desc + offset & _WORD64,
+        config.device + offset & _WORD64,
+        config.driver + offset & _WORD64,
     )
-
-
-def _shared(region: Region) -> tuple[MemoryRegion, int]:
-    if region.fd is None:
-        raise StateError(f"the region at {region.address:#x} is anonymous memory and cannot be shared; use memfd")
-    user = region.address + USER_OFFSET
-    return MemoryRegion(region.address, region.size, user, region.offset), region.fd

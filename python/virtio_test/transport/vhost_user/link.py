@@ -20,7 +20,8 @@ from virtio_test.loop import OwnerLoop
 
 from .codec import Message
 from .frontend import FrontEnd
-from .messages import PROTOCOL_FEATURES_BIT, BackendRequest, ProtocolFeature, Request
+from .messages import PROTOCOL_FEATURES_BIT, BackendRequest, IotlbType, ProtocolFeature, Request
+from .payloads import Iotlb
 from .rules import violation
 
 __all__ = ["MAX_ERRORS", "MAX_QUEUES", "Link", "note"]
@@ -57,6 +58,7 @@ class Link:
         lost: what the connection ended with; None while it stands.
         on_lost: called with it, once.
         on_config_changed: called when the back-end says that its configuration space has changed.
+        on_miss: called with the translation that the back-end lacks; whether it has it now.
 
     Raises:
         PeerError: the back-end does not answer as it should.
@@ -76,6 +78,7 @@ class Link:
         self.lost: PeerError | None = None
         self.on_lost: Callable[[PeerError], object] = lambda _: None
         self.on_config_changed: Callable[[], object] = lambda: None
+        self.on_miss: Callable[[Iotlb], bool] = lambda _: False
         self._loop = loop
         self._errors = errors
         try:
@@ -188,6 +191,11 @@ class Link:
         if message.request == BackendRequest.CONFIG_CHANGE_MSG and self.protocol & _F.CONFIG:
             self.on_config_changed()
             return 0
+        if message.request == BackendRequest.IOTLB_MSG and self.front.translated:
+            assert isinstance(message.payload, Iotlb)
+            if message.payload.type == IotlbType.MISS:
+                return 0 if self.on_miss(message.payload) else 1
+            raise violation("IotlbType", f"type {message.payload.type}, where a back-end misses")
         name = getattr(message.request, "name", f"request {message.request}")
         error = violation("NotNegotiated", f"the back-end sent {name}, for which nothing was negotiated")
         if note(self._errors, error):

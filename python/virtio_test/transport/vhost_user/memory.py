@@ -5,19 +5,22 @@ Theory
 Every region has two addresses: the guest's, in which descriptors speak, and the front-end's own ("user
 address"), in which SET_VRING_ADDR speaks. The core maps by guest address; this table holds the other view and
 translates it. A new table is judged whole first: what is refused has changed nothing.
+
+What queues see is the same memory, or, with ACCESS_PLATFORM, the parts of it that the device IOTLB shows (`iotlb`).
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from virtio_test._core import GuestMemory
 from virtio_test.errors import InvalidArgument
 
 from .codec import OwnedFd
+from .iotlb import Cache, Entry
 from .payloads import MemoryRegion
 from .rules import violation
 
@@ -33,12 +36,19 @@ class SharedMemory:
     """The memory table of one connection, over the guest memory that lives as long as the server.
 
     Args:
-        memory: where the regions are mapped.
+        memory: what queues see.
+
+    Attributes:
+        shared: the regions, by guest address.
+        regions: as the messages had them.
+        cache: the device IOTLB; None where queues see all that is shared.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
+        self.shared = GuestMemory()
         self.regions: tuple[MemoryRegion, ...] = ()
+        self.cache: Cache | None = None
 
     def __repr__(self) -> str:
         return f"<SharedMemory of {len(self.regions)} regions>"
@@ -84,7 +94,7 @@ class SharedMemory:
             MessageError: RegionRefused, it cannot be mapped; nothing was changed.
         """
         try:
-            self.memory.replace(
+            self.shared.replace(
                 [
                     (region.guest, region.size, fd.fileno(), region.offset)
                     for region, fd in zip(regions, fds, strict=True)
@@ -93,6 +103,7 @@ class SharedMemory:
         except (InvalidArgument, OSError) as error:
             raise violation("RegionRefused", str(error)) from error
         self.regions = tuple(regions)
+        self._show()
 
     def add(self, region: MemoryRegion, fd: OwnedFd) -> None:
         """Map one more, checked region.
@@ -101,41 +112,73 @@ class SharedMemory:
             MessageError: RegionRefused, it cannot be mapped; nothing was changed.
         """
         try:
-            self.memory.add_region(region.guest, region.size, fd=fd.fileno(), offset=region.offset)
+            self.shared.add_region(region.guest, region.size, fd=fd.fileno(), offset=region.offset)
         except (InvalidArgument, OSError) as error:
             raise violation("RegionRefused", str(error)) from error
         self.regions = (*self.regions, region)
+        self._show()
 
     def remove(self, region: MemoryRegion) -> None:
         """Unmap a region of the table; returns when nothing uses it any more."""
-        self.memory.remove_region(region.guest, region.size)
+        self.shared.remove_region(region.guest, region.size)
         self.regions = tuple(mine for mine in self.regions if mine is not region)
+        self._show()
 
     def clear(self) -> None:
-        """Unmap everything."""
-        self.memory.replace([])
+        """Unmap everything; queues see what is shared, when something is."""
+        self.shared.replace([])
         self.regions = ()
+        self.cache = None
+        self._show()
+
+    def _show(self) -> None:
+        if self.cache is None:
+            self.memory.follow(self.shared)
+        else:
+            self.cache.renew()
+
+    def set_translated(self, keep: Callable[[Entry], bool] | None) -> None:
+        """Show what IOTLB entries show, none at first, and those for which `keep` is true go last; with None, all."""
+        self.cache = None
+        if keep is not None:
+            self.cache = Cache(self.memory, self.shared, find=self.pieces, keep=keep)
+        self._show()
+
+    @property
+    def end(self) -> int:
+        """First guest address behind all regions."""
+        return max((region.guest + region.size for region in self.regions), default=0)
 
     def guest_address(self, user: int, length: int, regions: Sequence[MemoryRegion] | None = None) -> int | None:
         """The guest address of `length` bytes at front-end address `user`; None unless all of them are shared.
 
         The range may go on in the next region, if it does so in both address spaces.
         """
+        found = self.pieces(user, length, regions)
+        if not found:
+            return None
+        first, at = found[0][0], found[0][0]
+        for guest, size in found:
+            if guest != at:
+                return None
+            at += size
+        return first
+
+    def pieces(
+        self, user: int, length: int, regions: Sequence[MemoryRegion] | None = None
+    ) -> list[tuple[int, int]] | None:
+        """Guest addresses and sizes of `length` bytes at `user`, one for each region; None unless all are shared."""
         table = self.regions if regions is None else regions
-        guest: int | None = None
+        found: list[tuple[int, int]] = []
         at, left = user, length
         while left > 0:
             region = next((each for each in table if each.user <= at < each.user + each.size), None)
             if region is None:
                 return None
-            here = region.guest + (at - region.user)
-            if guest is None:
-                guest = here
-            elif here != guest + (at - user):
-                return None
             step = min(left, region.user + region.size - at)
+            found.append((region.guest + (at - region.user), step))
             at, left = at + step, left - step
-        return guest
+        return found
 
 
 def _text(region: MemoryRegion) -> str:

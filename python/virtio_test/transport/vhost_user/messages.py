@@ -27,14 +27,18 @@ __all__ = [
     "BACKEND_REQUESTS",
     "FRONTEND_REQUESTS",
     "HEADER_BYTES",
+    "LOG_ALL_BIT",
     "MAX_FDS",
     "MAX_PAYLOAD",
     "PROTOCOL_FEATURES_BIT",
     "VERSION",
     "VRING_INDEX_MASK",
+    "VRING_LOG",
     "VRING_NO_FD",
     "BackendRequest",
     "Flag",
+    "IotlbType",
+    "Permission",
     "ProtocolFeature",
     "Request",
     "Row",
@@ -49,6 +53,10 @@ MAX_FDS: Final = 253
 """What Linux carries beside one write (SCM_MAX_FD): room for all, so that none is cut off unseen."""
 PROTOCOL_FEATURES_BIT: Final = 30
 """The feature bit by which a back-end says that it knows protocol features."""
+LOG_ALL_BIT: Final = 26
+"""The feature bit by which a front-end has the pages marked that the back-end writes."""
+VRING_LOG: Final = 1
+"""The flag of SET_VRING_ADDR by which it has those of the used ring marked."""
 VRING_INDEX_MASK: Final = 0xFF
 VRING_NO_FD: Final = 0x100
 
@@ -58,6 +66,22 @@ class Flag(IntFlag):
 
     REPLY = 0x4
     NEED_REPLY = 0x8
+
+
+class IotlbType(IntEnum):
+    """What an IOTLB message says."""
+
+    MISS = 1
+    UPDATE = 2
+    INVALIDATE = 3
+    ACCESS_FAIL = 4
+
+
+class Permission(IntFlag):
+    """What an IOTLB entry allows, or what one is wanted for."""
+
+    READ = 1
+    WRITE = 2
 
 
 class ProtocolFeature(IntFlag):
@@ -167,6 +191,7 @@ class Row:
         needs: the protocol feature that must have been negotiated, if any.
         fd_count: how many fds exactly this payload asks for; None when `fds` says all.
         may_be_empty: the reply may come without its payload, which says that the request failed.
+        refusable: the reply is that of an acknowledgement: a number other than 0 says that the request failed.
     """
 
     request: Request | BackendRequest
@@ -177,6 +202,7 @@ class Row:
     needs: ProtocolFeature | None = None
     fd_count: Callable[[p.Payload], int] | None = None
     may_be_empty: bool = False
+    refusable: bool = False
 
     @property
     def name(self) -> str:
@@ -222,7 +248,7 @@ FRONTEND_REQUESTS: Final = _table(
     Row(request=_R.SEND_RARP, payload=p.U64, needs=_F.RARP),
     Row(request=_R.NET_SET_MTU, payload=p.U64, needs=_F.MTU),
     Row(request=_R.SET_BACKEND_REQ_FD, fds=(1, 1), needs=_F.BACKEND_REQ),
-    Row(request=_R.IOTLB_MSG, payload=p.Iotlb, reply=p.U64),
+    Row(request=_R.IOTLB_MSG, payload=p.Iotlb, reply=p.U64, refusable=True),
     Row(request=_R.SET_VRING_ENDIAN, payload=p.VringState, needs=_F.CROSS_ENDIAN),
     Row(request=_R.GET_CONFIG, payload=p.Config, reply=p.Config, needs=_F.CONFIG, may_be_empty=True),
     Row(request=_R.SET_CONFIG, payload=p.Config, needs=_F.CONFIG),

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Self
 
-from virtio_test._core import GuestMemory, Notifier, QueueConfig
+from virtio_test._core import DirtyLog, GuestMemory, Notifier, QueueConfig
 from virtio_test.errors import DeviceNeedsReset, InvalidArgument, PeerError, StateError
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
@@ -34,7 +34,8 @@ from .frontend import FrontEnd
 from .frontrings import FrontEndRings
 from .inflight import InflightRegion
 from .link import MAX_QUEUES, Link, note
-from .messages import ProtocolFeature, Request
+from .messages import LOG_ALL_BIT, Permission, ProtocolFeature, Request
+from .payloads import Iotlb
 from .rings import MAX_SIZE
 from .rules import violation
 
@@ -44,6 +45,7 @@ _F = ProtocolFeature
 
 WANTED: Final = (
     _F.MQ
+    | _F.LOG_SHMFD
     | _F.REPLY_ACK
     | _F.BACKEND_REQ
     | _F.CONFIG
@@ -57,8 +59,17 @@ WANTED: Final = (
 DEFAULT_MEMORY_BYTES: Final = 16 << 20
 _CONFIG_BYTES: Final = 256
 """What a configuration space has at most, where nobody says how much it has."""
-_NOT_CARRIED: Final = 1 << 26 | 1 << 30 | 1 << 33 | 1 << 38 | 1 << 39
-"""Bits of vhost itself (26, 30), and what kick fds (38, 39) and a front-end without an IOMMU (33) cannot do."""
+_NOT_CARRIED: Final = 1 << LOG_ALL_BIT | 1 << 30 | 1 << 38 | 1 << 39
+"""Bits of vhost itself (26, 30), and what kick fds (38, 39) cannot do."""
+_ACCESS_PLATFORM: Final = 1 << 33
+_GUEST_OFFSET: Final = 1 << 28
+"""Where an IOMMU finds the memory that a driver has at 0: nobody can take one address for the other."""
+_PAGE: Final = 4096
+_PAGES_PER_BYTE: Final = 8
+
+Translate = Callable[[int, Permission], tuple[int, int, int, Permission] | None]
+"""From an address of a device, and what it wants to do there, to a translation around it: (address, size, address in
+the guest memory, permission); None when there is none."""
 
 
 class VhostUserRegisters:
@@ -74,12 +85,16 @@ class VhostUserRegisters:
         queue_size: largest size of each.
         config_size: bytes of the configuration space; 256 when None, and always 0 where there is none.
         protocol_features: which to take of those offered.
+        iommu: put an IOMMU between device and memory, if the back-end has an IOTLB and the driver accepts that
+            (ACCESS_PLATFORM); see `translate`.
         keep_in_flight: when the connection is lost, keep what is in flight for `reconnect`, if it is recorded.
         on_lost: called in the loop with the error that a connection ended with, after the driver was told.
         timeout: seconds that an answer may take.
 
     Attributes:
         errors: every rule that the back-end broke, and what each connection ended with, in order; the first 1000.
+        translate: the IOMMU: what the back-end is told when it lacks a translation. At first, the same page.
+        log: the dirty log, between `start_log` and `stop_log`.
 
     Raises:
         PeerDisconnected: nobody listens, or the back-end leaves.
@@ -99,6 +114,7 @@ class VhostUserRegisters:
         queue_size: int = 128,
         config_size: int | None = None,
         protocol_features: ProtocolFeature = WANTED,
+        iommu: bool = False,
         keep_in_flight: bool = False,
         on_lost: Callable[[PeerError], object] | None = None,
         timeout: float = 10.0,
@@ -116,6 +132,9 @@ class VhostUserRegisters:
         self._wanted = protocol_features
         self._path = None if path is None else os.fspath(path)
         self._timeout = timeout
+        self._iommu = iommu
+        self.translate: Translate = self._same_page
+        self.log: DirtyLog | None = None
         self.keep_in_flight = keep_in_flight
         self.on_lost = on_lost
         self.errors: list[PeerError] = []
@@ -165,6 +184,8 @@ class VhostUserRegisters:
         link = Link(front, self._loop, wanted=self._wanted, queues=self._queues, errors=self.errors)
         link.on_lost = self._gone
         link.on_config_changed = self._told_of_change
+        link.on_miss = self._missed
+        front.guest_offset = _GUEST_OFFSET if self._iommu else 0
         return link
 
     def _gone(self, error: PeerError) -> None:
@@ -211,7 +232,9 @@ class VhostUserRegisters:
             return False
         with link.talking() as front:
             self._check_same(link)
-            front.set_features(self._features, protocol_bit=link.knows_protocol)
+            if self.log is not None:
+                front.set_log(self.log)
+            front.set_features(self._features, protocol_bit=link.knows_protocol, log=self.log is not None)
             self._rings.hand_over(link)
             if link.protocol & _F.STATUS:
                 front.set_status(self._status.value)
@@ -242,6 +265,63 @@ class VhostUserRegisters:
         self._rings.forget()
         self._kept = False
         self._status.reset()
+
+    # --- the IOMMU and the dirty log ------------------------------------------------------------------------
+
+    def _same_page(self, address: int, permission: Permission) -> tuple[int, int, int, Permission] | None:
+        page = address - address % _PAGE
+        return (page, _PAGE, page, permission) if self._memory.is_mapped(page, _PAGE) else None
+
+    def _missed(self, entry: Iotlb) -> bool:
+        found = self.translate(entry.iova, Permission(entry.permissions & 3))
+        if found is None:
+            return False
+        with self._link.talking() as front:
+            front.update_iotlb(*found)
+        return True
+
+    def invalidate(self, address: int, size: int) -> None:
+        """Take back the translations of `size` bytes from `address` on; on return the device uses none of them."""
+        with self._link.talking() as front:
+            front.invalidate_iotlb(address, size)
+
+    def start_log(self) -> None:
+        """Have the back-end mark the pages that it writes from now on; rings go on meanwhile.
+
+        Raises:
+            StateError: it has no way to (LOG_SHMFD).
+        """
+        if not self.protocol & _F.LOG_SHMFD:
+            raise StateError("the back-end keeps no dirty log (LOG_SHMFD)")
+        end = max((region.address + region.size for region in self._memory.regions), default=0)
+        self.log = DirtyLog(-(-(end + self.front.guest_offset) // (_PAGE * _PAGES_PER_BYTE)) or 1)
+        with self._link.talking() as front:
+            self._set_log(front)
+
+    def stop_log(self) -> None:
+        """No page is marked any more; what is marked and not yet taken is lost."""
+        self.log = None
+        with self._link.talking() as front:
+            self._set_log(front)
+
+    def _set_log(self, front: FrontEnd) -> None:
+        """Tell the back-end what of the log it has to know by now; the order is QEMU's."""
+        if self.log is not None:
+            front.set_log(self.log)
+        if self._status.features_ok:
+            front.set_features(self._features, protocol_bit=self._link.knows_protocol, log=self.log is not None)
+            front.log_rings()
+        self._link.settle()
+
+    def dirty_pages(self) -> list[int]:
+        """The addresses of pages that the back-end has marked since this was asked last, ascending.
+
+        Raises:
+            StateError: there is no log.
+        """
+        if self.log is None:
+            raise StateError("there is no dirty log: start_log makes one")
+        return [page * _PAGE - self.front.guest_offset for page in self.log.take()]
 
     # --- what the back-end says by itself -------------------------------------------------------------------
 
@@ -289,7 +369,7 @@ class VhostUserRegisters:
     def device_features(self) -> int:
         """See `Registers.device_features`: without the bits that vhost keeps for itself, or that it cannot carry."""
         self._check_there()
-        return self._link.offered & ~_NOT_CARRIED
+        return self._link.offered & ~(_NOT_CARRIED if self._iommu else _NOT_CARRIED | _ACCESS_PLATFORM)
 
     def write_driver_features(self, features: int) -> None:
         """See `Registers.write_driver_features`; they go over with FEATURES_OK."""
@@ -325,7 +405,7 @@ class VhostUserRegisters:
             if status == 0:
                 self._reset(front)
             elif status & Status.FEATURES_OK and not self._status.features_ok:
-                front.set_features(self._features, protocol_bit=self._link.knows_protocol)
+                front.set_features(self._features, protocol_bit=self._link.knows_protocol, log=self.log is not None)
             elif status & Status.DRIVER_OK and not self._status.driver_ok:
                 self._rings.start(self._link)
             if self.protocol & _F.STATUS:

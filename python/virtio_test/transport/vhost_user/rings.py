@@ -180,7 +180,7 @@ def _check_size(size: int, index: int, *, packed: bool) -> None:
         raise violation("VringSize", f"size {size}, where {kind} from 1 to {MAX_SIZE} is legal", queue=index)
 
 
-def checked_notifier(fd: OwnedFd, index: int) -> Notifier:
+def checked_notifier(fd: OwnedFd, index: int | None) -> Notifier:
     """A notifier over a duplicate of `fd`, to call with; UML's "pipes" are sockets.
 
     Raises:
@@ -246,7 +246,7 @@ class Kick:
         return any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
 
 
-def _check_kind(fd: OwnedFd, index: int, *, sockets: bool) -> None:
+def _check_kind(fd: OwnedFd, index: int | None, *, sockets: bool) -> None:
     mode = os.fstat(fd.fileno()).st_mode
     if stat.S_ISFIFO(mode) or (sockets and stat.S_ISSOCK(mode)):
         return

@@ -73,7 +73,7 @@ _RULES: Final = (
     MessageRule("VringBase", "VHOST_USER_SET_VRING_BASE", "the base lies within the ring", "M08"),
     MessageRule("VringOrder", "VHOST_USER_SET_VRING_ADDR", "a queue has its size before its addresses", "M09"),
     MessageRule("VringAddress", "VHOST_USER_SET_VRING_ADDR", "ring addresses lie in shared memory, aligned", "M09"),
-    MessageRule("VringFlags", "VHOST_USER_SET_VRING_ADDR", "only the log flag is defined, and logging is off", "M09"),
+    MessageRule("VringFlags", "VHOST_USER_SET_VRING_ADDR", "only the log flag is defined, for LOG_SHMFD", "M09"),
     MessageRule("VringValue", "Front-end message types", "no reserved bit of a queue's number is set", "M09"),
     MessageRule("FdType", "VHOST_USER_SET_VRING_KICK", "kick fds are eventfds or pipes; others may be sockets", "M10"),
     MessageRule("ConfigRange", "Virtio device config space", "an access lies within the configuration space", "M01"),
@@ -88,6 +88,16 @@ _RULES: Final = (
         "M20",
     ),
     MessageRule("InflightState", "Inflight I/O tracking", "the record of what is in flight fits its queue", "M20"),
+    MessageRule("LogRange", "VHOST_USER_SET_LOG_BASE", "a dirty log is not empty, and lies within its file", "M15"),
+    MessageRule("LogFile", "VHOST_USER_SET_LOG_BASE", "the fd of a dirty log is a file that can be mapped", "M15"),
+    MessageRule(
+        "LogTooSmall", "Migration", "the dirty log covers all shared memory, and where a ring is logged", "M15"
+    ),
+    MessageRule("IotlbType", "An IOTLB message", "a front-end updates and invalidates", "M17"),
+    MessageRule("IotlbRange", "An IOTLB message", "no entry is empty, wraps, or cuts a word", "M17"),
+    MessageRule("IotlbPermission", "An IOTLB message", "an entry allows reading, writing or both", "M17"),
+    MessageRule("IotlbAddress", "IOMMU support", "an entry lies within shared memory", "M17"),
+    MessageRule("IotlbRefused", "IOMMU support", "a ring lies where the IOMMU has translations for it", "B16"),
     MessageRule("StatusValue", "VHOST_USER_SET_STATUS", "a device status has 8 bits", "M01"),
 )
 

@@ -24,6 +24,8 @@ from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
 
 from .channel import BackendChannel
+from .dirtylog import Marking
+from .iommu import Iommu
 from .memory import SharedMemory
 from .payloads import MemoryRegion
 from .rings import Kick, Ring
@@ -49,6 +51,9 @@ class RingSet:
         channel: the back-end's channel to the front-end, once there is one.
         inband: whether calls and errors go through that channel where there is no fd; with NEED_REPLY.
         always_enabled: whether rings are enabled from the start, for a front-end without protocol features.
+        acknowledged: whether the front-end answers what it is asked for.
+        marking: the front-end's dirty log.
+        iommu: the device IOTLB.
     """
 
     def __init__(self, device: Device, memory: GuestMemory, loop: OwnerLoop, policy: Policy) -> None:
@@ -61,6 +66,9 @@ class RingSet:
         self.channel: BackendChannel | None = None
         self.inband = False
         self.always_enabled = False
+        self.acknowledged = False
+        self.marking = Marking(self)
+        self.iommu = Iommu(self)
         self._active = False
         self._at: Ring | None = None
         self._pollers: dict[int, Timer] = {}
@@ -118,25 +126,34 @@ class RingSet:
         if self.channel is not None:
             self.channel.close()
             self.channel = None
+        self.iommu.misses.clear()
+        self.marking.forget()
+        self.marking.call = None
         self.memory.clear()
 
     # --- memory ---------------------------------------------------------------------------------------------
 
     def change_memory(self, regions: Sequence[MemoryRegion], change: Callable[[], None]) -> None:
-        """Stop what will not lie where it lies, change the table, start what can run."""
+        """Stop what will not lie where it lies, change the table, start what can run.
+
+        Raises:
+            MessageError: LogTooSmall, nothing was changed; what `change` raises.
+        """
+        self.marking.make_room(max((region.guest + region.size for region in regions), default=0))
         for ring in self.rings:
             if ring.queue is not None and _place(self._resolve(ring, regions)) != _place(ring.queue.layout()):
                 self.stop(ring)
         try:
             change()
         finally:
+            self.marking.renew()
             self.update()
 
     def update(self) -> None:
         """Stop and start what the present state asks for."""
         for ring in self.rings:
             # One ring that cannot be is no reason to stop the others.
-            with self._working_on(ring):
+            with self.working_on(ring):
                 self._update(ring)
 
     def _update(self, ring: Ring) -> None:
@@ -145,12 +162,17 @@ class RingSet:
             self.stop(ring)
         if ring.queue is None and where is not None and ring.wanted:
             self._start(ring, where)
+        elif where is None:
+            self.iommu.ask(ring)
 
     def _resolve(self, ring: Ring, regions: Sequence[MemoryRegion]) -> RingLayout | None:
         """The ring's layout in guest addresses; None unless it is known and all of it is shared."""
         if ring.address is None or ring.size is None:
             return None
-        return self.translate(ring.layout(ring.address, packed=self.packed), regions)
+        layout = ring.layout(ring.address, packed=self.packed)
+        if not self.iommu.on:
+            return self.translate(layout, regions)
+        return layout if self.iommu.holds(layout, regions) else None
 
     def translate(self, users: RingLayout, regions: Sequence[MemoryRegion] | None = None) -> RingLayout | None:
         """A layout of front-end addresses in guest addresses; None unless all of it is shared."""
@@ -167,7 +189,7 @@ class RingSet:
 
     def _start(self, ring: Ring, where: RingLayout) -> None:
         assert self.accepted is not None
-        with self._working_on(ring):
+        with self.working_on(ring):
             if "VERSION_1" not in self.accepted and not self.device.transitional:
                 message = "the driver has not accepted VERSION_1, and this device has no legacy rules to serve it by"
                 raise StatusViolation("Version1NotAccepted", "6.1", message)
@@ -177,6 +199,8 @@ class RingSet:
                 ring.queue_config(where, self.accepted.bits, self.policy),
                 state=state,
                 call=Notifier.callback(lambda: self.call(ring.index)),
+                # From any thread that pops.
+                miss=Notifier.callback(lambda: self.loop.pend((self, "miss", ring.index), lambda: self._missed(ring))),
             )
             if not self._active:
                 self.device.activate(self.accepted)
@@ -192,12 +216,12 @@ class RingSet:
         if queue is None:
             return
         self.loop.unpend((self, ring.index))
-        with self._working_on(ring):
+        with self.working_on(ring):
             self.device.stop_queue(ring.index)
         ring.position = queue.stop()
 
     @contextmanager
-    def _working_on(self, ring: Ring) -> Generator[None]:
+    def working_on(self, ring: Ring) -> Generator[None]:
         """Whatever goes wrong inside stops this ring, and not the server."""
         outer, self._at = self._at, ring
         try:
@@ -215,6 +239,12 @@ class RingSet:
         if ring.queue is not None:
             self.loop.pend((self, ring.index), lambda: self._work(ring))
 
+    def _missed(self, ring: Ring) -> None:
+        """A pop lacked a translation, which may have come meanwhile."""
+        with self.working_on(ring):
+            if not self.iommu.ask(ring):
+                self.mark(ring)
+
     def _kicked(self, ring: Ring, kick: Kick) -> None:
         if kick.drain():
             self.mark(ring)
@@ -225,8 +255,11 @@ class RingSet:
     def _work(self, ring: Ring) -> bool:
         more = False
         if ring.queue is not None:
-            with self._working_on(ring):
+            with self.working_on(ring):
                 more = self.device.kicked(ring.index)
+            self.marking.tell()
+            # A translation that came may have gone again, and the queue tells of each once.
+            self.iommu.ask(ring)
             self.update()
         return more and ring.running
 

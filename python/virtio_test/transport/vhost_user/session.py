@@ -23,16 +23,20 @@ from virtio_test.status import Action, DeviceStatus, Status
 
 from .channel import BackendChannel
 from .codec import Message, encode_reply
+from .dirtylog import LogFile
 from .memory import MAX_SLOTS
 from .messages import (
     FRONTEND_REQUESTS,
+    LOG_ALL_BIT,
     PROTOCOL_FEATURES_BIT,
     VRING_INDEX_MASK,
+    VRING_LOG,
     VRING_NO_FD,
+    IotlbType,
     ProtocolFeature,
     Request,
 )
-from .payloads import U64, Config, MemoryTable, Payload, SingleRegion, VringAddress, VringState
+from .payloads import U64, Config, Iotlb, Log, MemoryTable, Payload, SingleRegion, VringAddress, VringState
 from .rings import Kick, Ring, checked_notifier
 from .rules import violation
 from .runner import RingSet
@@ -41,12 +45,15 @@ __all__ = ["SUPPORTED", "Session"]
 
 _log: Final = logging.getLogger("virtio_test.vhost_user")
 _PROTOCOL: Final = 1 << PROTOCOL_FEATURES_BIT
+_LOG_ALL: Final = 1 << LOG_ALL_BIT
 _WORD64: Final = (1 << 64) - 1
+_END: Final = 1 << 64
 _LOGGED_REFUSALS: Final = 20
 
 _F = ProtocolFeature
 SUPPORTED: Final = (
     _F.MQ
+    | _F.LOG_SHMFD
     | _F.REPLY_ACK
     | _F.BACKEND_REQ
     | _F.CONFIG
@@ -112,6 +119,9 @@ class Session:
             Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
             Request.ADD_MEM_REG: self._add_mem_reg,
             Request.REM_MEM_REG: self._rem_mem_reg,
+            Request.SET_LOG_BASE: self._set_log_base,
+            Request.SET_LOG_FD: self._set_log_fd,
+            Request.IOTLB_MSG: self._iotlb,
             Request.SET_VRING_NUM: self._set_vring_num,
             Request.SET_VRING_BASE: self._set_vring_base,
             Request.SET_VRING_ADDR: self._set_vring_addr,
@@ -145,6 +155,9 @@ class Session:
                 raise violation("NotSupported", f"{row.name} is not served here")
             reply = self._run(handler, message)
         except MessageError as error:
+            if row is not None and row.refusable:
+                self._told("refused", error)
+                return encode_reply(message.request, U64(1))
             if error.rule == "InbandAlone" or (row is not None and row.reply is not None and not row.may_be_empty):
                 raise
             if row is not None and row.reply is not None:
@@ -187,12 +200,17 @@ class Session:
 
     # --- features and status --------------------------------------------------------------------------------
 
+    @property
+    def _vhost_bits(self) -> int:
+        """The bits of vhost itself that are on offer."""
+        return _PROTOCOL | (_LOG_ALL if self.offered_protocol & _F.LOG_SHMFD else 0)
+
     def _get_features(self, _: Message) -> Payload:
-        return U64((self.offered.bits & _WORD64) | _PROTOCOL)
+        return U64((self.offered.bits & _WORD64) | self._vhost_bits)
 
     def _set_features(self, message: Message) -> None:
         value = _u64(message)
-        accepted = FeatureSet.from_bits(value & ~_PROTOCOL, device=self.offered.device)
+        accepted = FeatureSet.from_bits(value & ~self._vhost_bits, device=self.offered.device)
         # No features at all may be a driver that has not come that far; a ring that runs judges it (`RingSet`).
         device = self.rings.device
         found = judge_accepted(
@@ -212,7 +230,10 @@ class Session:
                 raise violation("FeaturesWhileRunning", f"from {self.rings.accepted} to {accepted} while rings run")
         elif self.rings.active and changed:
             self.rings.reset_device()
+        # Of what follows only this can fail.
+        self.rings.marking.turn(on=bool(value & _LOG_ALL))
         self.rings.accepted = accepted
+        self.rings.iommu.turn(on="ACCESS_PLATFORM" in accepted)
         if not protocol:
             for ring in self.rings.rings:
                 ring.enabled = True
@@ -230,6 +251,7 @@ class Session:
             raise violation("InbandAlone", "INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK")
         self.protocol = chosen
         self.rings.inband = bool(chosen & _F.INBAND_NOTIFICATIONS)
+        self.rings.acknowledged = bool(chosen & _F.REPLY_ACK)
 
     def _get_queue_num(self, _: Message) -> Payload:
         return U64(len(self.rings.rings))
@@ -266,7 +288,9 @@ class Session:
         channel = BackendChannel(message.fds[0], self.loop)
         if self.rings.channel is not None:
             self.rings.channel.close()
+        channel.on_refused = self.rings.iommu.misses.refused
         self.rings.channel = channel
+        self.rings.iommu.ask_again()
 
     # --- configuration space --------------------------------------------------------------------------------
 
@@ -310,6 +334,36 @@ class Session:
         left = [each for each in memory.regions if each is not region]
         self.rings.change_memory(left, lambda: memory.remove(region))
 
+    def _set_log_base(self, message: Message) -> Payload:
+        assert isinstance(message.payload, Log)
+        log = LogFile(message.fds[0], message.payload)
+        try:
+            self.rings.marking.set_log(log)
+        except BaseException:
+            log.close()
+            raise
+        return U64(0)
+
+    def _set_log_fd(self, message: Message) -> None:
+        self.rings.marking.call = checked_notifier(message.fds[0], None)
+
+    def _iotlb(self, message: Message) -> Payload:
+        entry = message.payload
+        assert isinstance(entry, Iotlb)
+        if not self.rings.iommu.on:
+            raise violation("NotNegotiated", "IOTLB_MSG needs the feature ACCESS_PLATFORM, which was not accepted")
+        if entry.type == IotlbType.UPDATE:
+            self.rings.iommu.put(entry)
+        elif entry.type == IotlbType.INVALIDATE:
+            # Linux and QEMU say so that everything goes: its size does not fit.
+            size = _END if entry.iova == entry.size == 0 else entry.size
+            if size == 0 or entry.iova + size > _END:
+                raise violation("IotlbRange", f"{entry.size:#x} bytes at IOVA {entry.iova:#x} are empty, or wrap")
+            self.rings.iommu.invalidate(entry.iova, entry.iova + size)
+        else:
+            raise violation("IotlbType", f"type {entry.type}, where updates and invalidations are legal")
+        return U64(0)
+
     # --- rings: what messages say ---------------------------------------------------------------------------
 
     def _set_vring_num(self, message: Message) -> None:
@@ -331,8 +385,8 @@ class Session:
         address = message.payload
         assert isinstance(address, VringAddress)
         ring = self._ring(address.index)
-        if address.flags:
-            raise violation("VringFlags", f"flags {address.flags:#x}, and logging is not offered", queue=ring.index)
+        if address.flags & ~(VRING_LOG if self.protocol & _F.LOG_SHMFD else 0):
+            raise violation("VringFlags", f"flags {address.flags:#x}", queue=ring.index)
         before, ring.address = ring.address, address
         try:
             layout = ring.layout(address, packed=self.rings.packed)
@@ -345,13 +399,17 @@ class Session:
                     raise violation(
                         "VringAddress", f"{name} address {user:#x} is not {align}-aligned", queue=ring.index
                     )
-            if self.rings.translate(layout) is None:
+            # The addresses of an IOMMU are asked for when the ring is to run.
+            if not self.rings.iommu.on and self.rings.translate(layout) is None:
                 raise violation(
                     "VringAddress",
                     f"descriptor {address.descriptor:#x}, available {address.available:#x}, used {address.used:#x}: "
                     "not all in shared memory",
                     queue=ring.index,
                 )
+            if address.log + layout.device_bytes > _END:
+                raise violation("LogRange", f"the used ring is logged at {address.log:#x}: it wraps", queue=ring.index)
+            self.rings.marking.moved(ring)
         except MessageError:
             ring.address = before
             raise
