@@ -15,6 +15,7 @@ from types import MappingProxyType
 from tests.kernel import build
 from tests.kernel.console import Console, GuestError
 from tests.kernel.guest import ARGUMENTS, Guest
+from tests.kernel.qmp import Monitor
 
 MEMORY_MIB = 256
 PCI_MODULES = ("virtio_pci",)
@@ -96,10 +97,12 @@ class Qemu(Guest):
         tools: whether the guest has lspci and busybox.
         cpus: processors.
         files: further files, by path.
+        incoming: a file that a guest was migrated to: it goes on here, and nothing is booted.
 
     Attributes:
         machine: as it was asked for.
         kernel: what was booted.
+        monitor: where its monitor listens (`qmp`).
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Qemu(Guest):
         tools: bool = False,
         cpus: int = 1,
         files: Mapping[str, bytes] = MappingProxyType({}),
+        incoming: Path | None = None,
     ) -> None:
         self.machine = machine
         self.kernel = kernel = kernel or build.debian_kernel()
@@ -127,6 +131,19 @@ class Qemu(Guest):
         words += [f"{name}.{value}" for name, value in (parameters or {}).items()]
         command = _command(devices, machine=machine, shared=shared, iommu=iommu, cpus=cpus)
         command += ["-kernel", str(kernel.image), "-initrd", str(self._initrd), "-append", " ".join(words)]
+        self.monitor = self.folder / "monitor"
+        command += ["-qmp", f"unix:{self.monitor},server=on,wait=off"]
+        if incoming is not None:
+            command += ["-incoming", f"file:{incoming}"]
+            self.console = Console(command, env=build.qemu().environment(), cwd=self.folder)
+            try:
+                # What came before would not find its way into the guest.
+                with Monitor(self.monitor) as monitor:
+                    monitor.wait_until_running()
+            except GuestError:
+                self.close()
+                raise
+            return
         self._boot(command, env=build.qemu().environment())
         try:
             for module in build.module_closure(kernel, modules):
