@@ -257,9 +257,9 @@ class RingSet:
         if ring.queue is not None:
             with self.working_on(ring):
                 more = self.device.kicked(ring.index)
+                # A translation that came may have gone again, and the queue tells of each once.
+                self.iommu.ask(ring)
             self.marking.tell()
-            # A translation that came may have gone again, and the queue tells of each once.
-            self.iommu.ask(ring)
             self.update()
         return more and ring.running
 
