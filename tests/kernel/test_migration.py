@@ -22,8 +22,7 @@ disk shall lie in others, which only the back-end has written."""
 
 
 @pytest.mark.row("M15")
-@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-@pytest.mark.parametrize("iommu", [False, True], ids=["direct", "iommu"])
+@pytest.mark.parametrize(("packed", "iommu"), [(False, False), (True, True)], ids=["split", "packed, IOMMU"])
 def test_a_guest_goes_on_elsewhere_with_all_that_was_read(
     serve: Callable[..., Server], boot: Callable[..., Qemu], tmp_path: Path, *, packed: bool, iommu: bool
 ) -> None:

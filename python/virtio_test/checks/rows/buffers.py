@@ -76,9 +76,9 @@ BUFFER_ROWS: Final = (
         _D,
         "A buffer's mapping is missing, allows less than is asked for, or is taken away between pop and copy.",
         Outcome.MISUSE,
-        "Between pop and copy: `StaleMemory`, nothing of the copy is made, and the chain lives on. Before the pop it "
-        "is an unmapped or read-only address.",
-        by="UnmappedAddress ReadOnlyAddress",
+        "Between pop and copy: `StaleMemory`, nothing of the copy is made, and the chain lives on. Before the pop the "
+        "ring waits, and it is an unmapped address when that is refused; without an IOTLB at once, or a read-only one.",
+        by="UnmappedAddress ReadOnlyAddress IotlbRefused",
         clauses="2.7.5 2.8.5 6.1",
         differs="An IOTLB miss is no broken rule: the ring waits where it is until the mapping comes or is refused.",
     ),

@@ -74,7 +74,7 @@ DPDK_ROWS: Final = (
         "CVE-2020-10722",
         _P,
         "The size of a dirty log, and where it begins, wrap when they are added.",
-        by="NotNegotiated",
+        by="LogRange",
         like="M15",
     ),
     row("CVE-2020-10723", _P, "An index of 32 bits is cut to 16 and used.", by="VringIndex VringSize", like="Q04"),

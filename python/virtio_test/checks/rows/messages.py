@@ -90,7 +90,8 @@ MESSAGE_ROWS: Final = (
         "M15",
         _P,
         "A dirty log is empty, has an impossible offset, or is smaller than the memory.",
-        by="NotNegotiated VringFlags",
+        by="LogRange LogFile LogTooSmall NotNegotiated VringFlags",
+        behaviour="SET_LOG_BASE has an answer of its own, which cannot say so: the connection ends.",
     ),
     row(
         "M16",
@@ -103,7 +104,9 @@ MESSAGE_ROWS: Final = (
         "M17",
         _P,
         "IOTLB messages wrap, overlap, have other permissions, or come without an end.",
-        by="NotNegotiated NotSupported",
+        by="IotlbRange IotlbPermission IotlbAddress IotlbType NotNegotiated",
+        behaviour="Answered with 1, and nothing is changed. Entries are a cache of 4096, misses at most 64 at a time; "
+        "an entry over others takes their place.",
     ),
     apart("M19", "A crypto session has impossible key lengths.", "no device here has crypto sessions: `NotSupported`"),
     row(
