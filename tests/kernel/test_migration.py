@@ -17,8 +17,8 @@ pytestmark = pytest.mark.kernel
 
 MODULES = ("virtio_pci", "virtio_blk")
 BUSY = "while :; do dd if=/dev/urandom of=/busy bs=1M count=8 conv=notrunc 2>/dev/null; done"
-"""Dirties memory without end, so that QEMU goes through it again and again. Always the same pages: what is read from the
-disk shall lie in others, which only the back-end has written."""
+"""Dirties memory without end, so that QEMU goes through it again and again. Always the same pages: what is read from
+the disk shall lie in others, which only the back-end has written."""
 
 
 @pytest.mark.row("M15")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,7 @@ from virtio_test.devices.test import TestDevice
 from virtio_test.driver.test import TestDriver
 from virtio_test.errors import InvalidArgument, MessageError
 from virtio_test.features import FeatureSet
-from virtio_test.transport.vhost_user import iommu, iotlb
+from virtio_test.transport.vhost_user import channel, iommu, iotlb
 from virtio_test.transport.vhost_user.backend import DEFAULT_PROTOCOL_FEATURES
 from virtio_test.transport.vhost_user.codec import Message, encode_reply
 from virtio_test.transport.vhost_user.frontend import USER_OFFSET, FrontEnd
@@ -476,6 +477,41 @@ def test_answers_that_nobody_asked_for_close_the_channel(server: Server) -> None
         assert eventually(b.queue.has_used)
 
 
+@pytest.mark.row("M17")
+def test_questions_that_nobody_reads_are_no_heap(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A front-end that gives every page and never looks at its channel."""
+    monkeypatch.setattr(channel, "_MOST_UNREAD", 50)
+    with behind(server.path) as b:
+        b.map_ring()
+        b.enable()
+        session = server.backend.session
+        assert session is not None
+        misses = session.rings.iommu.misses
+        for number in range(52):
+            assert "open" in repr(session.rings.channel)
+            token = b.queue.add([(ASKED, 8)], [])
+            b.queue.publish()
+            b.ring.kick.notify()
+            assert eventually(lambda: len(misses) > 0), number
+            b.map(ASKED)
+            assert eventually(b.queue.has_used), number
+            assert b.queue.get_used() == (token, 0)
+            b.front.invalidate_iotlb(ASKED, PAGE)
+        assert "closed, 0 unsent" in repr(session.rings.channel)
+
+
+@pytest.mark.row("M09")
+@pytest.mark.parametrize("area", ["descriptor", "used", "available"])
+def test_a_ring_that_wraps_is_refused(server: Server, area: str) -> None:
+    with behind(server.path) as b:
+        address = b.front.ring_address(b.config)
+        with pytest.raises(MessageError, match="SET_VRING_ADDR was refused"):
+            b.front.request(Request.SET_VRING_ADDR, replace(address, **{area: (1 << 64) - 16}))
+        b.map(0, size=MEMORY_BYTES)
+        b.enable()
+        b.used(b.post(1), 1)
+
+
 def test_a_new_channel_is_asked_again(server: Server) -> None:
     with behind(server.path) as b:
         b.map_ring()
@@ -516,7 +552,7 @@ def test_the_cache_is_what_a_map_of_words_is() -> None:
         parts = [(user, first), (PAGE + max(0, user - size), length - first)]
         return [(guest, each) for guest, each in parts if each]
 
-    cache = Cache(view, shared, find=find, keep=lambda _: False)
+    cache = Cache(view, shared, find=find, keep=tuple)
     model: dict[int, tuple[int, Permission]] = {}
     for word in range(size // 4):
         for at in (word * 8, PAGE + word * 8):

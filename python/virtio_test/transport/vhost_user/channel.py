@@ -26,6 +26,8 @@ from .rules import violation
 __all__ = ["BackendChannel"]
 
 _log: Final = logging.getLogger("virtio_test.vhost_user")
+_MOST_UNREAD: Final = 1024
+"""Misses that a front-end may leave unread or unanswered, whose pages came all the same."""
 
 
 class BackendChannel:
@@ -74,6 +76,9 @@ class BackendChannel:
 
     def miss(self, entry: Iotlb, *, need_reply: bool) -> None:
         """The translation of a page is missing; whoever asks does so once for each."""
+        if len(self._missed) + len(self._unsent) > _MOST_UNREAD:
+            _log.warning("the front-end's back-end channel is closed: it reads or answers nothing")
+            self.close()
         if self._socket is not None:
             if need_reply:
                 self._missed.append(entry.iova)
@@ -89,6 +94,7 @@ class BackendChannel:
             self._socket.close()
             self._socket = None
         self._unsent.clear()
+        self._missed.clear()
 
     def _send(self, request: BackendRequest, payload: Payload | None, index: int, *, need_reply: bool) -> None:
         if self._socket is not None:

@@ -10,13 +10,13 @@ after each change of the entries all that waits is looked at again. Each state i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from virtio_test._core import RingLayout
 from virtio_test.errors import QueueViolation
 
-from .iotlb import MAX_ENTRIES, MISS_PAGE, Entry, Misses, Need
+from .iotlb import MAX_ENTRIES, MISS_PAGE, Misses, Need
 from .messages import Permission
 from .payloads import Iotlb, MemoryRegion
 from .rings import Ring
@@ -60,7 +60,7 @@ class Iommu:
         if on != (self._host.memory.cache is not None):
             self.misses.clear()
             self._asked.clear()
-            self._host.memory.set_translated(self._lies_in if on else None)
+            self._host.memory.set_translated(self._occupied if on else None)
 
     def put(self, message: Iotlb) -> None:
         """An entry comes, and what waits for it goes on.
@@ -107,14 +107,11 @@ class Iommu:
                 self._host.mark(ring)
         self._host.update()
 
-    def _lies_in(self, entry: Entry) -> bool:
-        """Whether a ring that runs lies in `entry`."""
-        return any(
-            at < entry.end and entry.iova < at + size
-            for ring in self._host.rings
-            if ring.queue is not None
-            for _, at, size, _ in _areas(ring.queue.layout())
-        )
+    def _occupied(self) -> Iterator[tuple[int, int]]:
+        """Where the rings that run lie."""
+        for ring in self._host.rings:
+            if ring.queue is not None:
+                yield from ((at, size) for _, at, size, _ in _areas(ring.queue.layout()))
 
     def _has(self, start: int, end: int, permission: Permission) -> bool:
         cache = self._host.memory.cache

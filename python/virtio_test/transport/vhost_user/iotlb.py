@@ -22,7 +22,7 @@ everything looks like.
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from virtio_test._core import GuestMemory
@@ -88,7 +88,7 @@ class Cache:
         view: shows the entries, and nothing else from now on.
         shared: the memory that they are parts of.
         find: the pieces (guest address, size) of `size` bytes at a user address; None unless all of them are shared.
-        keep: whether an entry must stay when the cache is full.
+        keep: the ranges (start, size) whose entries must stay when the cache is full.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Cache:
         shared: GuestMemory,
         *,
         find: Callable[[int, int], list[tuple[int, int]] | None],
-        keep: Callable[[Entry], bool],
+        keep: Callable[[], Iterable[tuple[int, int]]],
     ) -> None:
         self._view = view
         self._shared = shared
@@ -225,9 +225,10 @@ class Cache:
             return []
         # Some more, so that a full cache is not looked through for each entry that comes.
         count += _ROOM
-        left = [each for each in self._entries.values() if each.iova not in gone]
-        free = [each.iova for each in left if not self._keep(each)]
-        return (free if len(free) >= count else [each.iova for each in left])[:count]
+        kept = {each.iova for start, size in self._keep() for each in self._over(start, start + size)}
+        left = [iova for iova in self._entries if iova not in gone]
+        free = [iova for iova in left if iova not in kept]
+        return (free if len(free) >= count else left)[:count]
 
 
 class Need(NamedTuple):

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from virtio_test._core import GuestMemory
 from virtio_test.errors import InvalidArgument
 
 from .codec import OwnedFd
-from .iotlb import Cache, Entry
+from .iotlb import Cache
 from .payloads import MemoryRegion
 from .rules import violation
 
@@ -137,8 +137,8 @@ class SharedMemory:
         else:
             self.cache.renew()
 
-    def set_translated(self, keep: Callable[[Entry], bool] | None) -> None:
-        """Show what IOTLB entries show, none at first, and those for which `keep` is true go last; with None, all."""
+    def set_translated(self, keep: Callable[[], Iterable[tuple[int, int]]] | None) -> None:
+        """Show what IOTLB entries show, none at first, and those of the ranges `keep` go last; with None, all."""
         self.cache = None
         if keep is not None:
             self.cache = Cache(self.memory, self.shared, find=self.pieces, keep=keep)

@@ -399,6 +399,9 @@ class Session:
                     raise violation(
                         "VringAddress", f"{name} address {user:#x} is not {align}-aligned", queue=ring.index
                     )
+            for at, size in ((layout.desc, layout.desc_bytes), (layout.driver, layout.driver_bytes)):
+                if max(at + size, layout.device + layout.device_bytes) > _END:
+                    raise violation("VringAddress", f"{size} bytes at {at:#x}: an area wraps", queue=ring.index)
             # The addresses of an IOMMU are asked for when the ring is to run.
             if not self.rings.iommu.on and self.rings.translate(layout) is None:
                 raise violation(
