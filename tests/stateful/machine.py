@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -156,8 +157,12 @@ class Pair(RuleBasedStateMachine):
     @rule(which=st.integers(0, SIZE), thread=st.booleans(), short=st.booleans())
     def complete(self, which: int, thread: bool, short: bool) -> None:
         """Later, in the loop's thread or in another one, all of it or without an answer."""
-        chains = self.device.kept[which:]
+        overtaken, chains = self.device.kept[:which], self.device.kept[which:]
         known = {each.data: each for each in self.known}
+        for chain in overtaken if chains else ():
+            # It cannot go back into its ring any more: a queue that stops answers it with nothing (`BaseDevice`).
+            with suppress(StaleChain):
+                known[chain.read()].answers += (b"",)
 
         def finish() -> None:
             for chain in chains:

@@ -4,6 +4,7 @@ Theory
 ------
 Guest memory is not part of a state, and neither is the driver: both go on where they are. So nothing may be in flight
 in the device: saving parks and drains each queue first, and what the device has not answered lies in its ring again.
+What it cannot put back, because a later request was answered before, ends as in any queue that stops (`BaseDevice`).
 What was marked and not yet told is told once more after the restore, since nobody knows whether it was.
 
 **A state comes from somewhere else.** `check` judges all of it, and the queues in guest memory too, before anything is
