@@ -28,7 +28,7 @@ export PYO3_PYTHON := $(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test begin combinations lint lint-rust lint-python test-rust test-oracles test-asan test-python test-kernel guest-uml stubtest bench deep judge fuzz wheel clean \
+.PHONY: help demo test begin combinations lint lint-rust lint-python test-rust test-oracles test-asan test-python test-kernel guest-uml stubtest bench mutants deep judge fuzz wheel clean \
 	clean-guests toolchain guest-packages
 
 help: ## this list
@@ -93,6 +93,9 @@ test-python: $(VENV)/.core $(VENV)/.dev ## the Python tests that need no guest
 deep: $(VENV)/.core $(VENV)/.dev ## the properties with the deep profile, and the tests that take long (an hour)
 	$(BIN)/pytest -n $(JOBS) -m "not deep" --timeout=7200 --hypothesis-profile=virtio-deep $(FOUND) tests/property
 	$(BIN)/pytest -n $(JOBS) -m deep --timeout=7200 --hypothesis-profile=virtio-deep $(FOUND)
+
+mutants: $(VENV)/.core $(VENV)/.dev ## each check of the Python protocol code changed once: a test must notice (an hour)
+	$(BIN)/python -m tests.mutants --jobs $(JOBS)
 
 # Kernels and QEMU are built and fetched before pytest starts, so that no test's time limit runs meanwhile.
 test-kernel: $(VENV)/.core $(VENV)/.dev guest-packages ## real Linux as the guest, and real devices before our drivers

@@ -11,7 +11,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,15 +27,21 @@ from virtio_test.devices.chains import ChainDevice
 from virtio_test.driver.base import Driver
 from virtio_test.driver.mmio import MmioRegisters
 from virtio_test.driver.pci import open_pci
+from virtio_test.errors import HandlerError
 from virtio_test.loop import OwnerLoop
 from virtio_test.spec.pcidev import Op
 from virtio_test.transport.bank import MAX_ERRORS
 from virtio_test.transport.mmio import VirtioMmio
 from virtio_test.transport.pci.function import VirtioPci
+from virtio_test.transport.vhost_user.backend import Backend
+from virtio_test.transport.vhost_user.codec import encode
+from virtio_test.transport.vhost_user.frontend import FrontEnd
+from virtio_test.transport.vhost_user.messages import Request
+from virtio_test.transport.vhost_user.payloads import U64
 
 from tests.hostile.world import FORMATS, MIB, Attacker, Way, attacker, memory, reach, spare, upper, wanted
 from tests.unit.uml_world import UmlKernel, command
-from tests.unit.world import PATIENCE, mapped_files, open_fds
+from tests.unit.world import PATIENCE, ServerThread, eventually, mapped_files, open_fds
 
 KINDS: Final = ("request", "batch", "kept", "chain")
 SIZE: Final = 1024
@@ -255,6 +261,83 @@ def test_everybody_else_is_served_meanwhile(tmp_path: Path, way: Way, kind: str)
 def eventually_in(driver: Driver, holds: Callable[[], bool]) -> bool:
     """Run the driver's loop, which may be the device's, until something holds."""
     return driver.loop.run(until=holds, timeout=PATIENCE)
+
+
+@pytest.mark.row("M02", "CVE-2019-3900")
+def test_a_front_end_that_never_stops_talking_starves_nobody(tmp_path: Path) -> None:
+    """Its messages come faster than they are read: the loop has turns for the others all the same."""
+    backend = Backend(upper(), path=tmp_path / "s")
+    flood = encode(Request.SET_OWNER) * 2000
+    enough = threading.Event()
+    with closing(ServerThread(tmp_path / "s", backend)), FrontEnd(tmp_path / "s", timeout=PATIENCE) as front:
+
+        def talk() -> None:
+            while not enough.is_set():
+                front.socket.sendall(flood)
+
+        talker = threading.Thread(target=talk)
+        talker.start()
+        try:
+            for _ in range(50):
+                turned = threading.Event()
+                backend.loop.call_soon(turned.set)
+                assert turned.wait(PATIENCE)
+        finally:
+            enough.set()
+            talker.join(PATIENCE)
+        assert front.number(Request.GET_FEATURES)
+
+
+@pytest.mark.row("CVE-2019-3900")
+def test_one_look_at_a_connection_reads_a_bounded_part(tmp_path: Path) -> None:
+    """However much is there to read, a turn takes a few messages of it."""
+    backend = Backend(upper(), path=tmp_path / "s")
+    with closing(ServerThread(tmp_path / "s", backend)), FrontEnd(tmp_path / "s", timeout=PATIENCE) as front:
+        front.negotiate()
+        session = backend.session
+        assert session is not None
+        turns: list[int] = []
+        sent = threading.Event()
+
+        def count() -> bool:
+            turns.append(session.status.value)
+            return session.status.value != 3
+
+        backend.loop.call_soon(lambda: sent.wait(PATIENCE))
+        front.send_bytes(encode(Request.SET_STATUS, U64(1)) * 200 + encode(Request.SET_STATUS, U64(3)))
+        backend.loop.pend("count", count)
+        sent.set()
+        assert eventually(lambda: turns[-1:] == [3])
+        # Header and payload are a part each.
+        assert len(turns) >= 400 // 64
+
+
+@pytest.mark.row("D16", "M12")
+def test_a_ring_that_is_broken_is_told_of_once_though_the_device_breaks_too(tmp_path: Path) -> None:
+    """One ring by the driver, then all of them by the device itself: one signal of each err fd."""
+    device = BaseDevice(45, handlers={0: bytes.upper, 1: bytes.upper}, queue_sizes=(8, 8))
+    with reach(device, "vhost-user", tmp_path) as target:
+        driver = Attacker(target.registers, arena=spare(target.registers.memory), timeout=PATIENCE)
+        driver.initialize()
+        backend = target.backend
+        assert backend is not None
+        session = backend.session
+        assert session is not None
+        errors = [ring.error for ring in session.rings.rings]
+        driver.pen(1).chain((0x9000_0000, 1, 0))
+        driver.pen(1).kick()
+        assert eventually_in(driver, lambda: driver.broken is not None)
+        assert [each.count for each in errors if each is not None] == [0, 1]
+        for _ in range(2):
+            backend.loop.call_soon(lambda: backend.broken(HandlerError("the device gives up")))
+            assert eventually(lambda: all(ring.broken is not None for ring in session.rings.rings))
+        backend.loop.call_soon(lambda: backend.broken(HandlerError("and again")))
+        done = threading.Event()
+        backend.loop.call_soon(done.set)
+        assert done.wait(PATIENCE)
+        assert [each.count for each in errors if each is not None] == [1, 1]
+        driver.initialize()
+        assert driver.submit(1, [b"again"], [5]).wait() == b"AGAIN"
 
 
 # --- what it costs in the end --------------------------------------------------------------------------------------
