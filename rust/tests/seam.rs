@@ -120,6 +120,11 @@ fn a_log_that_is_too_small_or_away_costs_nothing_else() {
     ] {
         assert!(Log::new(fd.as_fd(), offset, size, vec![]).is_err(), "{offset} {size}");
     }
+    // Not a byte beyond it, though the file has more.
+    mem.set_log(Some(Log::new(fd.as_fd(), 0, 1, vec![]).unwrap())).unwrap();
+    mem.fill(0, 100 * PAGE, 1).unwrap();
+    let seen = Log::new(fd.as_fd(), 0, 8, vec![]).unwrap();
+    assert_eq!(seen.take(), (0..8).collect::<Vec<_>>());
     // No alignment is asked for.
     let odd = Log::new(fd.as_fd(), 3, 5, vec![]).unwrap();
     mem.set_log(Some(odd)).unwrap();

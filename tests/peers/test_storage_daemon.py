@@ -117,6 +117,25 @@ def test_identify_read_write_flush(
     ran(driver, f"{queues} queue{'s' * (queues > 1)}")
 
 
+def test_it_marks_what_it_writes(daemon: Callable[..., Daemon], drives: Callable[..., BlkDriver]) -> None:
+    """libvhost-user marks each page by itself: what it read from the disk is in pages that it says it wrote."""
+    disk = daemon()
+    driver = drives(disk)
+    registers = registers_of(driver)
+    assert F.LOG_SHMFD in registers.protocol
+    registers.start_log()
+    before = registers.memory.read(0, 16 << 20)
+    assert driver.read(0, 256) == disk.content[: 256 * SECTOR]
+    after = registers.memory.read(0, 16 << 20)
+    marked = set(registers.dirty_pages())
+    read = {page for page in range(0, 16 << 20, 4096) if before[page : page + 4096] != after[page : page + 4096]}
+    assert len(marked & read) >= 256 * SECTOR // 4096
+    registers.stop_log()
+    assert driver.read(0, 8) == disk.content[: 8 * SECTOR]
+    assert registers.errors == []
+    driver.detach()
+
+
 @pytest.mark.parametrize("queues", [1, 2])
 def test_32_in_flight_come_back_with_their_own_data(
     daemon: Callable[..., Daemon], drives: Callable[..., BlkDriver], queues: int

@@ -19,6 +19,7 @@ from virtio_test.errors import (
     PeerTimeout,
     StatusViolation,
 )
+from virtio_test.features import FeatureSet
 from virtio_test.transport.vhost_user.codec import encode, encode_reply
 from virtio_test.transport.vhost_user.link import MAX_ERRORS
 from virtio_test.transport.vhost_user.messages import BackendRequest, ProtocolFeature, Request
@@ -26,7 +27,7 @@ from virtio_test.transport.vhost_user.payloads import U64, Config, Inflight, Iot
 from virtio_test.transport.vhost_user.registers import VhostUserRegisters
 
 from . import vhost_user_peer as peers
-from .vhost_user_peer import PROTOCOL, Fault, Peer, peer
+from .vhost_user_peer import FEATURES, PROTOCOL, Fault, Peer, peer
 from .world import eventually, open_fds
 
 R = Request
@@ -172,9 +173,9 @@ def test_a_region_must_be_a_file(tmp_path: Path) -> None:
 # --- between messages -------------------------------------------------------------------------------------------
 
 
-def up(path: Path, **options: object) -> TestDriver:
+def up(path: Path, *, wanted: FeatureSet | None = None, **options: object) -> TestDriver:
     registers = VhostUserRegisters(path, device_id=45, timeout=TIMEOUT, **options)  # type: ignore[arg-type]
-    driver = TestDriver(registers, console=lambda _: None, timeout=TIMEOUT)
+    driver = TestDriver(registers, wanted=wanted, console=lambda _: None, timeout=TIMEOUT)
     driver.initialize()
     return driver
 
@@ -420,6 +421,50 @@ def test_sending_what_no_driver_would_is_as_easy_as_before(tmp_path: Path) -> No
         registers.front.send(R.SET_VRING_NUM, VringState(200, 3), need_reply=True)
         assert registers.front.receive().request is R.SET_VRING_NUM
         registers.front.send_bytes(b"\0" * 5)
+
+
+# --- an IOTLB ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("M17")
+def test_a_back_end_that_asks_for_what_the_iommu_has_not(tmp_path: Path) -> None:
+    """It gets no translation of what is not there, and one that does more than ask is not listened to any longer."""
+    offered = FEATURES | 1 << 33
+    with peer(tmp_path / "s", features=offered, answers={R.IOTLB_MSG: U64(0)}) as bad:
+        driver = up(bad.path, iommu=True, wanted=FeatureSet("VERSION_1", "ACCESS_PLATFORM"))
+        registers = registers_of(driver)
+        assert "ACCESS_PLATFORM" in driver.features
+
+        def ask(entry: Iotlb) -> int:
+            assert bad.channel is not None
+            bad.channel.settimeout(0.0)
+            bad.channel.sendall(encode(BackendRequest.IOTLB_MSG, entry, need_reply=True))
+            found = list[bytes]()
+
+            def answered() -> bool:
+                assert bad.channel is not None
+                with suppress(BlockingIOError):
+                    found.append(bad.channel.recv(64))
+                return bool(found)
+
+            assert driver.loop.run(until=answered, timeout=5.0)
+            return int(struct.unpack("=IIIQ", found[0])[3])
+
+        page = 0x3000
+        assert ask(Iotlb(page + 5, 0, 0, 1, 1)) == 0
+        (update,) = [each.payload for each in bad.seen if each.request is R.IOTLB_MSG]
+        assert isinstance(update, Iotlb)
+        assert (update.iova, update.size, update.permissions, update.type) == (page, 4096, 1, 2)
+        for wrong in (Iotlb(1 << 40, 0, 0, 1, 1), Iotlb((1 << 64) - 1, 0, 0, 3, 1), Iotlb(page, 0, 0, 0, 1)):
+            assert ask(wrong) == 1
+        assert ask(Iotlb(page, 0, 0, 0xFF, 1)) == 1
+        assert len([each for each in bad.seen if each.request is R.IOTLB_MSG]) == 1
+        assert bad.channel is not None
+        bad.channel.sendall(encode(BackendRequest.IOTLB_MSG, Iotlb(0, 4096, 0, 3, 2)))
+        assert driver.loop.run(until=lambda: registers.lost is not None, timeout=5.0)
+        assert isinstance(registers.lost, MessageError)
+        assert registers.lost.rule == "IotlbType"
+        registers.close()
 
 
 # --- for ever ---------------------------------------------------------------------------------------------------

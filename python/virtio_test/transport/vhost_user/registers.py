@@ -273,7 +273,8 @@ class VhostUserRegisters:
         return (page, _PAGE, page, permission) if self._memory.is_mapped(page, _PAGE) else None
 
     def _missed(self, entry: Iotlb) -> bool:
-        found = self.translate(entry.iova, Permission(entry.permissions & 3))
+        wanted = entry.permissions if 1 <= entry.permissions <= int(Permission.READ | Permission.WRITE) else 0
+        found = self.translate(entry.iova, Permission(wanted)) if wanted else None
         if found is None:
             return False
         with self._link.talking() as front:
