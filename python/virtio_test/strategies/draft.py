@@ -20,6 +20,7 @@ WRITE: Final = 2
 INDIRECT: Final = 4
 INDIRECT_DESC: Final = 1 << 28
 EVENT_IDX: Final = 1 << 29
+IN_ORDER: Final = 1 << 35
 
 READ_A: Final = DATA
 READ_B: Final = DATA + 0x800
@@ -69,7 +70,7 @@ class Draft:
         self.packed = packed
         self.size = size or draw.some((8, 8, 9, 13, 63) if packed else (8, 8, 16, 64))
         self.start = self._any_start(draw) if start is None else start
-        self.features = INDIRECT_DESC | draw.some((0, EVENT_IDX)) if features is None else features
+        self.features = INDIRECT_DESC | draw.some((0, EVENT_IDX, IN_ORDER)) if features is None else features
         view = (buffer,) if isinstance(buffer, Buffer) else tuple(buffer or ())
         before = 0 if alone or not view else draw.some((0, 0, 1, 2))
         behind = 0 if alone or not view else draw.some((0, 0, 1))

@@ -158,7 +158,7 @@ def _in_any_order(draw: Draw, *, end: Literal["device", "driver"]) -> RingCase:
     parts = [
         Buffer(tuple((READ_A + 64 * n, 4) for n in range(count)), ((TAKES + 64 * count, 9),)) for count in (2, 1, 0)
     ]
-    draft = Draft(draw, parts, packed=True, size=7, start=start, alone=True)
+    draft = Draft(draw, parts, packed=True, size=7, start=start, features=0, alone=True)
     order = draw.choice(((0, 1, 2), (1, 2, 0), (2, 1, 0), (2, 0, 1), (1, 0, 2), (0, 2, 1)))
     draft.more["end"] = end
     title = f"used in order {order}, from {start:#x}"

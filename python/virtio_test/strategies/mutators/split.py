@@ -215,5 +215,6 @@ def overwritten(draft: Draft, draw: Draw) -> RingCase:
             draft.later.append(Put("table.addr", int.from_bytes(bytes([value] * 8)), draft.entry(index)))
     if not draft.packed:
         draft.later.append(Put("avail.ring", 0xFFFF, draft.slot()))
+    draft.later += [Push(number) for number in range(draft.before)]
     draft.later.append(Push(draft.before, draw.choice((0, 1))))
     return draft.accepted(f"all of {value:#x} after the pop")
