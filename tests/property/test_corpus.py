@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from virtio_test.errors import InvalidArgument
 from virtio_test.strategies import RingCase, cases, load, save
+from virtio_test.strategies.acts import ACTS
 from virtio_test.strategies.case import Name
 
 FOLDER = Path(__file__).parents[1] / "corpus"
@@ -68,6 +74,45 @@ def test_what_is_no_case_is_refused_in_one_line(text: str, tmp_path: Path) -> No
     (tmp_path / "odd.json").write_text(text)
     with pytest.raises(InvalidArgument, match=r"odd\.json"):
         list(load(tmp_path))
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 1 << 70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(sorted(ACTS)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.sampled_from([each.name for each in fields(RingCase)])
+
+
+@given(st.sampled_from(sorted(CORPUS)), st.dictionaries(KEYS, VALUES, min_size=1, max_size=3))
+def test_a_case_with_any_values_is_refused_or_is_one(name: str, values: dict[str, Any]) -> None:
+    found = json.loads(CORPUS[name].to_json()) | values
+    try:
+        case = RingCase.from_json(json.dumps(found))
+    except InvalidArgument:
+        return
+    assert RingCase.from_json(case.to_json()) == case
+
+
+@given(st.sampled_from(sorted(CORPUS)), st.data())
+def test_a_case_that_was_cut_or_bent_is_refused_or_is_one(name: str, data: st.DataObject) -> None:
+    text = CORPUS[name].to_json()
+    at = data.draw(st.integers(0, len(text) - 1))
+    bent = (
+        text[:at]
+        + data.draw(st.sampled_from(["", "0", "[", "null", "-", text[at:]]))
+        + text[at + data.draw(st.integers(0, 9)) :]
+    )
+    try:
+        case = RingCase.from_json(bent)
+    except InvalidArgument:
+        return
+    assert RingCase.from_json(case.to_json()) == case
 
 
 @pytest.mark.parametrize("row", ["A09", "B15", "G08"])
