@@ -89,7 +89,9 @@ def test_linux_finds_and_drives_every_flavour(
     assert not server.path.exists()
 
 
-@pytest.mark.parametrize("features", ["-RING_PACKED", "-INDIRECT_DESC", "-EVENT_IDX", "-RING_PACKED,-EVENT_IDX"])
+@pytest.mark.parametrize(
+    "features", ["-RING_PACKED,+SUSPEND", "-INDIRECT_DESC", "-EVENT_IDX", "-RING_PACKED,-EVENT_IDX"]
+)
 def test_requests_over_both_rings(serve: Serve, uml: Boot, features: str) -> None:
     server = serve(*UML, "--features", features)
     guest = boots(uml, server)

@@ -23,7 +23,7 @@ Boot = Callable[..., Qemu]
 
 FUNCTION = ("--transport", "pci", "--carrier", "vfio-user")
 MODERN = (*FUNCTION, "--flavour", "non-transitional")
-EVERY_FEATURE = "+IN_ORDER,+RING_RESET,+ORDER_PLATFORM,+NOTIFICATION_DATA,+NOTIF_CONFIG_DATA"
+EVERY_FEATURE = "+IN_ORDER,+RING_RESET,+ORDER_PLATFORM,+NOTIFICATION_DATA,+NOTIF_CONFIG_DATA,+SUSPEND"
 
 
 def _at(servers: Sequence[Server]) -> list[str]:
@@ -97,6 +97,7 @@ def test_every_feature_of_a_newer_kernel(serve: Serve, boot: Boot, tmp_path: Pat
             wanted = {checks.IN_ORDER, checks.NOTIFICATION_DATA, checks.ORDER_PLATFORM, checks.RING_RESET}
             assert wanted | {checks.EVENT_IDX, checks.INDIRECT_DESC, checks.VERSION_1} <= agreed
             assert (checks.RING_PACKED in agreed) == (index == 0)
+            assert checks.SUSPEND not in agreed, "no Linux knows it yet"
             for number in (10, 255):
                 checks.request(guest, number)
             assert server.said(10) == device_request(10) + device_request(255)

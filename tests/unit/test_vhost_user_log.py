@@ -231,6 +231,17 @@ def test_the_used_ring_is_marked_where_the_front_end_wants_it(server: Server) ->
         assert 300 in log.take()
 
 
+@pytest.mark.row("M09")
+def test_where_a_ring_is_logged_counts_with_the_flag_alone(tmp_path: Path) -> None:
+    """User-mode Linux has all ones there, and no flag."""
+    with serving(tmp_path / "s") as server, guest(server.path) as g:
+        g.setup()
+        places = (g.config.desc + USER_OFFSET, g.config.device + USER_OFFSET, g.config.driver + USER_OFFSET)
+        g.front.request(Request.SET_VRING_ADDR, VringAddress(0, 0, *places, (1 << 64) - 1))
+        g.front.enable(0)
+        g.request(1)
+
+
 def memfd(size: int) -> int:
     fd = os.memfd_create("log")
     os.truncate(fd, size)

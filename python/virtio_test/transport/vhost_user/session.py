@@ -410,7 +410,8 @@ class Session:
                     "not all in shared memory",
                     queue=ring.index,
                 )
-            if address.log + layout.device_bytes > _END:
+            # Without the flag it is not an address: user-mode Linux sends all ones there.
+            if address.flags & VRING_LOG and address.log + layout.device_bytes > _END:
                 raise violation("LogRange", f"the used ring is logged at {address.log:#x}: it wraps", queue=ring.index)
             self.rings.marking.moved(ring)
         except MessageError:
