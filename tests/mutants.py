@@ -71,6 +71,7 @@ class Mutant(NamedTuple):
     kind: str
     text: str
     tree: ast.Module
+    rule: str = ""
 
     def __str__(self) -> str:
         return f"{self.module.removeprefix('virtio_test.')}:{self.line} {self.kind:5} {self.text}"
@@ -137,7 +138,13 @@ def mutants(module: str) -> Iterator[Mutant]:
             node.test = test
             ast.fix_missing_locations(mutated)
             text = f"{ast.unparse(original.test)}  ->  {ast.unparse(test)}"
-            yield Mutant(module, original.lineno, kind, text, mutated)
+            yield Mutant(module, original.lineno, kind, text, mutated, rule_of(original))
+
+
+def rule_of(check: ast.If) -> str:
+    """The rule that the check names, if it does."""
+    names = (node.value for node in ast.walk(check.body[-1]) if isinstance(node, ast.Constant))
+    return next((name for name in names if isinstance(name, str) and name.isalpha() and name[0].isupper()), "")
 
 
 # --- putting it in place -------------------------------------------------------------------------------------------
@@ -204,8 +211,9 @@ def child(mutant: Mutant) -> int:
         return 2
     paths = [str(ROOT / path) for path in TESTS.get(mutant.module, [mutant.text])]
     options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "--hypothesis-profile=virtio-mutants"]
-    # Most mutants fall to a plain test; those that do not meet the generated ones and the long ones as well.
-    for which in (["-m", "not hypothesis and not deep", "-k", "not thousand"], ["-m", "not deep"]):
+    # The cases of its rule come first, then the other plain tests, then the generated ones and those that take long.
+    named = [["-m", "not hypothesis and not deep", "-k", mutant.rule]] if mutant.rule else []
+    for which in (*named, ["-m", "not hypothesis and not deep", "-k", "not thousand"], ["-m", "not deep"]):
         for path in paths:
             if pytest.main([*options, *which, path]) not in (0, 5):
                 return 1

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import pytest
 from virtio_test._core import Chain, Policy, QueueConfig, RingLayout
+from virtio_test.carrier.loopback import Loopback
 from virtio_test.checks import EXAMPLES, Example
 from virtio_test.clock import Timer
 from virtio_test.devices.base import BaseDevice, batched, kept
@@ -25,7 +26,7 @@ from virtio_test.driver.blk import BlkDriver
 from virtio_test.driver.console import ConsoleDriver
 from virtio_test.driver.rng import RngDriver
 from virtio_test.driver.test import TestDriver
-from virtio_test.errors import DeviceNeedsReset, PeerError
+from virtio_test.errors import DeviceNeedsReset, HandlerError, PeerError
 from virtio_test.spec.status import Status
 
 from tests.hostile.world import (
@@ -341,3 +342,28 @@ def fails(driver: Driver) -> None:
         return
     assert driver.loop.run(until=lambda: driver.broken is not None, timeout=PATIENCE)
     assert isinstance(driver.broken, PeerError)
+
+
+@pytest.mark.row("D16", "D12")
+def test_who_is_not_there_yet_is_told_nothing() -> None:
+    """Broken before DRIVER_OK: NEEDS_RESET stands and is not told; broken after it: once, however often."""
+    device = upper(SIZE)
+    loopback = Loopback(device, memory=memory())
+    bank = loopback.bank
+    told: list[int] = []
+    bank.on_config = lambda: told.append(loopback.read_status())
+    for status in (1, 3):
+        loopback.write_status(status)
+    loopback.write_driver_features(wanted(packed=False).bits)
+    loopback.write_status(11)
+    loopback.enable_queue(QueueConfig(SIZE, desc=0x9000_0000, driver=0x9000_1000, device=0x9000_2000))
+    loopback.loop.run_pending()
+    assert loopback.read_status() & Status.DEVICE_NEEDS_RESET
+    assert told == []
+    driver = Driver(loopback, arena=spare(loopback.memory))
+    honest(driver)
+    bank.on_config = lambda: told.append(loopback.read_status())
+    for _ in range(3):
+        bank.broken(HandlerError("the device gives up"))
+        loopback.loop.run_pending()
+    assert len(told) == 1
