@@ -28,7 +28,7 @@ export PYO3_PYTHON := $(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test begin combinations lint lint-rust lint-python test-rust test-oracles test-asan test-python test-kernel guest-uml stubtest bench mutants deep judge fuzz wheel clean \
+.PHONY: help demo test begin combinations rows lint lint-rust lint-python test-rust test-oracles test-asan test-python test-kernel guest-uml stubtest bench mutants deep judge fuzz wheel clean \
 	clean-guests toolchain guest-packages
 
 help: ## this list
@@ -49,6 +49,9 @@ begin: | $(BIN)/python
 
 combinations: begin test-python test-kernel ## write docs/combinations.md from a run of the tests
 	$(BIN)/python -m tests.combinations write
+
+rows: $(VENV)/.core ## write docs/rows.md from what the package says of the robustness catalogue
+	$(BIN)/python -m tests.rows write
 
 # ------------------------------------------------------------------------------------------------------- in parts
 

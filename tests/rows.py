@@ -14,7 +14,7 @@ from virtio_test.checks import ROWS, SECTIONS, Meets, Outcome, Row
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "rows.md"
 HEAD = """# What the other side may do, and what comes of it
 
-Written from `virtio_test.checks.ROWS` (`python -m tests.rows write`), and compared with it by the tests. Each row has a
+Written from `virtio_test.checks.ROWS` (`make rows`), and compared with it by the tests. Each row has a
 test that shows it, marked with its id: `pytest -m row` runs them all, and `virtio-test explain A05` tells one with its
 clauses.
 

@@ -227,4 +227,4 @@ def test_the_list_has_every_row_once() -> None:
 
 
 def test_the_page_is_that_of_the_data() -> None:
-    assert rows.DOCS.read_text(encoding="utf-8") == rows.page(), "run `python -m tests.rows write`"
+    assert rows.DOCS.read_text(encoding="utf-8") == rows.page(), "run `make rows`"
