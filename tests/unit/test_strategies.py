@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import doctest
+import json
 import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import virtio_test.strategies
@@ -179,6 +181,21 @@ def test_hypothesis_shows_it_too() -> None:
 def test_a_change_that_cannot_be_made_is_told(change: Put | Fill, told: str) -> None:
     with pytest.raises(InvalidArgument, match=told):
         RingCase(writes=(change,)).run()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"end": "front"}, "'front' is no end: device, driver"),
+        ({"areas": {"used": 1}}, "'used' is no area: size, desc, driver, device"),
+        ({"switches": {"odd": True}}, "'odd' is no switch: zero_length, "),
+    ],
+)
+def test_a_case_with_names_that_nobody_knows_is_refused(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{told}"):
+        RingCase(**fields)
+    with pytest.raises(InvalidArgument):
+        RingCase.from_json(json.dumps({"virtio-test": "ring-case", "version": 1, **fields}))
 
 
 def test_a_change_of_nothing_changes_nothing() -> None:

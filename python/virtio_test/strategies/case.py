@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, cast
 
 from virtio_test._core import Policy, QueueConfig, QueueState, RingLayout
+from virtio_test.errors import InvalidArgument
 
 from .acts import Act, Add, Buffer, Change, Race
 
@@ -45,6 +46,10 @@ USED: Final = 1 << 15
 RING_PACKED: Final = 1 << 34
 INDEX: Final = 3
 """Number of the queue in its device, so that no message has it right by accident."""
+
+_ENDS: Final = ("device", "driver")
+_AREAS: Final = ("size", "desc", "driver", "device")
+_SWITCHES: Final = tuple(Policy.strict.switches())
 
 Name = Literal["interop", "strict"]
 Segments = tuple[tuple[int, int, bool], ...]
@@ -97,6 +102,17 @@ class RingCase:
     interop: Outcome | None = None
     strict: Outcome | None = None
 
+    def __post_init__(self) -> None:
+        """Names that nobody knows are refused here, values where they are used."""
+        for what, given, known in (
+            ("end", (self.end,), _ENDS),
+            ("switch", self.switches, _SWITCHES),
+            ("area", self.areas, _AREAS),
+        ):
+            unknown = [name for name in given if name not in known]
+            if unknown:
+                raise InvalidArgument(f"{unknown[0]!r} is no {what}: {', '.join(known)}")
+
     # ---------------------------------------------------------------------------------------------- what it stands for
 
     def layout(self) -> RingLayout:
@@ -107,13 +123,13 @@ class RingCase:
         """The indirect tables, as one long table."""
         return RingLayout(32768, packed=self.packed, desc=self.tables)
 
-    def policy(self, name: Name = "interop") -> Policy:
+    def policy(self, name: Name = "strict") -> Policy:
         """The named policy with the case's switches."""
         if not self.switches:
             return Policy.strict if name == "strict" else Policy.interop
         return Policy(name, **cast("dict[str, Any]", self.switches))
 
-    def config(self, name: Name = "interop", *, judged: bool = True) -> QueueConfig:
+    def config(self, name: Name = "strict", *, judged: bool = True) -> QueueConfig:
         """Of the judged end, or of its legal peer."""
         layout = self.layout()
         places = {"size": self.size, "desc": layout.desc, "driver": layout.driver, "device": layout.device}
@@ -128,7 +144,7 @@ class RingCase:
         avail, used = self.state if judged and self.state is not None else (self.start, self.start)
         return QueueState(avail, used)
 
-    def outcome(self, name: Name = "interop") -> Outcome | None:
+    def outcome(self, name: Name = "strict") -> Outcome | None:
         """What must come of it under that policy; None where nothing is known."""
         return self.strict if name == "strict" else self.interop
 
@@ -168,7 +184,7 @@ class RingCase:
 
     @contextmanager
     def play(
-        self, policy: Name = "interop", *, device: MakeDevice | None = None, traced: bool = False
+        self, policy: Name = "strict", *, device: MakeDevice | None = None, traced: bool = False
     ) -> Generator[Scene]:
         """The case on stage, in memory that the next one uses again; the judged end is built, and nothing has happened.
 
@@ -186,7 +202,7 @@ class RingCase:
             raise
         STAGE.give_back(self, memory)
 
-    def run(self, policy: Name = "interop", *, device: MakeDevice | None = None) -> Outcome:
+    def run(self, policy: Name = "strict", *, device: MakeDevice | None = None) -> Outcome:
         """What comes of it at our end, or at the device end that `device(memory, config, state)` makes."""
         with self.play(policy, device=device) as scene:
             return scene.run()
@@ -204,7 +220,7 @@ class RingCase:
                 if wanted is not None and not wanted.agrees(found):
                     raise CaseFailed(f"{self} under {name}: {found} came of it, and {wanted} is what must")
 
-    def script(self, policy: Name = "interop") -> str:
+    def script(self, policy: Name = "strict") -> str:
         """A standalone script of plain calls that replays it: it exits with 0 when what must come of it comes of it."""
         from .script import script
 

@@ -138,7 +138,7 @@ class Scene:
     def __init__(
         self,
         case: RingCase,
-        policy: Name = "interop",
+        policy: Name = "strict",
         *,
         memory: GuestMemory | None = None,
         device: MakeDevice = our_device,

@@ -63,7 +63,7 @@ def use(which, written):
 """
 
 
-def script(case: RingCase, policy: Name = "interop") -> str:
+def script(case: RingCase, policy: Name = "strict") -> str:
     """The script; it exits with 1 when something else comes of the case than what must, and says what it saw."""
     return "\n".join(_lines(case, policy)) + "\n"
 
