@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import IO, Self
 
 from tests.kernel import build
 from tests.kernel.console import STEP_SECONDS, Console, GuestError
@@ -43,8 +43,10 @@ class Guest:
         self._initrd = self.folder / "initrd"
         self._initrd.write_bytes(archive(files))
 
-    def _boot(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-        self.console = Console(command, env=env, cwd=self.folder)
+    def _boot(
+        self, command: Sequence[str], env: Mapping[str, str] | None = None, stderr: IO[bytes] | None = None
+    ) -> None:
+        self.console = Console(command, env=env, cwd=self.folder, stderr=stderr)
         try:
             self.console.wait_for("guest: ready", timeout=BOOT_SECONDS)
         except GuestError:

@@ -98,6 +98,7 @@ class Qemu(Guest):
         cpus: processors.
         files: further files, by path.
         incoming: a file that a guest was migrated to: it goes on here, and nothing is booted.
+        apart: whether what QEMU itself says stays out of the console, into whose lines it would fall.
 
     Attributes:
         machine: as it was asked for.
@@ -120,6 +121,7 @@ class Qemu(Guest):
         cpus: int = 1,
         files: Mapping[str, bytes] = MappingProxyType({}),
         incoming: Path | None = None,
+        apart: bool = False,
     ) -> None:
         self.machine = machine
         self.kernel = kernel = kernel or build.debian_kernel()
@@ -144,7 +146,8 @@ class Qemu(Guest):
                 self.close()
                 raise
             return
-        self._boot(command, env=build.qemu().environment())
+        with (self.folder / "qemu.log").open("wb") as log:
+            self._boot(command, env=build.qemu().environment(), stderr=log if apart else None)
         try:
             for module in build.module_closure(kernel, modules):
                 self.command(f"insmod {module} {(parameters or {}).get(module, '')}".rstrip())

@@ -72,10 +72,11 @@ CASES: Final[list[Case]] = [
     *ring("B13", "request-is-response", joined(READ, (At(REQUESTS), 12, WRITE)), outcome="accepted"),
     *ring(
         "B14 CVE-2024-3446", "request-in-own-bar", joined((InBar(4), 48, 0), WRITTEN), rules="UnmappedAddress",
+        needs="own_bar",
     ),
     *ring(
         "B14 CVE-2024-3446", "response-over-own-registers", joined(READ, (InBar(4, 0x3000), 12, WRITE)),
-        rules="UnmappedAddress",
+        rules="UnmappedAddress", needs="own_bar",
     ),
     *ring("B15", "response-in-rom", _into_rom, rules="ReadOnlyAddress", needs="rom"),
     *ring("B17", "address-0", joined(READ, (0, 16, 0), WRITTEN), outcome="accepted", answered=True,

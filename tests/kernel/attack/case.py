@@ -79,6 +79,8 @@ class Machine:
         keeps_table: whether MSI-X table and pending bits are the machine's, and not the function's.
         line: whether there is an interrupt line.
         late: whether the device keeps what it is asked for until it is told to answer (`late`).
+        silent: whether the registers are another's and only the rings are ours, so that nobody says NEEDS_RESET.
+        own_bar: whether BAR 4 holds the registers.
     """
 
     name: str
@@ -89,15 +91,19 @@ class Machine:
     keeps_table: bool = False
     line: bool = False
     late: bool = False
+    silent: bool = False
+    own_bar: bool = True
 
     def can(self, case: Case) -> bool:
         """Whether a case can be done here; what is for a late device can be done with nothing else."""
         if self.late:
             return case.needs == "late"
+        if self.silent and not case.by_rings:
+            return False
         return case.needs is None or getattr(self, case.needs) not in (None, False)
 
 
-Needs: TypeAlias = Literal["low", "rom", "relocates", "line", "late"]
+Needs: TypeAlias = Literal["low", "rom", "relocates", "line", "late", "own_bar"]
 """A fact of `Machine` that must be there."""
 
 
@@ -115,6 +121,7 @@ class Case:
         rules: the rules that the server names, in order, each once.
         strict: verdict and rules under `Policy.strict` where they differ.
         needs: what a machine must have for it.
+        by_rings: whether a running ring alone is broken by it.
     """
 
     rows: tuple[str, ...]
@@ -126,6 +133,7 @@ class Case:
     rules: tuple[str, ...] = ()
     strict: tuple[Verdict, tuple[str, ...]] | None = None
     needs: Needs | None = None
+    by_rings: bool = False
 
     @property
     def by_line(self) -> bool:
@@ -144,7 +152,8 @@ class Case:
     def program(self, number: int, machine: Machine) -> Program:
         """All of its steps, as attack `number`."""
         p = Program(f"{number}", end=machine.end)
-        mark(p, FIRST_MARK + number)
+        if not machine.silent:
+            mark(p, FIRST_MARK + number)
         self.run(p, machine)
         reset(p, "end")
         probe(p, number % 100, packed=self.packed, late=machine.late)
@@ -219,9 +228,14 @@ def ring(
         def run(p: Program, machine: Machine) -> None:
             mine.start(p, settled=told)
             writes(p, mine, machine)
-            kick(p)
-            if told:
-                p.interrupts("any", ANY_VECTOR, 1)
+            if machine.silent:
+                # It looks, and stops before it would say again that it wants kicks.
+                mine.put(p, mine.says, 0, 0xFFFF)
+                kick(p)
+                p.wait("kicks", mine.layout.at(mine.says), 2, 1)
+            else:
+                kick(p)
+                p.interrupts("any", ANY_VECTOR, int(told))
             _look(p, mine, chains, slot or 0)
             if answered:
                 mine.answered(p)
@@ -236,6 +250,7 @@ def ring(
             rules=tuple(rules.split()),
             strict=None if strict is None else (strict[0], tuple(strict[1].split())),
             needs=needs,
+            by_rings=told and outcome == "broken",
         )
 
     return [make(each == "packed") for each in formats.split()]
@@ -262,6 +277,8 @@ def _of_ring(results: Results, queue: Queue, chains: int, before: int, *, answer
         # A used descriptor has both bits; only how many came is the split ring's to say.
         used = chains if used & (AVAIL | USED) == AVAIL | USED else 0
     facts = {**results, "used": used, "queue": min(results["queue"], 1)}
+    if results.get("kicks") == 1:
+        return verdict("broken", facts, {"status": 15, "config": 0, "used": before, "queue": 0})
     if results["status"] & Status.DEVICE_NEEDS_RESET:
         return verdict("broken", facts, {"config": int(told), "used": before, "queue": 0})
     length = results["len"]
