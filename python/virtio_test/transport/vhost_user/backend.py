@@ -25,7 +25,7 @@ from virtio_test.device import Device
 from virtio_test.errors import InvalidArgument, MessageError
 from virtio_test.features import FeatureSet, check_own_offer
 from virtio_test.loop import OwnerLoop, stopped_by_signals
-from virtio_test.sockets.fds import Received, receive
+from virtio_test.sockets.fds import Received, receive, send
 from virtio_test.sockets.server import PeerServer
 
 from .codec import Decoder, Message
@@ -203,16 +203,20 @@ class Backend(PeerServer):
         finally:
             # Before the answer: who has read it finds nothing of the message left.
             message.close()
+        fds, session.reply_fds = session.reply_fds, []
         if reply is None:
             return
         try:
-            sent = connection.send(reply, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sent = send(connection, reply, [fd.fileno() for fd in fds], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             sent = 0
         except OSError as error:
             # Its end of the connection is read next, and ends the session.
             _log.info("front-end %d: %s", self.sessions, error.strerror)
             return
+        finally:
+            for fd in fds:
+                fd.close()
         if sent != len(reply):
             raise violation("RepliesUnread", f"the answer to request {message.request} cannot be sent")
 

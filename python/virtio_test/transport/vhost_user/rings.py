@@ -13,8 +13,10 @@ is also what clears a broken ring: whoever sets a ring up anew (after GET_VRING_
 message at all) has seen that it stopped.
 
 Position: of a split ring the message carries the avail index, and the used index stands in memory. Of a packed
-ring bits 0 to 15 carry offset and wrap counter; used follows avail, since whoever stops a ring drains it. Base
-0 for a ring that this front-end never read back is a fresh ring, however little that fits the format: UML
+ring bits 0 to 15 carry offset and wrap counter; used follows avail, since whoever stops a ring drains it. Where there
+is a record of what is in flight (`records`), it says both, and the base does not count: a front-end whose back-end
+died knows no better (QEMU sends the used index, or for a packed ring what it sent last). So bits 16 to 31 are never
+read. Base 0 for a ring that this front-end never read back is a fresh ring, however little that fits the format: UML
 sends 0 always.
 """
 
@@ -51,6 +53,7 @@ class Ring:
         address: the front-end's addresses; None before SET_VRING_ADDR.
         base: the value of SET_VRING_BASE that has not been used yet.
         position: where the ring stopped.
+        drained: whether it has run and stopped, with nothing in flight.
         read_back: whether this front-end has read the base.
         started: by a kick fd or an in-band kick, and not stopped since.
         enabled: by SET_VRING_ENABLE, or by a front-end without protocol features.
@@ -82,6 +85,7 @@ class Ring:
         self.address: VringAddress | None = None
         self.base: int | None = None
         self.position: QueueState | None = None
+        self.drained = False
         self.read_back = False
         self.started = False
         self.broken: Exception | None = None

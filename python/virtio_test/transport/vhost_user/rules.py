@@ -85,9 +85,10 @@ _RULES: Final = (
         "InflightRegion",
         "VHOST_USER_GET_INFLIGHT_FD",
         "the region has room for every queue, in a file of its own",
-        "M20",
+        "R11, M20",
     ),
-    MessageRule("InflightState", "Inflight I/O tracking", "the record of what is in flight fits its queue", "M20"),
+    MessageRule("InflightState", "Inflight I/O tracking", "the record of what is in flight fits its queue", "R11, M20"),
+    MessageRule("InflightWhileRunning", "VHOST_USER_SET_INFLIGHT_FD", "a region comes before its rings run", "M11"),
     MessageRule("LogRange", "VHOST_USER_SET_LOG_BASE", "a dirty log is not empty, and lies within its file", "M15"),
     MessageRule("LogFile", "VHOST_USER_SET_LOG_BASE", "the fd of a dirty log is a file that can be mapped", "M15"),
     MessageRule(

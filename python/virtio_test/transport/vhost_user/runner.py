@@ -28,6 +28,7 @@ from .dirtylog import Marking
 from .iommu import Iommu
 from .memory import SharedMemory
 from .payloads import MemoryRegion
+from .records import Records
 from .rings import Kick, Ring
 
 __all__ = ["RingSet"]
@@ -54,6 +55,7 @@ class RingSet:
         acknowledged: whether the front-end answers what it is asked for.
         marking: the front-end's dirty log.
         iommu: the device IOTLB.
+        records: where what is in flight is recorded, if the front-end keeps that.
     """
 
     def __init__(self, device: Device, memory: GuestMemory, loop: OwnerLoop, policy: Policy) -> None:
@@ -69,6 +71,7 @@ class RingSet:
         self.acknowledged = False
         self.marking = Marking(self)
         self.iommu = Iommu(self)
+        self.records: Records | None = None
         self._active = False
         self._at: Ring | None = None
         self._pollers: dict[int, Timer] = {}
@@ -103,6 +106,7 @@ class RingSet:
             self.set_kick(ring, None)
             ring.forget()
             ring.enabled = self.always_enabled
+            self.clear_record(ring)
 
     def reset_device(self) -> None:
         """Only the device, and what it works on."""
@@ -118,8 +122,14 @@ class RingSet:
             if queue is not None:
                 _revoke(queue)
 
+    def clear_record(self, ring: Ring) -> None:
+        """Nothing is in flight on `ring`, and what its record says of the place where it stands does not count."""
+        if self.records is not None:
+            self.records.clear(ring.index)
+
     def close(self) -> None:
-        """The front-end has gone: nothing of it may be left."""
+        """The front-end has gone: nothing of it may be left, and the record of what is in flight stays with it."""
+        self.records = None
         self.reset()
         for ring in self.rings:
             ring.call = ring.error = None
@@ -201,12 +211,16 @@ class RingSet:
                 call=Notifier.callback(lambda: self.call(ring.index)),
                 # From any thread that pops.
                 miss=Notifier.callback(lambda: self.loop.pend((self, "miss", ring.index), lambda: self._missed(ring))),
+                record=None if self.records is None else self.records.part(ring.index),
             )
             if not self._active:
                 self.device.activate(self.accepted)
                 self._active = True
             self.device.start_queue(queue)
             ring.queue = queue
+            ring.drained = False
+            # Nobody knows whether the back-end before this one came to say what it had used last.
+            queue.signal()
         # Buffers may lie there already, and no kick need come for them (VIRTIO 1.4, 3.1.1).
         self.mark(ring)
 
@@ -219,6 +233,7 @@ class RingSet:
         with self.working_on(ring):
             self.device.stop_queue(ring.index)
         ring.position = queue.stop()
+        ring.drained = queue.in_flight == 0
 
     @contextmanager
     def working_on(self, ring: Ring) -> Generator[None]:

@@ -22,7 +22,7 @@ from virtio_test.loop import OwnerLoop
 from virtio_test.status import Action, DeviceStatus, Status
 
 from .channel import BackendChannel
-from .codec import Message, encode_reply
+from .codec import Message, OwnedFd, encode_reply
 from .dirtylog import LogFile
 from .memory import MAX_SLOTS
 from .messages import (
@@ -36,7 +36,8 @@ from .messages import (
     ProtocolFeature,
     Request,
 )
-from .payloads import U64, Config, Iotlb, Log, MemoryTable, Payload, SingleRegion, VringAddress, VringState
+from .payloads import U64, Config, Inflight, Iotlb, Log, MemoryTable, Payload, SingleRegion, VringAddress, VringState
+from .records import Records, new_region
 from .rings import Kick, Ring, checked_notifier
 from .rules import violation
 from .runner import RingSet
@@ -61,6 +62,7 @@ SUPPORTED: Final = (
     | _F.INBAND_NOTIFICATIONS
     | _F.CONFIGURE_MEM_SLOTS
     | _F.STATUS
+    | _F.INFLIGHT_SHMFD
 )
 """Every protocol feature that this back-end serves."""
 
@@ -80,6 +82,7 @@ class Session:
         rings: the rings and all that runs.
         protocol: the negotiated protocol features.
         status: the device status as far as the front-end tells it.
+        reply_fds: what goes with the answer of the last message; whoever sends it closes them.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Session:
         self.rings = RingSet(device, memory, loop, policy)
         self.protocol = ProtocolFeature(0)
         self.status = DeviceStatus(width=8)
+        self.reply_fds: list[OwnedFd] = []
         self._refusals = 0
         # A request of the table without an entry here is one that this back-end does not serve.
         self._handlers: dict[int, Callable[[Message], Payload | None]] = {
@@ -116,6 +120,8 @@ class Session:
             Request.GET_CONFIG: self._get_config,
             Request.SET_CONFIG: self._set_config,
             Request.SET_MEM_TABLE: self._set_mem_table,
+            Request.GET_INFLIGHT_FD: self._get_inflight,
+            Request.SET_INFLIGHT_FD: self._set_inflight,
             Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
             Request.ADD_MEM_REG: self._add_mem_reg,
             Request.REM_MEM_REG: self._rem_mem_reg,
@@ -364,6 +370,31 @@ class Session:
             raise violation("IotlbType", f"type {entry.type}, where updates and invalidations are legal")
         return U64(0)
 
+    # --- what is in flight ----------------------------------------------------------------------------------
+
+    def _get_inflight(self, message: Message) -> Payload:
+        asked = message.payload
+        assert isinstance(asked, Inflight)
+        # What the rings will be is not known before their features are: then either kind has room.
+        packed = self.rings.packed or (self.rings.accepted is None and "RING_PACKED" in self.offered)
+        try:
+            region, fd = new_region(asked, queues=len(self.rings.rings), packed=packed)
+        except MessageError as error:
+            # No size and no fd say so, as others do; the document has no other answer.
+            _log.warning("answered with no region: %s", error)
+            return Inflight(0, 0, asked.queues, asked.queue_size)
+        self.reply_fds.append(fd)
+        return region
+
+    def _set_inflight(self, message: Message) -> None:
+        region = message.payload
+        assert isinstance(region, Inflight)
+        if self.rings.running:
+            raise violation("InflightWhileRunning", "a region for what is in flight comes while rings run")
+        self.rings.records = Records.given(
+            region, message.fds[0], queues=len(self.rings.rings), packed=self.rings.packed
+        )
+
     # --- rings: what messages say ---------------------------------------------------------------------------
 
     def _set_vring_num(self, message: Message) -> None:
@@ -379,6 +410,9 @@ class Session:
             # Set up anew without having been stopped: it starts with the next kick fd, not with the old addresses.
             self.rings.stop(ring)
             ring.started = False
+        if ring.position is not None and state.num & 0xFFFF != ring.position.avail:
+            # It does not go on where it stopped: what was in flight then is so no longer.
+            self.rings.clear_record(ring)
         ring.set_base(state.num)
 
     def _set_vring_addr(self, message: Message) -> None:
@@ -427,6 +461,9 @@ class Session:
         base = ring.reply_base(packed=self.rings.packed)
         ring.base = base & 0xFFFF
         ring.read_back = True
+        if ring.drained:
+            # The front-end knows all there is to know of the ring, and says with the next base where it begins.
+            self.rings.clear_record(ring)
         return VringState(ring.index, base)
 
     def _ring_of_fd(self, message: Message) -> Ring:
