@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from virtio_test._core import DriverQueue, GuestMemory, Notifier, Policy, QueueConfig, RingLayout
+from virtio_test.devices.base import BaseDevice
 from virtio_test.devices.test import TestDevice
 from virtio_test.features import FeatureSet
 from virtio_test.transport.vhost_user.backend import DEFAULT_PROTOCOL_FEATURES, Backend
@@ -30,7 +31,7 @@ class Server(ServerThread):
     def __init__(
         self,
         path: Path,
-        device: TestDevice | None = None,
+        device: BaseDevice | None = None,
         *,
         features: FeatureSet | None = None,
         protocol_features: ProtocolFeature = DEFAULT_PROTOCOL_FEATURES,
@@ -48,7 +49,7 @@ class Server(ServerThread):
         super().__init__(path, self.backend)
 
 
-def serving(path: Path, device: TestDevice | None = None, **options: object) -> closing[Server]:
+def serving(path: Path, device: BaseDevice | None = None, **options: object) -> closing[Server]:
     """A server at `path`, which must live to the end."""
     return closing(Server(path, device, **options))  # type: ignore[arg-type]
 

@@ -112,12 +112,12 @@ class Records:
         if region.offset + region.size > status.st_size:
             text = f"{region.size:#x} bytes from offset {region.offset:#x} of a file of {status.st_size:#x}"
             raise violation("InflightRegion", text)
+        for index in range(region.queues):
+            _check_header(fd, region.offset + index * stride, region.queue_size, index)
         try:
             area = InflightArea(region.queues * stride, fd=fd.fileno(), offset=region.offset)
         except (InvalidArgument, OSError) as error:
             raise violation("InflightRegion", str(error)) from error
-        for index in range(region.queues):
-            _check_header(fd, region.offset + index * stride, region.queue_size, index)
         return cls(area, queues=region.queues, queue_size=region.queue_size)
 
     def part(self, index: int) -> InflightPart:
@@ -138,7 +138,11 @@ class Records:
 
 def _check_header(fd: OwnedFd, offset: int, queue_size: int, queue: int) -> None:
     """Judge what can be judged before anything is known of the ring; read, so that a file cut short is no fault."""
-    data = os.pread(fd.fileno(), _HEADER.size, offset)
+    try:
+        data = os.pread(fd.fileno(), _HEADER.size, offset)
+    except OSError as error:
+        # Such as one that is open for writing only.
+        raise violation("InflightRegion", f"its file cannot be read: {error.strerror}", queue=queue) from None
     if len(data) < _HEADER.size:
         raise violation("InflightRegion", "its file has become shorter", queue=queue)
     header: tuple[int, ...] = _HEADER.unpack(data)
