@@ -381,7 +381,7 @@ class Session:
             region, fd = new_region(asked, queues=len(self.rings.rings), packed=packed)
         except MessageError as error:
             # No size and no fd say so, as others do; the document has no other answer.
-            _log.warning("answered with no region: %s", error)
+            self._told("answered with no region", error)
             return Inflight(0, 0, asked.queues, asked.queue_size)
         self.reply_fds.append(fd)
         return region
