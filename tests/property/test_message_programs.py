@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -112,6 +114,20 @@ def test_a_back_end_that_does_something_else_is_found_out(server: Server) -> Non
     good.begin()
     good.memory()
     harmless = good.messages[-1]._replace(answer="refused")
-    with pytest.raises(ProgramFailed, match=r"done came back"):
+    with pytest.raises(ProgramFailed, match=r"done came back") as caught:
         MessageProgram(row=case.row, title=case.title, messages=(*good.messages, harmless)).check(server.path)
+    assert "This replays it" in caught.value.__notes__[1]
     server.idle()
+
+
+def test_a_script_replays_it(server: Server, tmp_path: Path) -> None:
+    good = MessageWriter(FACTS)
+    good.begin()
+    good.memory()
+    wrong = good.messages[-1]._replace(answer="refused")
+    for number, messages in enumerate((good.messages, (*good.messages, wrong))):
+        script = tmp_path / f"{number}.py"
+        script.write_text(MessageProgram(title="a script", messages=tuple(messages)).script())
+        ran = subprocess.run([sys.executable, script, server.path], capture_output=True, text=True, check=False)
+        assert (ran.returncode, len(ran.stderr.splitlines())) == (number, number), ran.stderr
+        server.idle()

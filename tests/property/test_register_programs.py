@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -14,12 +18,13 @@ from virtio_test.config import ConfigLayout, ConfigSpace
 from virtio_test.devices.base import BaseDevice
 from virtio_test.errors import InvalidArgument, RuleViolation
 from virtio_test.features import FeatureSet
-from virtio_test.strategies import RandomDraw
+from virtio_test.strategies import RandomDraw, drawn
 from virtio_test.strategies.register_rows import REGISTER_ROWS, register_case, register_cases
 from virtio_test.strategies.registers import (
     Facts,
     MmioTarget,
     PciTarget,
+    Peek,
     ProgramFailed,
     RegisterProgram,
     TransportName,
@@ -67,22 +72,21 @@ def test_every_row_has_cases_and_no_case_is_twice() -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@given(seed=st.integers(0, 1 << 32))
-def test_a_driver_that_keeps_the_rules_is_told_of_none(transport: TransportName, seed: int) -> None:
-    program = legal_program(RandomDraw(Random(seed)), transport, facts=FACTS)
+@given(data=st.data())
+def test_a_driver_that_keeps_the_rules_is_told_of_none(transport: TransportName, data: st.DataObject) -> None:
+    program = data.draw(drawn(lambda draw: legal_program(draw, transport, facts=FACTS)))
     against = target(transport)
     program.check(against)
     assert against.rules() == {}
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@given(seed=st.integers(0, 1 << 32))
-def test_whatever_is_written_nothing_raises_and_a_reset_heals(transport: TransportName, seed: int) -> None:
-    draw = RandomDraw(Random(seed))
+@given(data=st.data())
+def test_whatever_is_written_nothing_raises_and_a_reset_heals(transport: TransportName, data: st.DataObject) -> None:
     foreign = FeatureSet("NOTIF_CONFIG_DATA") if transport == "mmio" else FeatureSet()
     against = target(transport, more=TRANSPORT_FEATURES - foreign)
     facts = Facts.of(upper(), against.bank.offered)
-    any_program(draw, transport, facts=facts).run(against)
+    data.draw(drawn(lambda draw: any_program(draw, transport, facts=facts))).run(against)
     assert all(isinstance(error, RuleViolation) for error in against.bank.errors)
     before = sum(against.rules().values())
     if isinstance(against, PciTarget) and not against.function.awake:
@@ -114,5 +118,17 @@ def test_a_device_that_does_something_else_is_found_out() -> None:
     wrong = target("mmio")
     assert isinstance(wrong, MmioTarget)
     wrong.page.registers["Status"] = lambda value: value | 0x20
-    with pytest.raises(ProgramFailed, match=r"D04-mmio.*reads"):
+    with pytest.raises(ProgramFailed, match=r"D04-mmio.*reads") as caught:
         next(register_cases("D04", transport="mmio", facts=FACTS)).check(wrong)
+    assert "This replays it" in caught.value.__notes__[1]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_script_replays_it(transport: TransportName, tmp_path: Path) -> None:
+    program = next(register_cases("Q02", transport=transport))
+    wrong = next(step._replace(value=0x55) for step in program.steps if isinstance(step, Peek) and step.value)
+    for number, steps in enumerate((program.steps, (*program.steps, wrong))):
+        script = tmp_path / f"{number}.py"
+        script.write_text(replace(program, steps=steps).script())
+        ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+        assert (ran.returncode, len(ran.stderr.splitlines())) == (number, number), ran.stderr

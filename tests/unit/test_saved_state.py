@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from virtio_test.carrier.pci import PciLoopback
 from virtio_test.config import ConfigLayout, ConfigSpace
 from virtio_test.devices.base import BaseDevice, kept
 from virtio_test.driver.base import Driver
+from virtio_test.driver.pci import open_pci
 from virtio_test.errors import DeviceNeedsReset, SavedStateError
 from virtio_test.features import FeatureSet
 from virtio_test.status import Status
@@ -31,6 +33,16 @@ def keeper() -> BaseDevice:
     """Two queues; keeps what comes to the first, answers on the second."""
     return BaseDevice(
         7,
+        handlers={0: kept(lambda _: None), 1: bytes.upper},
+        queue_sizes=(16, 16),
+        config=ConfigSpace(LAYOUT, level=1),
+    )
+
+
+def echo() -> BaseDevice:
+    """The same with a class that has a transitional PCI device id."""
+    return BaseDevice(
+        4,
         handlers={0: kept(lambda _: None), 1: bytes.upper},
         queue_sizes=(16, 16),
         config=ConfigSpace(LAYOUT, level=1),
@@ -228,6 +240,27 @@ def test_the_legacy_page() -> None:
     assert other.bank.slots[0].started
     with pytest.raises(SavedStateError, match="version"):
         VirtioMmio(BaseDevice(7, handlers={0: bytes.upper}, queue_sizes=(16,))).restore(page.save())
+
+
+@pytest.mark.parametrize("lines", ["msix", "intx"])
+def test_the_legacy_interface_of_a_function(lines: Literal["msix", "intx"]) -> None:
+    side = VirtioPci(echo(), flavour="transitional")
+    driver = Driver(open_pci(PciLoopback(side), interface="legacy", interrupts=lines), layout=LAYOUT)
+    driver.initialize()
+    for _ in range(20):
+        assert driver.submit(1, [b"a"], [1]).wait() == b"A"
+    waiting = driver.submit(0, [b"x"], [1])
+    late = driver.submit(1, [b"late"], [4])
+    state = through_json(side.save())
+    side.reset()
+    assert not side.bank.legacy
+    device = echo()
+    side.restore(state, device=device)
+    assert side.bank.legacy
+    assert late.wait() == b"LATE"
+    device.complete(device.kept[0], b"y")
+    assert waiting.wait() == b"y"
+    assert side.violations == []
 
 
 def test_what_a_function_has_on_its_bus() -> None:

@@ -127,6 +127,21 @@ class FrontEndFacts(NamedTuple):
     protocol: ProtocolFeature = PROTOCOL
 
 
+_SCRIPT: Final = '''"""{title}: exits with 0 when all comes back that must; its argument is a socket."""
+
+import sys
+
+from virtio_test.strategies import MessageProgram, ProgramFailed
+
+PROGRAM = r"""{text}"""
+
+try:
+    MessageProgram.from_json(PROGRAM).check(sys.argv[1])
+except ProgramFailed as failure:
+    sys.exit(str(failure))
+'''
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageProgram:
     """One program.
@@ -193,6 +208,10 @@ class MessageProgram:
                 raise ProgramFailed(text, self)
             if came == "closed":
                 return
+
+    def script(self) -> str:
+        """A standalone Python script that replays it at the socket named on its command line, and exits with 0 or 1."""
+        return _SCRIPT.format(title=self, text=self.to_json())
 
     def to_json(self) -> str:
         """One line of JSON; payloads as hexadecimal text."""

@@ -137,14 +137,34 @@ class Facts(NamedTuple):
         return bool(self.features & FeatureSet(name).bits)
 
 
+_IMPORTS: Final = "from virtio_test.devices.base import BaseDevice"
+_DEVICE: Final = "BaseDevice(7, handlers={0: bytes.upper}, queue_sizes=(8,))"
+_SCRIPT: Final = '''"""{title}: exits with 0 when every register reads what it must."""
+
+import sys
+
+{imports}
+from virtio_test.strategies import {target}, ProgramFailed, RegisterProgram
+from virtio_test.transport.{module} import {side}
+
+PROGRAM = r"""{text}"""
+
+try:
+    RegisterProgram.from_json(PROGRAM).check({target}({side}({device})))
+except ProgramFailed as failure:
+    sys.exit(str(failure))
+'''
+
+
 class ProgramFailed(AssertionError):
-    """Something else was read, or came back, than must; `case` is the program, and a note has it as JSON."""
+    """Something else was read, or came back, than must; `case` is the program, and notes have it as JSON and script."""
 
     def __init__(self, text: str, case: Any = None) -> None:
         super().__init__(text)
         self.case = case
         if case is not None:
             self.add_note(case.to_json())
+            self.add_note(f"This replays it:\n\n{case.script()}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +212,20 @@ class RegisterProgram:
             else:
                 target.turn()
         return found
+
+    def script(self, *, device: str = _DEVICE, imports: str = _IMPORTS) -> str:
+        """A standalone Python script that replays it against one of our transports, and exits with 0 or 1.
+
+        Args:
+            device: the expression that makes the device; one with the default `Facts` when not given.
+            imports: what that expression needs.
+        """
+        page = self.transport == "mmio"
+        side, module = ("VirtioMmio", "mmio") if page else ("VirtioPci", "pci.function")
+        target = "MmioTarget" if page else "PciTarget"
+        return _SCRIPT.format(
+            title=self, imports=imports, module=module, side=side, target=target, text=self.to_json(), device=device
+        )
 
     def to_json(self) -> str:
         """One line of JSON: ``["poke", where, offset, width, value]`` and so on."""
