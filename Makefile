@@ -117,21 +117,39 @@ judge: $(VENV)/.core $(VENV)/.dev guest-packages ## other people's devices befor
 	$(BIN)/python -m tests.peers.reference $(ONLY:%=--only %) $(ROW:%=--row %)
 
 # cargo-fuzz is installed in target/, for this tree only. Corpus and findings stay there too, out of the repository.
-# SANITIZER=none is four times as fast.
+# Seeds are the frozen cases of tests/corpus. SANITIZER=none is four times as fast as address.
 TIME ?= 60
 SANITIZER ?= address
 TARGETS ?= device_split device_packed driver_end tables state differential
-fuzz: | toolchain target/tools/bin/cargo-fuzz ## libFuzzer against the core, TIME=60 seconds for each of TARGETS
+CODECS ?= vhost_user vfio_user inflight case uml saved
+fuzz: $(VENV)/.core $(VENV)/.dev | toolchain target/tools/bin/cargo-fuzz ## libFuzzer against core and codecs, TIME=60 seconds for each of TARGETS and CODECS
+	$(BIN)/python -m fuzz.seeds target/corpus
 	for target in $(TARGETS); do \
 		mkdir -p target/corpus/$$target target/findings/$$target; \
 		RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=target/fuzz-$(SANITIZER) PATH="$(CURDIR)/target/tools/bin:$$PATH" \
 			cargo fuzz run --fuzz-dir fuzz -O -a -s $(SANITIZER) $$target target/corpus/$$target -- -max_total_time=$(TIME) \
 			-max_len=1400 -print_final_stats=1 -artifact_prefix=target/findings/$$target/; \
 	done
+	$(BIN)/pip install --quiet --requirement fuzz/requirements.txt
+	for target in $(CODECS); do $(BIN)/python -m fuzz.python $$target $(TIME); done
+
+# Without libFuzzer and its counters: what the corpus holds, changed at random, as fast as it goes.
+storm: | toolchain ## the same inputs changed at random, without libFuzzer, TIME=60 seconds for each of TARGETS
+	cargo build $(ORACLES) --release --example storm
+	for target in $(TARGETS); do target/oracles/release/examples/storm $$target $(TIME) $$RANDOM target/corpus/$$target; done
 
 target/tools/bin/cargo-fuzz: | toolchain
 	@command -v c++ >/dev/null || tools/debian-packages g++
 	cargo install --quiet --locked --root target/tools cargo-fuzz
+
+# The Rust tests are the judge. What survives is listed in target/mutants/mutants.out/missed.txt.
+FILES ?= rust/src/chain.rs rust/src/iov.rs rust/src/ring/** rust/src/queue/**
+mutants: | toolchain target/tools/bin/cargo-mutants ## break the core in every small way: some test must notice; hours, FILES='rust/src/chain.rs'
+	set -f; PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo mutants --no-default-features --cap-lints true --timeout 300 \
+		--output target/mutants $(addprefix --file=,$(FILES))
+
+target/tools/bin/cargo-mutants: | toolchain
+	cargo install --quiet --locked --root target/tools cargo-mutants
 
 wheel: $(VENV)/.tools ## a wheel for this Python, one for every Python from 3.11 on, and the sdist, in dist/
 	$(BIN)/maturin build --locked --release --out dist

@@ -10,7 +10,23 @@
 pub mod device;
 pub mod differential;
 pub mod driver;
+pub mod made;
 pub mod setup;
 pub mod state;
 pub mod tables;
 pub mod watched;
+
+/// What a target is.
+pub type Target = fn(&[u8]);
+
+/// Every target by its name.
+pub const TARGETS: [(&str, Target); 6] = [
+    ("device_split", device::split),
+    ("device_packed", device::packed),
+    ("driver_end", driver::run),
+    ("tables", tables::run),
+    ("state", state::run),
+    ("differential", |data| {
+        differential::run(data);
+    }),
+];

@@ -1,12 +1,9 @@
 //! The oracles of the fuzz targets without libFuzzer: a few thousand made-up inputs for each, the same in every run.
 
-#[allow(dead_code, reason = "each suite uses its part")]
-mod made;
-
 use std::collections::BTreeMap;
 
-use made::Dice;
 use virtio_test::rule::Rule;
+use virtio_test_fuzz::made::Dice;
 use virtio_test_fuzz::{device, differential, driver, state, tables};
 
 #[test]

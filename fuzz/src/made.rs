@@ -1,13 +1,17 @@
-//! Made-up inputs: the same ones in every run, most of them nearly right.
+//! Made-up inputs, the same ones in every run: rings that are nearly right, and changes of inputs that are.
 
 /// Xorshift: small, and the same everywhere.
+#[derive(Clone, Debug)]
 pub struct Dice(u64);
 
 impl Dice {
+    /// Dice that fall alike for the same seed.
+    #[must_use]
     pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
+    /// 53 bits.
     pub fn roll(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -15,14 +19,17 @@ impl Dice {
         self.0 >> 11
     }
 
+    /// A number below `limit`.
     pub fn below(&mut self, limit: u64) -> u64 {
         self.roll() % limit
     }
 
+    /// True once in `count` times.
     pub fn one_in(&mut self, count: u64) -> bool {
         self.below(count) == 0
     }
 
+    /// Any byte.
     pub fn byte(&mut self) -> u8 {
         self.roll() as u8
     }
@@ -130,5 +137,36 @@ impl Dice {
     /// `count` bytes.
     pub fn bytes(&mut self, count: u64) -> Vec<u8> {
         (0..count).map(|_| self.byte()).collect()
+    }
+
+    /// Change `input` in one to four places, as libFuzzer does; parts of `other` may come in. `room` bounds its length.
+    pub fn change(&mut self, input: &mut Vec<u8>, other: &[u8], room: usize) {
+        for _ in 0..1 + self.below(4) {
+            let len = input.len() as u64;
+            let at = self.below(len.max(1)) as usize;
+            match self.below(8) {
+                0 | 1 if len > 0 => input[at] ^= 1 << self.below(8),
+                2 | 3 if len > 0 => input[at] = self.byte(),
+                4 if len > 0 => input[at] = self.of(&[0, 1, 2, 4, 7, 0x7f, 0x80, 0xff]),
+                5 if len > 8 => {
+                    let from = self.below(len - 8) as usize;
+                    let count = 1 + self.below(8) as usize;
+                    let to = at.min(input.len() - count);
+                    input.copy_within(from..from + count, to);
+                }
+                6 if !other.is_empty() => {
+                    input.truncate(at);
+                    let from = at.min(other.len());
+                    input.extend_from_slice(&other[from..]);
+                }
+                _ => {
+                    let count = 1 + self.below(12);
+                    for _ in 0..count {
+                        input.push(self.byte());
+                    }
+                }
+            }
+        }
+        input.truncate(room);
     }
 }
