@@ -120,7 +120,7 @@ judge: $(VENV)/.core $(VENV)/.dev guest-packages ## other people's devices befor
 # Seeds are the frozen cases of tests/corpus. SANITIZER=none is four times as fast as address.
 TIME ?= 60
 SANITIZER ?= address
-TARGETS ?= device_split device_packed driver_end tables state differential
+TARGETS ?= device_split device_packed driver_end inflight_record tables state differential
 CODECS ?= vhost_user vfio_user inflight case uml saved
 fuzz: $(VENV)/.core $(VENV)/.dev | toolchain target/tools/bin/cargo-fuzz ## libFuzzer against core and codecs, TIME=60 seconds for each of TARGETS and CODECS
 	$(BIN)/python -m fuzz.seeds target/corpus

@@ -10,6 +10,7 @@
 pub mod device;
 pub mod differential;
 pub mod driver;
+pub mod inflight;
 pub mod made;
 pub mod setup;
 pub mod state;
@@ -20,10 +21,11 @@ pub mod watched;
 pub type Target = fn(&[u8]);
 
 /// Every target by its name.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("device_split", device::split),
     ("device_packed", device::packed),
     ("driver_end", driver::run),
+    ("inflight_record", inflight::run),
     ("tables", tables::run),
     ("state", state::run),
     ("differential", |data| {

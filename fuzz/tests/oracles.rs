@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use virtio_test::rule::Rule;
 use virtio_test_fuzz::made::Dice;
-use virtio_test_fuzz::{device, differential, driver, state, tables};
+use virtio_test_fuzz::{device, differential, driver, inflight, state, tables};
 
 #[test]
 fn both_device_ends_keep_their_promises() {
@@ -22,6 +22,22 @@ fn the_driver_end_keeps_its_promises() {
         bytes.extend([0, 0]);
         bytes.extend(dice.bytes(150));
         driver::run(&bytes);
+    }
+}
+
+#[test]
+fn a_record_of_what_is_in_flight_is_refused_or_kept() {
+    for seed in 0..3000 {
+        let mut dice = Dice::new(seed);
+        let mut bytes = dice.ring(seed % 2 == 1);
+        // After the image: an empty record, so that the device end fills it itself, or any bytes.
+        let moves = bytes.split_off(6 + 700);
+        let record = if dice.one_in(3) { dice.bytes(200) } else { Vec::new() };
+        bytes.extend((record.len() as u16).to_le_bytes());
+        bytes.extend(record);
+        bytes.extend(moves);
+        bytes.extend(dice.bytes(20));
+        inflight::run(&bytes);
     }
 }
 

@@ -284,3 +284,45 @@ fn an_element_tells_its_numbers_apart() {
         assert_eq!(world.device.in_flight(), 2);
     }
 }
+
+/// Chains that were put back out of turn come again in their order, each with its own segments, wherever those now begin.
+#[test]
+fn what_was_put_back_comes_again_as_it_was() {
+    for packed in [false, true] {
+        for order in [[0, 1], [1, 0]] {
+            let mut world = World::interop(8, if packed { PACKED } else { 0 });
+            for number in 0..3 {
+                let readable: Vec<_> = (0..=number).map(|part| (DATA + 64 * number + 8 * part, 8)).collect();
+                world.add(&readable, &[]);
+            }
+            world.publish();
+            let elements = world.pop_many(3).unwrap();
+            let spans = |arena: &[Segment]| arena.iter().map(|s| (s.at.gpa, s.len)).collect::<Vec<_>>();
+            let own = |arena: &[Segment], element: &virtio_test::chain::Element| {
+                spans(&arena[element.first..element.first + element.count])
+            };
+            let before: Vec<_> = elements.iter().map(|element| own(&world.segments, element)).collect();
+            for which in order {
+                let segments = world.segments.clone();
+                let element = &elements[which];
+                let part = &segments[element.first..element.first + element.count];
+                world.device.put_back(element, part);
+            }
+            // The arena is not empty, and begins elsewhere than before.
+            world.segments.truncate(5);
+            for number in 0..2 {
+                let element = world.take();
+                assert_eq!(
+                    (element.seq, element.head),
+                    (elements[number].seq, elements[number].head)
+                );
+                assert_eq!(
+                    own(&world.segments, &element),
+                    before[number],
+                    "packed: {packed}, {order:?}"
+                );
+            }
+            assert_eq!(world.pop().unwrap(), None);
+        }
+    }
+}
