@@ -12,6 +12,8 @@ import functools
 import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from virtio_test import judge
@@ -95,21 +97,27 @@ def target(name: str) -> judge.Target:
     return judge.named(known).started_by(None if words is None else words())
 
 
+def judged(name: str, rows: Sequence[str]) -> tuple[str, list[judge.Result]]:
+    """Judges one of them; its name with its version, and the results."""
+    one = target(name)
+    put = judge.chosen(rows)
+    title = f"{one.name} {one.version()}"
+    with Progress(title, len(put)) as tick:
+        return title, judge.judge(one, put, again=f"make judge ONLY={name} ROW={{row}}", done=tick)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Judges what is named; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.peers.reference")
     parser.add_argument("--only", choices=sorted(PEERS), action="append")
     parser.add_argument("--row", action="append", default=[])
+    parser.add_argument("--jobs", type=int, default=2)
     asked = parser.parse_args(arguments)
     tables: dict[str, list[judge.Result]] = {}
-    put = judge.chosen(asked.row)
-    for name in asked.only or PEERS:
-        one = target(name)
-        title = f"{one.name} {one.version()}"
-        again = f"make judge ONLY={name} ROW={{row}}"
-        with Progress(title, len(put)) as tick:
-            tables[title] = judge.judge(one, put, again=again, done=tick)
-        print(judge.as_lines(title, tables[title], every=bool(asked.row)), flush=True)
+    with ProcessPoolExecutor(asked.jobs) as pool:
+        for title, results in pool.map(judged, asked.only or PEERS, repeat(asked.row)):
+            tables[title] = results
+            print(judge.as_lines(title, results, every=bool(asked.row)), flush=True)
     if not asked.only and not asked.row:
         page = judge.as_markdown(tables, date=datetime.datetime.now(datetime.UTC).date().isoformat())
         DOCS.write_text(HEAD + page)

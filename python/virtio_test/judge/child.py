@@ -22,6 +22,9 @@ _START_SECONDS: Final = 30.0
 _STOP_SECONDS: Final = 5.0
 _STEP_SECONDS: Final = 0.02
 _LOOK_SECONDS: Final = 0.005
+_SPIN_SECONDS: Final = 0.2
+_WATCH_SECONDS: Final = 10.0
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
 _LAST_BYTES: Final = 4096
 
 
@@ -95,18 +98,27 @@ class Child:
         said = self.last_words()
         return f"{how}: {said}" if said else how
 
-    def busy(self, seconds: float) -> float:
-        """Watch it for so long: how often one of its threads wanted a processor, from 0 to 1.
+    def spins(self) -> bool:
+        """Watch whether it burns a processor: it has used so much of one without ever being seen to sleep.
 
-        Processor time would tell less: on a busy machine it gets little of what it wants.
+        Neither alone would tell: on a busy machine a process with little to do waits long for a processor, and one that
+        spins gets little of it.
         """
-        looks = wanted = 0
-        end = time.monotonic() + seconds
-        while looks == 0 or time.monotonic() < end:
-            looks += 1
-            wanted += self._runnable()
+        began, end = self._processor_seconds(), time.monotonic() + _WATCH_SECONDS
+        while time.monotonic() < end:
+            if not self._runnable():
+                return False
+            if self._processor_seconds() - began > _SPIN_SECONDS:
+                break
             time.sleep(_LOOK_SECONDS)
-        return wanted / looks
+        return True
+
+    def _processor_seconds(self) -> float:
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / _TICKS
 
     def _runnable(self) -> bool:
         for task in Path(f"/proc/{self._process.pid}/task").glob("*/stat"):

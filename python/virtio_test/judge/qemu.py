@@ -105,7 +105,7 @@ class QemuTrial:
         end = time.monotonic() + self._patience / 4
         while time.monotonic() < end and not seen.used and not seen.error:
             time.sleep(_LOOK_SECONDS)
-            seen.used = used_entry(image)
+            seen.used, seen.count = used_entry(image)
             seen.error = bool(registers.read_status() & Status.DEVICE_NEEDS_RESET)
 
     def _serves(self, registers: Registers, memory: GuestMemory, *, packed: bool) -> bool:

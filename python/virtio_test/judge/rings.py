@@ -116,8 +116,8 @@ class Good:
         return None if found is None else self._right(self.memory.read(self._answer, self._writable))
 
 
-def used_entry(image: Image) -> str:
-    """What the used ring says of the attacked queue's first buffer, in words; empty when it says nothing."""
+def used_entry(image: Image) -> tuple[str, int]:
+    """What the used ring says, in words, and of how many buffers; of a packed one only the first is looked at."""
     memory, layout = image.memory, image.layout
 
     def field(name: str, index: int = 0) -> int:
@@ -131,12 +131,12 @@ def used_entry(image: Image) -> str:
     if layout.packed:
         slot, wrap = image.state.used & 0x7FFF, image.state.used >> 15
         if field("desc.flags", slot) & _AVAIL_USED != _AVAIL_USED * wrap:
-            return ""
+            return "", 0
         written = f" with {field('desc.len', slot)} bytes" if field("desc.flags", slot) & _WRITE else ""
-        return f"completed id {field('desc.id', slot)}{written}"
+        return f"completed id {field('desc.id', slot)}{written}", 1
     done = (field("used.idx") - image.state.used) & 0xFFFF
     if done == 0:
-        return ""
+        return "", 0
     slot = image.state.used % layout.size
     first = f"id {field('used.ring.id', slot)} with {field('used.ring.len', slot)} bytes"
-    return f"completed {first}" if done == 1 else f"completed {done} buffers, the first {first}"
+    return (f"completed {first}" if done == 1 else f"completed {done} buffers, the first {first}"), done

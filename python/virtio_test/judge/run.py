@@ -89,10 +89,11 @@ def _ours(case: Case) -> str:
     return "accepted" if case.interop.chains else "nothing there"
 
 
-def _legal_one(case: Case) -> bool:
+def _right(case: Case) -> int | None:
+    """How many buffers it is right to complete; None for all of them."""
     if isinstance(case, MessageProgram):
-        return case.rule is None
-    return case.interop is None or case.interop.rule is None
+        return 0 if case.rule else None
+    return None if case.interop is None or case.interop.rule is None else case.interop.chains
 
 
 def _trial(target: Target, case: Case, patience: float) -> Observation:
@@ -109,7 +110,7 @@ def _trial(target: Target, case: Case, patience: float) -> Observation:
             with Child(words, folder, ready=lambda said: target.up in said and _listens(socket)) as child:
                 trial = VhostTrial(child, socket, target, patience=patience)
                 seen = trial.messages(case) if isinstance(case, MessageProgram) else trial.ring(case)
-    seen.legal = _legal_one(case)
+    seen.legal = _right(case)
     return seen
 
 

@@ -61,6 +61,7 @@ class Target:
         queues: how many it needs set up before it begins.
         attacked: which of them is attacked.
         good: a request that it must answer.
+        asked: the words that ask for its version.
         up: what its log says once it is up; it listens before that.
         polls: it never sleeps, so a busy processor tells nothing.
     """
@@ -73,6 +74,7 @@ class Target:
     good: Request
     queues: int = 1
     attacked: int = 0
+    asked: tuple[str, ...] = ("--version",)
     up: str = ""
     polls: bool = False
 
@@ -100,7 +102,7 @@ class Target:
         """
         try:
             done = subprocess.run(  # noqa: S603 - the user's own command, no shell
-                [*self.program, "--version"],
+                [*self.program, *self.asked],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -178,6 +180,7 @@ _ALL: Final = (
         queues=2,
         attacked=1,
         good=Request(readable=_FRAME),
+        asked=("-v", "--no-huge", "--no-pci", "-m", "64", "--no-telemetry", "--", "--help"),
         up="testpmd> ",
         polls=True,
     ),

@@ -38,33 +38,35 @@ class Observation:
 
     Attributes:
         used: what the used ring said of the attack, in words; empty when nothing was completed.
+        count: of how many buffers it said so.
         error: whether the target said that it gave up the queue (the err fd, or DEVICE_NEEDS_RESET).
         refused: the message that was refused, or at which the connection ended; empty when all were taken.
         healed: ``"same"`` when a good request was answered on the same connection, ``"new"`` when only a new one
             helped, empty when nothing did.
-        spun: how often it wanted a processor while it had nothing to do, from 0 to 1, if it is one that sleeps then.
+        spins: whether it burnt a processor while it had nothing to do, if it is one that sleeps then.
         death: how its process ended, in words; empty while it lives.
-        legal: completing what was sent is right.
+        legal: how many buffers it is right to complete; None when that is all of them.
     """
 
     used: str = ""
+    count: int = 0
     error: bool = False
     refused: str = ""
     healed: str = ""
-    spun: float = 0.0
+    spins: bool = False
     death: str = ""
-    legal: bool = False
+    legal: int | None = 0
 
     @property
     def verdict(self) -> Verdict:
         """The worst that holds."""
         if self.death:
             return Verdict.DIES
-        if not self.healed or self.spun > _SPINNING:
+        if not self.healed or self.spins:
             return Verdict.HANGS
         if self.refused:
             return Verdict.REFUSES
-        return Verdict.IGNORES if self.used and not self.legal else Verdict.SURVIVES
+        return Verdict.IGNORES if self.legal is not None and self.count > self.legal else Verdict.SURVIVES
 
     @property
     def evidence(self) -> str:
@@ -78,16 +80,13 @@ class Observation:
             told.append(self.used)
         if self.error:
             told.append("says that the queue is broken")
-        if self.spun > _SPINNING:
+        if self.spins:
             told.append("spins")
         if not self.healed:
             told.append("answers no good request any more")
         elif self.healed == "new" and not self.refused:
             told.append("only a new connection helps")
         return "; ".join(told) or "nothing completed, serves on"
-
-
-_SPINNING: Final = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

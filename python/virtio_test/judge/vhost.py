@@ -39,7 +39,6 @@ _RUNNING: Final = 0xF
 _IDLE: Final = 0x4000
 _RING_FEATURES: Final = FeatureSet("INDIRECT_DESC", "EVENT_IDX", "RING_PACKED", "IN_ORDER", "ACCESS_PLATFORM")
 _LOOK_SECONDS: Final = 0.002
-_SLEEP_SECONDS: Final = 0.25
 _DEATH_SECONDS: Final = 0.05
 _LAST: Final = 2**64 - 1
 
@@ -75,6 +74,8 @@ class VhostTrial:
             raise NotOffered("a base of 0 is a fresh ring to some, and one in its second lap to others")
         if not all(writable for _, _, writable in case.regions):
             raise NotOffered("vhost-user has no memory that is only read")
+        if case.state is not None:
+            raise NotOffered("vhost-user has one number for where a ring goes on, and no used index")
         image = image_of(case)
         if max(image.config.desc, image.config.driver, image.config.device) + USER_OFFSET > _LAST:
             raise NotOffered("a ring at the end of the address space has no user address")
@@ -106,7 +107,8 @@ class VhostTrial:
         said = {"silence": "does not answer", "closed": "ends the connection", "refused": "refuses a message"}
         seen.refused = seen.refused or next((words for word, words in said.items() if word in came), "")
         # Who hangs up in the middle waits for nothing: then nothing is known but that it serves on.
-        seen.used = "takes it" if program.messages[-1].answer and not seen.refused else ""
+        if program.messages[-1].answer and not seen.refused:
+            seen.used, seen.count = "takes it", 1
         self._heal_new(seen, packed=False)
         # The program's own connection is over in any case.
         seen.healed = seen.healed and "same"
@@ -155,7 +157,7 @@ class VhostTrial:
         finally:
             if ring is not None:
                 seen.error = bool(select.select([ring.error.fileno()], [], [], 0)[0])
-                seen.used = used_entry(image)
+                seen.used, seen.count = used_entry(image)
 
     @staticmethod
     def _start(front: FrontEnd, config: QueueConfig, base: int | None = None) -> FrontEndRing:
@@ -176,7 +178,7 @@ class VhostTrial:
         """Until something happens, or nothing for long enough; then whether it sleeps."""
         watched = [front.socket.fileno(), ring.call.fileno(), ring.error.fileno(), self._child.fileno()]
         end = time.monotonic() + self._patience / 2
-        while time.monotonic() < end and not used_entry(image):
+        while time.monotonic() < end and not used_entry(image)[1]:
             ready, _, _ = select.select(watched, [], [], _LOOK_SECONDS)
             if self._child.fileno() in ready or ring.error.fileno() in ready:
                 break
@@ -186,7 +188,7 @@ class VhostTrial:
 
     def _look_whether_it_sleeps(self, seen: Observation) -> None:
         if not self._target.polls and self._child.alive:
-            seen.spun = self._child.busy(min(self._patience / 4, _SLEEP_SECONDS))
+            seen.spins = self._child.spins()
 
     # ----------------------------------------------------------------------------------------------------- the service
 
