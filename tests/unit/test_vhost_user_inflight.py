@@ -214,6 +214,7 @@ def test_a_new_region_comes_with_each_reset(tmp_path: Path) -> None:
         registers.close()
 
 
+@pytest.mark.row("R11")
 def test_a_record_that_cannot_be_is_a_finding(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with recorder(path, packed=True) as first:
@@ -256,6 +257,7 @@ def test_nothing_is_recorded_at_first() -> None:
     assert fresh.packed_state(0, lambda _: 0).avail == 0x8000
 
 
+@pytest.mark.row("R11", "qemu@bf21298c")
 @pytest.mark.parametrize(
     ("content", "used"),
     [
@@ -273,6 +275,7 @@ def test_an_impossible_split_record(content: bytes, used: int) -> None:
     assert (caught.value.rule, caught.value.queue) == ("InflightState", 0)
 
 
+@pytest.mark.row("R11", "R09")
 @pytest.mark.parametrize(
     "content",
     [
@@ -292,6 +295,7 @@ def test_an_impossible_packed_record(content: bytes) -> None:
     assert (caught.value.rule, caught.value.queue) == ("InflightState", 0)
 
 
+@pytest.mark.row("R11")
 def test_a_free_list_in_a_circle_ends() -> None:
     circle = packed_header(free=3) + b"".join(
         struct.pack("=BxHHHQHHIQ", 0, (entry + 1) % 5, 0, 0, 0, 0, 0, 0, 0) for entry in range(SIZE)
@@ -299,11 +303,13 @@ def test_a_free_list_in_a_circle_ends() -> None:
     assert region(circle, packed=True).packed_queue(0, lambda _: 0).heads == ()
 
 
+@pytest.mark.row("R11", "qemu@b9d248df")
 def test_a_list_of_used_buffers_in_a_circle_ends() -> None:
     circle = split_header(last=2) + struct.pack("=B5xHQ", 1, 2, 0) * SIZE
     assert len(region(circle).split(0, SIZE).heads) == SIZE - 1
 
 
+@pytest.mark.row("R11", "qemu@fbdfdbb9")
 @pytest.mark.parametrize(("queues", "packed"), [(1, False), (3, False), (1, True), (256, True)])
 def test_a_region_is_large_enough_or_none(queues: int, packed: bool) -> None:
     least = queues * (32 + 32 * SIZE if packed else 16 + 16 * SIZE)
