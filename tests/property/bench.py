@@ -122,11 +122,6 @@ class Bench:
         width = self.queue.layout().fields()[name][1]
         self.memory.write(self.at(name, index), value.to_bytes(width, "little"))
 
-    def entry(self, name: str, value: int, index: int = 0) -> None:
-        """Overwrite one field of the indirect table."""
-        width = self.table.fields()[name][1]
-        self.memory.write(self.table.at(name, index), value.to_bytes(width, "little"))
-
     # -------------------------------------------------------------------------------------------------- what follows
 
     def pop(self) -> Chain:

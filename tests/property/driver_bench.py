@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from virtio_test._core import DriverQueue, GuestMemory, Policy, Trace
 
-from tests.property.bench import AVAIL, DATA, RING, USED, W
+from tests.property.bench import DATA, RING
 from tests.property.ends import Setup, features_of
 from tests.property.model import Element
 
@@ -49,14 +49,3 @@ class DriverBench:
     def get(self, name: str, index: int = 0) -> int:
         width = self.queue.layout().fields()[name][1]
         return int.from_bytes(self.memory.read(self.queue.layout().at(name, index), width), "little")
-
-    def use(self, identity: int, length: int = 0, *, slot: int = 0, idx: int | None = None) -> None:
-        """A used entry with any content; of a packed ring with wrap counter 1."""
-        if self.packed:
-            self.put("desc.id", identity & 0xFFFF, slot)
-            self.put("desc.len", length, slot)
-            self.put("desc.flags", AVAIL | USED | W, slot)
-            return
-        self.put("used.ring.id", identity, slot)
-        self.put("used.ring.len", length, slot)
-        self.put("used.idx", slot + 1 if idx is None else idx)
