@@ -50,10 +50,13 @@ def vhost_user_test(
     return ["-chardev", f"socket,id=c,path={socket}", "-device", ",".join([name, *words])]
 
 
-def vhost_user_blk(socket: Path, *, queues: int = 1, properties: Words = ()) -> list[str]:
-    """QEMU's own virtio-blk front-end, before the back-end at ``socket``."""
+def vhost_user_blk(
+    socket: Path, *, queues: int = 1, properties: Words = (), reconnect_ms: int | None = None
+) -> list[str]:
+    """QEMU's own virtio-blk front-end, before the back-end at ``socket``, or one after the other if it reconnects."""
     words = ["vhost-user-blk-pci", "chardev=b", f"num-queues={queues}", *properties]
-    return ["-chardev", f"socket,id=b,path={socket}", "-device", ",".join(words)]
+    again = "" if reconnect_ms is None else f",reconnect-ms={reconnect_ms}"
+    return ["-chardev", f"socket,id=b,path={socket}{again}", "-device", ",".join(words)]
 
 
 def vfio_user(socket: Path, **properties: object) -> list[str]:
