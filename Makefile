@@ -28,8 +28,8 @@ export PYO3_PYTHON := $(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test begin combinations rows lint lint-rust lint-python test-rust test-oracles test-asan test-python test-kernel guest-uml stubtest bench mutants deep judge fuzz wheel clean \
-	clean-guests toolchain guest-packages
+.PHONY: help demo test begin combinations rows lint lint-rust lint-python test-rust test-oracles test-asan test-python test-kernel guest-uml stubtest bench mutants mutants-rust coverage deep judge fuzz storm \
+	wheel clean clean-guests toolchain guest-packages
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -142,9 +142,13 @@ target/tools/bin/cargo-fuzz: | toolchain
 	@command -v c++ >/dev/null || tools/debian-packages g++
 	cargo install --quiet --locked --root target/tools cargo-fuzz
 
+COVER ?=
+coverage: | toolchain ## lines of the core that the Rust tests reach; COVER='tests/property' adds those of Python tests
+	tools/coverage $(COVER)
+
 # The Rust tests are the judge. What survives is listed in target/mutants/mutants.out/missed.txt.
 FILES ?= rust/src/chain.rs rust/src/iov.rs rust/src/ring/** rust/src/queue/**
-mutants: | toolchain target/tools/bin/cargo-mutants ## break the core in every small way: some test must notice; hours, FILES='rust/src/chain.rs'
+mutants-rust: | toolchain target/tools/bin/cargo-mutants ## the core broken in every small way: a Rust test must notice (hours; FILES='rust/src/chain.rs')
 	set -f; PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo mutants --no-default-features --cap-lints true --timeout 300 \
 		--output target/mutants $(addprefix --file=,$(FILES))
 

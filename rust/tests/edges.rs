@@ -1,4 +1,4 @@
-//! Edges that a broken core could cross unseen: found by breaking it in every small way (`make mutants`).
+//! Edges that a broken core could cross unseen: found by breaking it in every small way (`make mutants-rust`).
 
 #![allow(
     clippy::unwrap_used,
