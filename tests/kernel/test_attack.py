@@ -31,7 +31,7 @@ from tests.kernel.server import Server
 pytestmark = pytest.mark.kernel
 
 SLOT = "0000:00:00.0"
-OFFERED = ("--features", "+NOTIFICATION_DATA")
+OFFERED = ("--features", "+NOTIFICATION_DATA,+SUSPEND")
 TROUBLE = re.compile(r"WARNING|BUG|Oops|Call Trace|virt-pci delay|unexpected virt-pci|blocked for more|nobody cared")
 
 UML = Machine("uml")

@@ -273,7 +273,8 @@ def _through_window(*aims: tuple[int, int, int]) -> Steps:
 
 _NO_AIMS: Final = (
     (6, 0, 4), (7, 0, 4), (255, 0, 4), (2, 0, 4), (4, 0x4000, 4), (4, 0xFFFF_FFFC, 4), (4, 0x14, 3), (4, 0x10, 5),
-    (4, 0x10, 8), (4, 0x10, 0xFFFF_FFFF), (4, 0x16, 4), (4, 0x15, 2), (1, 0, 4), (4, 0x3FFC, 4),
+    (4, 0x10, 8), (4, 0x10, 0xFFFF_FFFF), (4, 0x16, 4), (4, 0x15, 2), (4, 0x2001, 2), (4, 0x2002, 4), (1, 0, 4),
+    (4, 0x3FFC, 4),
 )  # fmt: skip
 
 
@@ -335,6 +336,7 @@ def _function_reset(p: Program, _: Machine) -> None:
     kick(p)
     p.read("turn", "device_status")
     p.read("config_vector", "config_msix_vector")
+    p.read("queue_vector", "queue_msix_vector")
     p.get("unused", _QUEUE.layout.at("used.idx"), 2)
 
 
@@ -444,7 +446,7 @@ CASES: Final[list[Case]] = [
     registers("X10", "bar-sized", _sized, reads={"size": 0xFFFF_C00C, "status": _LIVE}),
     _deaf(registers("X10", "bar-elsewhere", _elsewhere, reads=_AGAIN, position=1, needs="relocates")),
     registers("X11 D08", "function-reset", _function_reset, when="fresh", outcome="accepted", rules="NotifiedEarly",
-              reads={"errno": 0, "status": 0, "unused": 0, "config_vector": NO_VECTOR}),
+              reads={"errno": 0, "status": 0, "unused": 0, "config_vector": NO_VECTOR, "queue_vector": NO_VECTOR}),
     registers("X12", "vector-moved", _moved_vector, outcome="accepted", position=1,
               reads={"moved.len": 12, "moved.new": 1, "moved.old": 0}),
     registers("X13", "function-masked", _function_masked, outcome="accepted", position=2,

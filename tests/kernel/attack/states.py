@@ -97,7 +97,14 @@ def _resets(p: Program, _: Machine) -> None:
             queue.run(p)
         for turn in range(2):
             reset(p, f"{stop}.{turn}")
-            for name in ("queue_enable", "queue_size", "queue_select", "config_msix_vector", "driver_feature_select"):
+            for name in (
+                "queue_enable",
+                "queue_size",
+                "queue_select",
+                "config_msix_vector",
+                "queue_msix_vector",
+                "driver_feature_select",
+            ):
                 p.read(f"{stop}.{turn}.{name}", name)
 
 
@@ -106,6 +113,7 @@ _FRESH: Final = {
     "queue_size": QUEUE_SIZE,
     "queue_select": 0,
     "config_msix_vector": NO_VECTOR,
+    "queue_msix_vector": NO_VECTOR,
     "driver_feature_select": 0,
 }
 
@@ -155,6 +163,22 @@ def _good_one(p: Program, queue: Queue) -> None:
 def _status_again(p: Program, _: Queue) -> None:
     p.out("device_status", _LIVE)
     p.out("device_status", _LIVE | 0x40)
+
+
+_SUSPENDABLE: Final = Queue(features=BASIC | FeatureSet("SUSPEND"))
+
+
+def _suspended(p: Program, _: Machine) -> None:
+    """A request while the device is suspended waits until it goes on; to suspend it twice changes nothing."""
+    for turn, status in enumerate((_LIVE, _FEATURES_OK)):
+        p.out("device_status", status | int(Status.SUSPEND))
+        p.until(f"suspended.{turn}", "device_status", _FEATURES_OK | int(Status.SUSPEND))
+    _SUSPENDABLE.ask(p, NUMBER)
+    p.read("turn", "device_status")
+    p.get("unused", _SUSPENDABLE.layout.at("used.idx"), 2)
+    p.out("device_status", _LIVE)
+    p.until("resumed", "device_status", _LIVE)
+    _SUSPENDABLE.used(p)
 
 
 def _early(p: Program, _: Machine) -> None:
@@ -212,6 +236,10 @@ CASES: Final[list[Case]] = [
     _status("D07", "undefined-bit", "UndefinedStatusBit", _LIVE | 0x20),
     _status("D10", "DRIVER_OK-twice", "", _LIVE),
     _status("D17", "SUSPEND", "SuspendNotPossible", _LIVE | 0x10),
+    registers("D17", "suspended", _suspended, outcome="accepted", rules="UsedWhileSuspended", queue=_SUSPENDABLE,
+              position=1,
+              reads={"suspended.0": _FEATURES_OK | 0x10, "suspended.1": _FEATURES_OK | 0x10, "unused": 0,
+                     "resumed": _LIVE, "len": 12}),
     registers("D08", "resets", _resets, when="fresh", reads={**_ZEROS, **_RESET}),
     *_broken_then("nothing-after-broken", "D08 D16 N07", _good_one),
     *_broken_then("status-after-broken", "D06 D12 D16", _status_again),
