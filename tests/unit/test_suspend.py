@@ -476,3 +476,54 @@ def test_a_queue_that_breaks_in_the_last_turn_is_no_suspension() -> None:
     over.bank.broken(QueueViolation("AvailIdxTooFar", "2.7.13", "by hand", queue=0))
     over.run()
     assert over.registers.read_status() == LIVE | Status.DEVICE_NEEDS_RESET
+    assert over.bank.suspension.view is None, "its configuration space stands still for ever"
+
+
+@WAYS
+@pytest.mark.parametrize("moment", ["before", "while suspended"])
+def test_what_could_not_be_told_is_told_once_at_the_resume(way: str, moment: str) -> None:
+    """Notifications that were marked, and not yet sent when a state was saved in the middle; and later ones."""
+    device, over, _ = world(way)
+    told: list[object] = []
+    over.bank.on_call = told.append
+    over.bank.on_config = lambda: told.append("config")
+    over.registers.write_status(LIVE | Status.SUSPEND)
+    if moment == "before":
+        device.bus.call(0)
+        device.bus.config_changed()
+    over.side.save()
+    assert over.registers.read_status() == ASLEEP
+    if moment != "before":
+        device.bus.call(0)
+        device.bus.config_changed()
+    over.run()
+    assert told == []
+    over.registers.write_status(ASLEEP | Status.DRIVER_OK)
+    over.run()
+    assert told == [0, "config"]
+
+
+@WAYS
+@pytest.mark.parametrize("moment", ["asked for", "suspended"])
+def test_nothing_of_it_outlives_a_reset(way: str, moment: str) -> None:
+    """Neither a turn that was to come, nor a notification that waits."""
+    device, over, driver = world(way)
+    over.registers.write_status(LIVE | Status.SUSPEND)
+    if moment == "suspended":
+        over.run()
+        device.bus.call(0)
+        device.bus.config_changed()
+    driver.initialize()
+    over.run()
+    driver.submit(0, [b"x"], [1])
+    over.run()
+    assert len(device.kept) == 1, "the queue of the new life was stopped"
+    device.complete(device.kept[0], b"y")
+    over.run()
+    told: list[object] = []
+    over.bank.on_call = told.append
+    over.bank.on_config = lambda: told.append("config")
+    driver.suspend()
+    driver.resume()
+    over.run()
+    assert told == []
