@@ -39,7 +39,7 @@ SECONDS: Final = 300
 _VHOST: Final = [
     *(UNIT + f"vhost_user_{name}.py" for name in ("codec", "hostile")),
     HOSTILE + "cve_protocol.py",
-    *(UNIT + f"vhost_user_{name}.py" for name in ("backend", "misuse", "messages")),
+    *(UNIT + f"vhost_user_{name}.py" for name in ("backend", "misuse", "messages", "iotlb", "log")),
 ]
 _VFIO: Final = [UNIT + f"vfio_user_{name}.py" for name in ("codec", "session", "hostile", "irqs", "remote")]
 
@@ -50,8 +50,8 @@ TESTS: Final[dict[str, list[str]]] = {
     "virtio_test.transport.vhost_user.codec": _VHOST,
     "virtio_test.transport.vhost_user.payloads": _VHOST,
     "virtio_test.transport.vhost_user.memory": [_VHOST[1], *_VHOST[2:4]],
-    "virtio_test.transport.vhost_user.session": [*_VHOST[1:5], "tests/property/test_message_programs.py"],
-    "virtio_test.transport.vhost_user.rings": [*_VHOST[1:5], UNIT + "vhost_user_registers.py"],
+    "virtio_test.transport.vhost_user.session": [*_VHOST[1:5], *_VHOST[6:], "tests/property/test_message_programs.py"],
+    "virtio_test.transport.vhost_user.rings": [*_VHOST[1:5], *_VHOST[6:], UNIT + "vhost_user_registers.py"],
     "virtio_test.carrier.vfio_user.codec": _VFIO,
     "virtio_test.carrier.vfio_user.payloads": _VFIO,
     "virtio_test.carrier.vfio_user.capabilities": _VFIO,
@@ -212,11 +212,15 @@ def child(mutant: Mutant) -> int:
     paths = [str(ROOT / path) for path in TESTS.get(mutant.module, [mutant.text])]
     options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "--hypothesis-profile=virtio-mutants"]
     # The cases of its rule come first, then the other plain tests, then the generated ones and those that take long.
-    named = [["-m", "not hypothesis and not deep", "-k", mutant.rule]] if mutant.rule else []
-    for which in (*named, ["-m", "not hypothesis and not deep", "-k", "not thousand"], ["-m", "not deep"]):
-        for path in paths:
-            if pytest.main([*options, *which, path]) not in (0, 5):
-                return 1
+    naming = [path for path in paths if mutant.rule and mutant.rule in Path(path).read_text(encoding="utf-8")]
+    plain = ["-m", "not hypothesis and not deep"]
+    for chosen, which in (
+        (naming, [*plain, "-k", mutant.rule]),
+        (paths, [*plain, "-k", "not thousand"]),
+        (paths, ["-m", "not deep"]),
+    ):
+        if chosen and pytest.main([*options, *which, *chosen]) not in (0, 5):
+            return 1
     return 0
 
 
