@@ -32,7 +32,7 @@ from virtio_test.transport.vhost_user import codec as vhost
 from virtio_test.transport.vhost_user.inflight import InflightQueue, InflightRegion
 from virtio_test.transport.vhost_user.messages import BACKEND_REQUESTS, FRONTEND_REQUESTS
 
-from tests.unit import test_saved_state
+from tests.property import test_saved_state
 from tests.unit.uml_world import UmlKernel
 
 if TYPE_CHECKING:
