@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{PACKED, config, region};
+use common::{INDIRECT_DESC, PACKED, config, region};
 use virtio_test::chain::Segment;
 use virtio_test::iov::Iov;
 use virtio_test::mem::{
@@ -80,11 +80,12 @@ fn each_way_of_writing_marks_the_pages_that_it_wrote() {
     let word = view.resolve(9 * PAGE, 8, Want::Write).unwrap();
     view.store_u32(word, 4, 1).unwrap();
     view.store_u64(at(127 * PAGE), 8, 1).unwrap();
-    view.write(word, 0, &[1; 8]).unwrap();
+    let bytes = view.resolve(11 * PAGE, 8, Want::Write).unwrap();
+    view.write(bytes, 0, &[1; 8]).unwrap();
     view.load_u64(at(4 * PAGE), 0).unwrap();
     view.read(at(6 * PAGE), 0, &mut [0]).unwrap();
     view.store_u16(at(1), 2 * PAGE, 1).unwrap_err();
-    assert_eq!(log.take(), [2, 3, 9, 127]);
+    assert_eq!(log.take(), [2, 3, 9, 11, 127]);
 }
 
 #[test]
@@ -110,14 +111,9 @@ fn a_log_that_is_too_small_or_away_costs_nothing_else() {
         Err(RegionError::System { .. } | RegionError::Empty { .. })
     ));
     let (_, fd) = Log::fresh(8).unwrap();
-    for (offset, size) in [
-        (0, 0),
-        (1, 8),
-        (0, 9),
-        (u64::MAX, 8),
-        (8, u64::MAX),
-        (u64::MAX, u64::MAX),
-    ] {
+    let empty = Log::new(fd.as_fd(), 0, 0, vec![]).unwrap_err();
+    assert_eq!(empty, RegionError::Empty { gpa: 0 });
+    for (offset, size) in [(1, 8), (0, 9), (u64::MAX, 8), (8, u64::MAX), (u64::MAX, u64::MAX)] {
         assert!(Log::new(fd.as_fd(), offset, size, vec![]).is_err(), "{offset} {size}");
     }
     // Not a byte beyond it, though the file has more.
@@ -438,6 +434,36 @@ fn a_pop_waits_for_each_translation_and_then_takes_the_chain() {
         assert_eq!(&now, b"xy");
         assert!(world.device.complete(&pin.mapped(), &element.ticket(), 2).unwrap());
         world.device.publish(&pin.mapped()).unwrap();
+    }
+}
+
+#[test]
+fn an_indirect_table_is_waited_for_too() {
+    for features in [INDIRECT_DESC, INDIRECT_DESC | PACKED] {
+        let mut world = Iommu::new(features);
+        // One descriptor by hand: a table over two pages of which none is shown.
+        let split = features & PACKED == 0;
+        let (table, bytes) = (50 * PAGE - 16, 32_u32);
+        let flags: u16 = if split { 4 } else { 4 | 1 << 7 };
+        let config = *world.device.config();
+        world.real.write(config.desc, &table.to_le_bytes()).unwrap();
+        world.real.write(config.desc + 8, &bytes.to_le_bytes()).unwrap();
+        let at = config.desc + if split { 12 } else { 14 };
+        world.real.write(at, &flags.to_le_bytes()).unwrap();
+        if split {
+            world.real.write(config.driver + 2, &1_u16.to_le_bytes()).unwrap();
+        }
+        for (address, len) in [(table, 32), (50 * PAGE, 16)] {
+            assert_eq!(world.pop(), None);
+            let fault = world.device.waits().unwrap();
+            assert_eq!(fault.rule, Rule::IndirectUnmapped);
+            let missing = fault.missing.unwrap();
+            assert_eq!((missing.address, missing.len, missing.want), (address, len, Want::Read));
+            let page = address - address % PAGE;
+            let page = alias(&world.real, page, page, PAGE, READ);
+            world.shown.translate(vec![], vec![page]).unwrap();
+        }
+        assert!(world.device.latched().is_none());
     }
 }
 

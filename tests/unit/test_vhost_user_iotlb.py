@@ -27,7 +27,7 @@ from virtio_test.transport.vhost_user.messages import (
     ProtocolFeature,
     Request,
 )
-from virtio_test.transport.vhost_user.payloads import U64, Iotlb
+from virtio_test.transport.vhost_user.payloads import U64, Iotlb, MemoryRegion, MemoryTable
 
 from .test_vhost_user_registers import connected, driver_of
 from .vhost_user_world import MEMORY_BYTES, REQUEST, RESPONSE, SIZE, Server, serving
@@ -347,6 +347,46 @@ def test_the_memory_table_changes_beneath(server: Server) -> None:
         b.front.add_region(region)
         b.map_ring()
         b.used(token, 3)
+
+
+def test_entries_that_would_cut_words_go_with_their_memory(server: Server) -> None:
+    """The same user addresses, now of bytes that are aligned otherwise: they are shown no more, and nothing fails."""
+    with behind(server.path) as b:
+        b.map(0, size=MEMORY_BYTES // 2)
+        b.enable()
+        (region,) = b.memory.regions
+        assert region.fd is not None
+        moved = MemoryRegion(b.front.guest_offset, MEMORY_BYTES, USER_OFFSET - 4, 0)
+        b.front.request(Request.SET_MEM_TABLE, MemoryTable((moved,)), [region.fd])
+        assert server.backend.memory.regions == []
+        b.front.share(b.memory)
+        b.used(b.post(2), 2)
+
+
+def test_a_ring_is_stopped_before_its_translations_go(tmp_path: Path) -> None:
+    """So whatever the device still does to it then finds it there."""
+    seen: list[bool] = []
+
+    class Device(TestDevice):
+        def stop_queue(self, queue_index: int) -> None:
+            seen.append(self.bus.memory.is_mapped(RING, 0xD00))
+            super().stop_queue(queue_index)
+
+    device = Device(console=lambda _: None)
+    offered = device.features | FeatureSet("ACCESS_PLATFORM")
+    with serving(tmp_path / "s", device, features=offered) as server, behind(server.path) as b:
+        b.map(0, size=MEMORY_BYTES)
+        b.enable()
+        b.used(b.post(1), 1)
+        b.front.invalidate_iotlb(RING + 0x800, 8)
+        b.used(b.post(2), 2)
+        b.map_ring()
+        b.used(b.post(3), 3)
+        count = len(seen)
+        (region,) = b.memory.regions
+        b.front.remove_region(region)
+        assert len(seen) == count + 1
+        assert all(seen)
 
 
 # --- front-ends that misuse it --------------------------------------------------------------------------------
