@@ -17,7 +17,7 @@ from virtio_test.errors import InvalidArgument, MessageError
 from virtio_test.features import FeatureSet
 from virtio_test.transport.vhost_user import channel, iommu, iotlb
 from virtio_test.transport.vhost_user.backend import DEFAULT_PROTOCOL_FEATURES
-from virtio_test.transport.vhost_user.codec import Message, encode_reply
+from virtio_test.transport.vhost_user.codec import Message, encode, encode_reply
 from virtio_test.transport.vhost_user.frontend import USER_OFFSET, FrontEnd
 from virtio_test.transport.vhost_user.iotlb import Cache, Entry
 from virtio_test.transport.vhost_user.messages import (
@@ -296,6 +296,20 @@ def test_what_is_invalidated_is_gone_when_that_is_answered(server: Server, *, pa
         b.used(b.post(5), 5)
 
 
+def test_what_comes_and_goes_at_once_is_asked_for_again(server: Server) -> None:
+    """Before the ring has looked: the queue has told of this page once, and would not do so again."""
+    with behind(server.path) as b:
+        b.map_ring()
+        b.enable()
+        token = b.post(1)
+        assert [each.iova for each in b.misses()] == [ASKED]
+        entry = Iotlb(ASKED, PAGE, ASKED + USER_OFFSET, int(BOTH), int(IotlbType.UPDATE))
+        gone = Iotlb(ASKED, PAGE, 0, 0, int(IotlbType.INVALIDATE))
+        b.front.send_bytes(encode(Request.IOTLB_MSG, entry) + encode(Request.IOTLB_MSG, gone))
+        assert [b.front.receive().payload for _ in range(2)] == [U64(0)] * 2
+        assert ASKED in {each.iova for each in b.used(token, 1)}
+
+
 def test_an_update_moves_what_was_there(server: Server) -> None:
     with behind(server.path) as b:
         b.map(0, size=MEMORY_BYTES)
@@ -437,13 +451,14 @@ def test_a_message_that_cannot_be_is_answered_and_changes_nothing(
 
 
 @pytest.mark.row("M17")
-def test_without_the_feature_there_are_no_entries(server: Server) -> None:
+def test_without_the_feature_there_are_no_entries(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     with FrontEnd(server.path, timeout=PATIENCE) as front:
         front.negotiate(FeatureSet("VERSION_1"))
         front.share(GuestMemory([(0, MEMORY_BYTES)]))
         for kind in (2, 3):
             front.send(Request.IOTLB_MSG, Iotlb(0, PAGE, U, 3, kind))
             assert front.receive().payload == U64(1)
+        assert [record.getMessage().count("NotNegotiated") for record in caplog.records] == [1, 1]
         assert server.backend.memory.is_mapped(0, MEMORY_BYTES)
 
 
