@@ -351,6 +351,22 @@ fn descriptors_in_the_record_are_judged_like_those_of_a_ring() {
     recorded.world.breaks(Rule::AddressWraps);
 }
 
+/// 2.8.19: a list in the record has no table behind direct descriptors; the list of one does not show it.
+#[test]
+fn a_list_in_the_record_has_no_table_at_its_end() {
+    let mut recorded = Recorded {
+        world: World::interop(SIZE, PACKED),
+        file: files::file(BYTES as u64),
+    };
+    recorded.restart(None).unwrap();
+    recorded.world.give(false);
+    assert_eq!(recorded.world.take().slots, 2);
+    // A fresh record is filled from its first entry on; flags are at 18.
+    recorded.put(entry(PACKED, 1) + 18, 4, 2);
+    recorded.restart(None).unwrap();
+    recorded.world.breaks(Rule::IndirectAfterDirect);
+}
+
 #[test]
 fn a_batch_that_somebody_else_left_half_done_is_settled_whole() {
     // Two more are used at once, up to the ring's index; the record has the list, and the flags are as before.
