@@ -34,7 +34,7 @@ def test_blocks_that_no_memory_holds_are_read_in_parts(run: Run, tmp_path: Path,
     device = BlkDevice(bytearray(SIZE))
     device.config["blk_size"] = size
     path = tmp_path / "s"
-    with serving(path, device):  # type: ignore[arg-type]
+    with serving(path, device):
         result = run("drive", "--socket", str(path), "--device", "blk", "--count", "60", "--depth", "32", "--json")
     assert (result.status, result.err) == (0, "")
     facts = json.loads(result.out)
@@ -44,7 +44,7 @@ def test_blocks_that_no_memory_holds_are_read_in_parts(run: Run, tmp_path: Path,
 @pytest.mark.parametrize("write", [(), ("--write",)], ids=["read", "write"])
 def test_a_disk_that_shrinks_is_a_finding(run: Run, tmp_path: Path, write: tuple[str, ...]) -> None:
     path = tmp_path / "s"
-    with serving(path, Shrinking(bytearray(SIZE))):  # type: ignore[arg-type]
+    with serving(path, Shrinking(bytearray(SIZE))):
         result = run("drive", "--socket", str(path), "--device", "blk", "--count", "20000", "--depth", "4", *write)
     assert result.status == 1
     assert result.err == "virtio-test: the capacity is 8 sectors now, and was at least 16384\n"

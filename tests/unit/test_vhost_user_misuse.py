@@ -164,7 +164,7 @@ def test_the_name_of_a_wrong_file_stays_one_line(
 def test_a_ring_that_cannot_be_stops_itself_and_not_the_server(tmp_path: Path) -> None:
     """A size that a packed ring may have and a split one may not, and the features that change in between."""
     device = BaseDevice(45, handlers={0: lambda _: b"x" * 12, 1: lambda _: b""})
-    with serving(tmp_path / "s", device) as server, guest(server.path, packed=True) as g:  # type: ignore[arg-type]
+    with serving(tmp_path / "s", device) as server, guest(server.path, packed=True) as g:
         at = USER_OFFSET + 0x8000
         g.front.request(Request.SET_VRING_NUM, VringState(1, 100))
         g.front.request(Request.SET_VRING_ADDR, VringAddress(1, 0, at, at + 0x2000, at + 0x1000))
@@ -235,10 +235,10 @@ def test_a_queue_full_of_counters_is_answered_at_once(tmp_path: Path) -> None:
         queue.publish()
         start = time.monotonic()
         g.kick()
-        assert eventually(lambda: server.device.counters.counters == 10 * 8 * MEMORY_BYTES // 4)
+        assert eventually(lambda: device.counters.counters == 10 * 8 * MEMORY_BYTES // 4)
         assert time.monotonic() - start < 5.0
         assert len(lines) == 10 * 1024
-        assert server.device.counters.unshown == server.device.counters.counters - len(lines)
+        assert device.counters.unshown == device.counters.counters - len(lines)
 
 
 # --- the machine ----------------------------------------------------------------------------------------------
