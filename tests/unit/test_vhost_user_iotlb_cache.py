@@ -1,12 +1,15 @@
-"""The cache of the device IOTLB against a model: a map of words."""
+"""The cache of the device IOTLB against a model, a map of words; what is asked for when it lacks something."""
 
 from __future__ import annotations
 
+import os
+from itertools import pairwise
 from random import Random
 
 import pytest
 from virtio_test._core import GuestMemory
-from virtio_test.transport.vhost_user.iotlb import Cache, Entry
+from virtio_test.loop import OwnerLoop
+from virtio_test.transport.vhost_user.iotlb import MAX_ENTRIES, Cache, Entry, Misses
 from virtio_test.transport.vhost_user.messages import Permission
 from virtio_test.transport.vhost_user.payloads import Iotlb
 
@@ -69,3 +72,71 @@ def test_an_entry_knows_its_parts() -> None:
     assert entry.end == 0x1100
     assert entry.part(0x1040, 0x1080) == Entry(0x1040, 0x40, 0x7040, 0x3040, READ)
     assert entry.shown() == (0x1000, 0x100, 0x3000, True, False)
+
+
+@pytest.mark.row("M17")
+def test_entries_that_are_cut_into_more_than_there_is_room_for() -> None:
+    """The shared memory changes beneath a full cache: the newest stay, and what must; nothing shows the old memory."""
+    shared, view = GuestMemory([(0, 2 * PAGE)]), GuestMemory()
+    cuts = [2 * PAGE]
+
+    def find(user: int, length: int) -> list[tuple[int, int]]:
+        ends = [user, *(cut for cut in cuts if user < cut < user + length), user + length]
+        return [(low, high - low) for low, high in pairwise(ends)]
+
+    kept = 7 * PAGE
+    cache = Cache(view, shared, find=find, keep=lambda: [(kept, PAGE)])
+    for number in range(MAX_ENTRIES):
+        cache.put(cache.judge(Iotlb(number * PAGE, PAGE, PAGE // 2, int(BOTH), 2)))
+    assert len(cache) == MAX_ENTRIES
+    cuts[:] = [PAGE]
+    fd = os.memfd_create("new")
+    os.truncate(fd, 2 * PAGE)
+    shared.replace([(0, PAGE, fd, 0), (PAGE, PAGE, fd, PAGE)])
+    os.close(fd)
+    shared.write(PAGE, b"new")
+    cache.renew()
+    assert len(cache) == MAX_ENTRIES
+    left = [number for number in range(MAX_ENTRIES) if cache.missing(number * PAGE, PAGE, BOTH) is None]
+    assert left == [7, *range(MAX_ENTRIES // 2 + 1, MAX_ENTRIES)]
+    for number in left:
+        assert view.read(number * PAGE + PAGE // 2, 3) == b"new"
+    assert not view.is_mapped(0, 8)
+
+
+class Pages:
+    """Misses over a set of pages that have entries."""
+
+    def __init__(self) -> None:
+        self.sent: list[Iotlb] = []
+        self.looks = 0
+        self.lacked = dict[int, Permission]()
+        self.misses = Misses(OwnerLoop(), send=self.sent.append, failed=lambda _: None, missing=self.missing)
+
+    def missing(self, start: int, end: int, permission: Permission) -> int | None:
+        self.looks += 1
+        found = [page for page, lack in self.lacked.items() if page + PAGE > start and page < end and lack & permission]
+        return max(start, min(found)) if found else None
+
+
+@pytest.mark.row("M17")
+def test_pages_that_have_entries_are_not_looked_at_one_by_one() -> None:
+    """A guest's buffer of 4 GiB of which a few pages are lacked is no work of seconds."""
+    pages = Pages()
+    lacked = [0, PAGE, (1 << 31) + PAGE, (1 << 32) - PAGE]
+    pages.lacked = dict.fromkeys(lacked, BOTH)
+    assert pages.misses.ask(8, (1 << 32) - 8, WRITE) == len(lacked)
+    assert [each.iova for each in pages.sent] == lacked
+    assert pages.looks <= 2 * len(lacked)
+    pages.misses.clear()
+
+
+@pytest.mark.row("M17")
+def test_each_page_is_asked_for_with_its_own_permission() -> None:
+    """That one page was asked for to read before is no reason to want that of the next as well."""
+    pages = Pages()
+    pages.lacked = {0: BOTH, PAGE: BOTH}
+    pages.misses.ask(0, 8, READ)
+    pages.misses.ask(0, 2 * PAGE, WRITE)
+    assert [(each.iova, each.permissions) for each in pages.sent] == [(0, READ), (0, BOTH), (PAGE, WRITE)]
+    pages.misses.clear()

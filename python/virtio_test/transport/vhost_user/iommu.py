@@ -45,7 +45,7 @@ class Iommu:
         self._host = host
         # By ring: chains popped, and pages asked for since.
         self._asked: dict[int, tuple[int, int]] = {}
-        self.misses = Misses(host.loop, send=self._send_miss, failed=self._failed, has=self._has)
+        self.misses = Misses(host.loop, send=self._send_miss, failed=self._failed, missing=self._missing)
 
     def __repr__(self) -> str:
         return f"<Iommu {'on' if self.on else 'off'}, {self.misses}>"
@@ -113,9 +113,9 @@ class Iommu:
             if ring.queue is not None:
                 yield from ((at, size) for _, at, size, _ in _areas(ring.queue.layout()))
 
-    def _has(self, start: int, end: int, permission: Permission) -> bool:
+    def _missing(self, start: int, end: int, permission: Permission) -> int | None:
         cache = self._host.memory.cache
-        return cache is not None and cache.missing(start, end - start, permission) is None
+        return start if cache is None else cache.missing(start, end - start, permission)
 
     def holds(self, layout: RingLayout, regions: Sequence[MemoryRegion]) -> bool:
         """Whether a ring has translations for all of its areas, to memory of `regions`."""
@@ -198,7 +198,7 @@ class Iommu:
                 need = self._need(ring)
                 if need is None or page >= need.start + need.size or need.start >= page + MISS_PAGE:
                     continue
-                if self._has(need.start, need.start + need.size, need.permission):
+                if self._missing(need.start, need.start + need.size, need.permission) is None:
                     continue
                 self._give_up(ring, need)
         self._host.update()

@@ -152,10 +152,18 @@ class Cache:
             self._change(gone, left)
 
     def renew(self) -> None:
-        """The shared memory is another one: show what is still shared, and forget the rest."""
-        entries = list(self._entries.values())
-        left = [new for each in entries for new in self._resolve(each)]
-        self._change([each.iova for each in entries], left)
+        """The shared memory is another one: show what is still shared, and forget the rest.
+
+        What lay in one region may lie in many now. Then the newest stay, as far as there is room, and before them those
+        that a running ring lies in.
+        """
+        newest_first = list(reversed(self._entries.values()))
+        kept = self._kept()
+        left: list[Entry] = []
+        for each in sorted(newest_first, key=lambda each: each.iova not in kept):
+            left += self._resolve(each)[: MAX_ENTRIES - len(left)]
+        left.reverse()
+        self._change([each.iova for each in newest_first], left)
 
     def missing(self, start: int, size: int, permission: Permission) -> int | None:
         """The first of `size` addresses that has no entry with at least that permission; None when all have."""
@@ -219,13 +227,17 @@ class Cache:
             self._entries[each.iova] = each
             insort(self._starts, each.iova)
 
+    def _kept(self) -> set[int]:
+        """The IOVAs of the entries that must stay."""
+        return {each.iova for start, size in self._keep() for each in self._over(start, start + size)}
+
     def _oldest(self, gone: set[int], count: int) -> list[int]:
         """At least `count` entries that go to make room: the oldest that need not stay, or else the oldest."""
         if count <= 0:
             return []
         # Some more, so that a full cache is not looked through for each entry that comes.
         count += _ROOM
-        kept = {each.iova for start, size in self._keep() for each in self._over(start, start + size)}
+        kept = self._kept()
         left = [iova for iova in self._entries if iova not in gone]
         free = [iova for iova in left if iova not in kept]
         return (free if len(free) >= count else left)[:count]
@@ -254,7 +266,7 @@ class Misses:
         loop: its clock says how long that may take.
         send: sends one MISS.
         failed: called with a page that was refused, or has not come in time.
-        has: whether a range has entries with at least that permission.
+        missing: the first address from one to before another that has no entry with at least that permission.
     """
 
     def __init__(
@@ -263,12 +275,12 @@ class Misses:
         *,
         send: Callable[[IotlbMessage], object],
         failed: Callable[[int], object],
-        has: Callable[[int, int, Permission], bool],
+        missing: Callable[[int, int, Permission], int | None],
     ) -> None:
         self._loop = loop
         self._send = send
         self._failed = failed
-        self._has = has
+        self._missing = missing
         self._asked: dict[int, _Question] = {}
         self._timer: Timer | None = None
 
@@ -282,26 +294,26 @@ class Misses:
         """Ask for what `start` to before `end` lacks, as far as there is room for questions; how many that were."""
         count = 0
         deadline_ns = self._loop.clock.now_ns() + int(MISS_SECONDS * 1e9)
-        for page in range(start - start % MISS_PAGE, end, MISS_PAGE):
-            if len(self._asked) >= MAX_MISSES:
-                break
-            first, last = max(page, start), min(page + MISS_PAGE, end)
+        at = self._missing(start, end, permission)
+        # From one that is lacked to the next: a chain may have millions of pages, and nearly all of them an entry.
+        while at is not None and len(self._asked) < MAX_MISSES:
+            page = at - at % MISS_PAGE
             asked = self._asked.get(page)
-            if (asked is not None and not permission & ~asked.permission) or self._has(first, last, permission):
-                continue
-            if asked is not None:
-                # Asked for to read, and now wanted for writing too.
-                permission |= asked.permission
-            self._asked[page] = _Question(first, last, permission, deadline_ns)
-            count += 1
-            self._send(IotlbMessage(page, MISS_PAGE, 0, int(permission), int(IotlbType.MISS)))
+            if asked is None or permission & ~asked.permission:
+                # Perhaps it was asked for to read, and is now wanted for writing too.
+                wanted = permission if asked is None else permission | asked.permission
+                first, last = max(page, start), min(page + MISS_PAGE, end)
+                self._asked[page] = _Question(first, last, wanted, deadline_ns)
+                count += 1
+                self._send(IotlbMessage(page, MISS_PAGE, 0, int(wanted), int(IotlbType.MISS)))
+            at = self._missing(page + MISS_PAGE, end, permission) if page + MISS_PAGE < end else None
         self._watch()
         return count
 
     def settle(self) -> None:
         """Forget the questions that have been answered by entries."""
         for page, asked in list(self._asked.items()):
-            if self._has(asked.start, asked.end, asked.permission):
+            if self._missing(asked.start, asked.end, asked.permission) is None:
                 del self._asked[page]
         self._watch()
 
