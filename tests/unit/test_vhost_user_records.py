@@ -14,6 +14,7 @@ import pytest
 from virtio_test._core import Chain, DriverQueue, QueueState
 from virtio_test.devices.base import BaseDevice, kept
 from virtio_test.errors import MessageError, PeerDisconnected
+from virtio_test.features import FeatureSet
 from virtio_test.status import Status
 from virtio_test.transport.vhost_user.backend import DEFAULT_PROTOCOL_FEATURES
 from virtio_test.transport.vhost_user.messages import ProtocolFeature, Request
@@ -547,6 +548,28 @@ def test_more_in_flight_than_the_record_has_room_for_is_refused_at_the_start(ser
         session = server.backend.session
         assert session is not None
         assert "a ring of 128 and a record for 64" in str(session.rings.rings[0].broken)
+
+
+@pytest.mark.row("R11", "M20")
+def test_a_record_that_became_too_small_for_its_format_leaves_the_next_one_alone(tmp_path: Path) -> None:
+    """The region came for split rings, and then the driver accepts packed ones: their records are larger."""
+    device = BaseDevice(45, handlers={0: lambda data: data, 1: lambda data: data}, queue_sizes=(SIZE, SIZE))
+    with serving(tmp_path / "s", device) as server, guest(server.path, packed=True) as g:
+        packed = g.front.features
+        g.front.set_features(packed - FeatureSet("RING_PACKED"))
+        with region(g, queues=2) as held:
+            give(g, held.payload, held.fd)
+            held.put(held.payload.size // 2 + 16, b"\xee" * 64)
+            before = held.content()
+            g.front.set_features(packed)
+            start(g)
+            assert eventually(lambda: bool(g.front.get_status() & Status.DEVICE_NEEDS_RESET))
+            assert held.content() == before
+            session = server.backend.session
+            assert session is not None
+            broken = session.rings.rings[0].broken
+            assert isinstance(broken, MessageError)
+            assert (broken.rule, broken.queue) == ("InflightRegion", 0)
 
 
 def test_the_state_of_a_queue_counts_only_without_a_record() -> None:

@@ -120,20 +120,27 @@ class Records:
             raise violation("InflightRegion", str(error)) from error
         return cls(area, queues=region.queues, queue_size=region.queue_size)
 
-    def part(self, index: int) -> InflightPart:
+    def part(self, index: int, *, packed: bool) -> InflightPart:
         """The record of queue `index`.
 
         Raises:
-            MessageError: InflightRegion, it has none.
+            MessageError: InflightRegion, it has none; or it would reach into that of the next queue, because the region
+                came before the rings were `packed`.
         """
         if index >= self.queues:
             raise violation("InflightRegion", f"there are records of {self.queues} queues", queue=index)
+        stride, needed = self.area.size // self.queues, InflightPart.bytes(self.queue_size, packed)
+        if stride < needed:
+            raise violation("InflightRegion", f"a record has {stride:#x} bytes, and now needs {needed:#x}", queue=index)
+        return self._part(index)
+
+    def _part(self, index: int) -> InflightPart:
         return self.area.part(index * (self.area.size // self.queues), self.queue_size)
 
     def clear(self, index: int) -> None:
         """Queue `index` begins anew: what its record says holds no longer."""
         if index < self.queues:
-            self.part(index).clear()
+            self._part(index).clear()
 
 
 def _check_header(fd: OwnedFd, offset: int, queue_size: int, queue: int) -> None:

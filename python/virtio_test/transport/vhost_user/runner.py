@@ -211,7 +211,7 @@ class RingSet:
                 call=Notifier.callback(lambda: self.call(ring.index)),
                 # From any thread that pops.
                 miss=Notifier.callback(lambda: self.loop.pend((self, "miss", ring.index), lambda: self._missed(ring))),
-                record=None if self.records is None else self.records.part(ring.index),
+                record=None if self.records is None else self.records.part(ring.index, packed=self.packed),
             )
             if not self._active:
                 self.device.activate(self.accepted)
