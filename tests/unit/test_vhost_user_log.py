@@ -20,10 +20,10 @@ from virtio_test.features import FeatureSet
 from virtio_test.transport.vhost_user.backend import Backend
 from virtio_test.transport.vhost_user.frontend import USER_OFFSET, FrontEnd
 from virtio_test.transport.vhost_user.messages import VRING_LOG, ProtocolFeature, Request
-from virtio_test.transport.vhost_user.payloads import Log, VringAddress
+from virtio_test.transport.vhost_user.payloads import Log, VringAddress, VringState
 
 from .test_vhost_user_registers import connected, driver_of
-from .vhost_user_world import MEMORY_BYTES, Guest, Server, guest, serving
+from .vhost_user_world import MEMORY_BYTES, SIZE, Guest, Server, guest, serving
 from .world import PATIENCE, ServerThread, eventually, open_fds
 
 PAGE = 4096
@@ -312,6 +312,52 @@ def refused_log(server: Server, log: Log, kind: str | None) -> None:
             g.front.request(Request.SET_LOG_BASE, log, [fds[0]])
         for each in fds:
             os.close(each)
+
+
+@pytest.mark.row("M15")
+def test_a_ring_that_grows_is_logged_as_a_whole(server: Server) -> None:
+    """Where its used ring is logged elsewhere, that is all of it; and where the log ends before, it does not grow."""
+    with guest(server.path) as g:
+        small = RingLayout(16, desc=0x1000, driver=0x2000, device=0x3F80)
+        g.config = QueueConfig.from_layout(small, features=g.front.features.bits)
+        g.setup()
+        log = start(g, 512)
+        address = replace(g.front.ring_address(g.config), flags=VRING_LOG, log=300 * PAGE + 0xF80)
+        g.front.request(Request.SET_VRING_ADDR, address)
+        g.front.request(Request.SET_VRING_NUM, VringState(0, SIZE))
+        larger = RingLayout(SIZE, desc=0x1000, driver=0x2000, device=0x3F80)
+        g.config = QueueConfig.from_layout(larger, features=g.front.features.bits)
+        g.queue = DriverQueue(g.memory, g.config)
+        g.front.enable(0)
+        for number in range(SIZE):
+            g.request(number)
+        g.front.number(Request.GET_FEATURES)
+        marked = set(log.take())
+        assert {300, 301} <= marked
+        assert not {3, 4} & marked
+        g.front.request(Request.SET_VRING_ADDR, replace(address, log=512 * PAGE - larger.device_bytes))
+        with pytest.raises(MessageError, match="SET_VRING_NUM was refused"):
+            g.front.request(Request.SET_VRING_NUM, VringState(0, 2 * SIZE))
+        g.request(SIZE)
+
+
+@pytest.mark.row("M15", "M04")
+def test_features_that_cannot_be_logged_change_nothing(server: Server) -> None:
+    """The file was cut short before LOG_ALL came, in a SET_FEATURES that would begin anew: nothing has begun."""
+    with guest(server.path) as g:
+        g.setup()
+        g.front.enable(0)
+        g.request(1)
+        fd = memfd(PAGE)
+        g.front.request(Request.SET_LOG_BASE, Log(PAGE, 0), [fd])
+        os.truncate(fd, 0)
+        os.close(fd)
+        with pytest.raises(MessageError, match="SET_FEATURES was refused"):
+            g.front.set_features(g.front.features, protocol_bit=False, log=True)
+        session = server.backend.session
+        assert session is not None
+        assert not session.rings.always_enabled
+        g.request(2)
 
 
 @pytest.mark.row("M15")

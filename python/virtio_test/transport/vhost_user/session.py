@@ -226,18 +226,17 @@ class Session:
             rule = "FeatureNotOffered" if found.rule == "FeatureNotOffered" else "FeaturesRefused"
             raise violation(rule, found.message)
         protocol = bool(value & _PROTOCOL)
-        changed = accepted != self.rings.accepted
-        self.rings.always_enabled = not protocol
-        if not protocol and (self.rings.running or self.rings.broken):
-            # Such a front-end has no way to stop a ring: its driver begins anew.
-            self.rings.reset()
-        elif self.rings.running:
-            if changed:
-                raise violation("FeaturesWhileRunning", f"from {self.rings.accepted} to {accepted} while rings run")
-        elif self.rings.active and changed:
-            self.rings.reset_device()
+        changed, running = accepted != self.rings.accepted, self.rings.running
+        if protocol and running and changed:
+            raise violation("FeaturesWhileRunning", f"from {self.rings.accepted} to {accepted} while rings run")
         # Of what follows only this can fail.
         self.rings.marking.turn(on=bool(value & _LOG_ALL))
+        self.rings.always_enabled = not protocol
+        if not protocol and (running or self.rings.broken):
+            # Such a front-end has no way to stop a ring: its driver begins anew.
+            self.rings.reset()
+        elif self.rings.active and not running and changed:
+            self.rings.reset_device()
         self.rings.accepted = accepted
         self.rings.iommu.turn(on="ACCESS_PLATFORM" in accepted)
         if not protocol:
@@ -399,7 +398,15 @@ class Session:
 
     def _set_vring_num(self, message: Message) -> None:
         state = _state(message)
-        self._ring(state.index).set_size(state.num, packed=self.rings.packed)
+        ring = self._ring(state.index)
+        before = ring.size
+        ring.set_size(state.num, packed=self.rings.packed)
+        try:
+            # A larger used ring is logged in more places.
+            self.rings.marking.moved(ring)
+        except MessageError:
+            ring.size = before
+            raise
         self.rings.update()
 
     def _set_vring_base(self, message: Message) -> None:
