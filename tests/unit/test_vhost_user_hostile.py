@@ -18,6 +18,7 @@ from virtio_test.errors import MessageError, PeerDisconnected
 from virtio_test.features import FeatureSet
 from virtio_test.transport.vhost_user.codec import encode
 from virtio_test.transport.vhost_user.frontend import USER_OFFSET, FrontEnd
+from virtio_test.transport.vhost_user.memory import MAX_SLOTS
 from virtio_test.transport.vhost_user.messages import PROTOCOL_FEATURES_BIT, ProtocolFeature, Request
 from virtio_test.transport.vhost_user.payloads import (
     U64,
@@ -371,6 +372,39 @@ def test_messages_in_any_order_do_no_harm(server: Server) -> None:
 
 
 @pytest.mark.row("M09")
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_addresses_before_the_size_are_refused_and_a_base_is_not(
+    server: Server, caplog: pytest.LogCaptureFixture, *, packed: bool
+) -> None:
+    with guest(server.path, packed=packed) as g:
+        g.front.request(Request.SET_VRING_BASE, VringState(0, 0x7000))
+        with pytest.raises(MessageError, match="SET_VRING_ADDR was refused"):
+            g.front.request(Request.SET_VRING_ADDR, VringAddress(0, 0, U, U + PAGE, U + 2 * PAGE))
+        assert [record.getMessage().split()[1] for record in caplog.records] == ["VringOrder"]
+        g.setup()
+        g.front.enable(0)
+        g.request(1)
+
+
+@pytest.mark.row("M06")
+def test_there_are_as_many_regions_as_slots_were_named(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with guest(server.path) as g:
+        fd = a_file()
+        regions = [SingleRegion((1 << 30) + at * PAGE, PAGE, (1 << 45) + at * PAGE, 0) for at in range(MAX_SLOTS)]
+        for region in regions[:-1]:
+            g.front.request(Request.ADD_MEM_REG, region, [fd])
+        with pytest.raises(MessageError, match="ADD_MEM_REG was refused"):
+            g.front.request(Request.ADD_MEM_REG, regions[-1], [fd])
+        assert [record.getMessage().split()[1] for record in caplog.records] == ["RegionSlots"]
+        g.front.request(Request.REM_MEM_REG, regions[0])
+        g.front.request(Request.ADD_MEM_REG, regions[-1], [fd])
+        os.close(fd)
+        g.setup()
+        g.front.enable(0)
+        g.request(1)
+
+
+@pytest.mark.row("M09")
 def test_addresses_before_memory_are_refused(server: Server) -> None:
     with FrontEnd(server.path) as front:
         front.negotiate()
@@ -391,6 +425,9 @@ def test_a_base_that_does_not_fit_the_used_ring_stops_the_ring(server: Server, b
         g.front.request(Request.SET_VRING_KICK, U64(0x100))
         g.front.enable(0)
         assert g.front.get_status() == 0x40
+        session = server.backend.session
+        assert session is not None
+        assert "StateOutOfRange" in str(session.rings.rings[0].broken)
         g.memory.write(g.queue.layout().at("used.idx"), bytes(2))
         g.front.get_base(0)
         g.setup()

@@ -154,23 +154,13 @@ class Ring:
         return FRESH_PACKED if packed and base == 0 and not self.read_back else base
 
     def start_state(self, memory: GuestMemory, layout: RingLayout, *, packed: bool) -> QueueState:
-        """Where a queue over `layout` (guest addresses) goes on.
-
-        Raises:
-            MessageError: VringBase, more is in flight than the ring holds.
-        """
+        """Where a queue over `layout` (guest addresses) goes on; the queue judges whether it can be there."""
         if self.position is not None:
             return self.position
         base = self._base(packed=packed)
         if packed:
             return QueueState(base)
         used = int.from_bytes(memory.read(layout.at("used.idx"), 2), "little")
-        if (base - used) & 0xFFFF > layout.size:
-            raise violation(
-                "VringBase",
-                f"base {base} and used index {used}: more in flight than the {layout.size} of the ring",
-                queue=self.index,
-            )
         return QueueState(base, used)
 
     def queue_config(self, layout: RingLayout, features: int, policy: Policy) -> QueueConfig:
