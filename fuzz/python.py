@@ -6,6 +6,7 @@ What is instrumented must be imported while atheris looks, so nothing else impor
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,8 @@ def main(name: str, seconds: int) -> None:
     atheris: Any = import_module("atheris")
     with atheris.instrument_imports(include=["virtio_test"]):
         codecs: Any = import_module("fuzz.codecs")
+    # What a peer broke is said in a line each, a million times.
+    logging.disable(logging.WARNING)
     corpus, findings = Path("target", "corpus", name), Path("target", "findings", name)
     corpus.mkdir(parents=True, exist_ok=True)
     findings.mkdir(parents=True, exist_ok=True)

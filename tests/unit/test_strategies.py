@@ -214,7 +214,8 @@ def test_one_folder_keeps_all_kinds(tmp_path: Path) -> None:
     with pytest.raises(ProgramFailed) as caught:
         wrong.check(PciTarget(VirtioPci(TestDevice())))
     assert caught.value.case == wrong
-    assert caught.value.__notes__ == [wrong.to_json()]
+    assert caught.value.__notes__[0] == wrong.to_json()
+    assert "This replays it" in caught.value.__notes__[1]
     assert RegisterProgram.from_json(caught.value.__notes__[0]) == wrong
 
 

@@ -455,6 +455,21 @@ def test_a_suspended_device_is_saved_and_restored_suspended(way: str, ring: str)
 
 
 @WAYS
+def test_what_changes_behind_a_restore_is_told_at_the_resume(way: str) -> None:
+    device, over, driver = world(way)
+    driver.suspend()
+    over.side.restore(over.side.save(), device=device)
+    changes: list[object] = []
+    driver.config_changed = lambda: changes.append(driver.read_field("level"))
+    device.config.update(level=5)
+    over.run()
+    assert changes == []
+    driver.resume()
+    over.run()
+    assert changes == [5]
+
+
+@WAYS
 def test_a_state_that_is_saved_half_way_is_that_of_the_end(way: str) -> None:
     _, over, driver = world(way)
     driver.submit(0, [b"x"], [1])

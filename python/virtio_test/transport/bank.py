@@ -582,5 +582,8 @@ class RegisterBank(QueueRegisters):
             for index in sorted(indices):
                 # What was used just before the state was saved may not have been told.
                 self.call(index)
+        elif self.suspension.active and not self.status.broken:
+            # Its queues start with the resume; what it changes until then has to be told with that.
+            self._activate()
         if config_due and not self.suspension.active:
             self._mark_config()
