@@ -6,6 +6,8 @@ which here is told by an err fd. After each case nothing is left of the connecti
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
@@ -181,7 +183,17 @@ class VhostUserMachine(Pair):
         assert self.server.idle()
 
 
+@pytest.fixture
+def quiet() -> Generator[None]:
+    """Nothing is logged: pytest keeps what is, and with an error's traceback the queue that it was about."""
+    logger = logging.getLogger("virtio_test")
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(logging.NOTSET)
+
+
 @pytest.mark.parametrize("ring", ["split", "packed"])
+@pytest.mark.usefixtures("quiet")
 def test_whatever_happens(tmp_path: Path, ring: str) -> None:
     with closing(Server(tmp_path / "s")) as server:
         made: Any = type(f"VhostUserMachine_{ring}", (VhostUserMachine,), {"server": server, "ring": ring})
