@@ -24,7 +24,7 @@ __all__ = ["serve"]
 _log: Final = logging.getLogger("virtio_test.cli")
 _PATIENCE_SECONDS: Final = 1.0
 """How long one line of the console may wait for a reader that does not read; the lines after it do not wait."""
-_LINES: Final = 500
+_LINES: Final = 2000
 _LINES_PER_SECOND: Final = 20
 
 
