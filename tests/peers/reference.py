@@ -97,13 +97,13 @@ def target(name: str) -> judge.Target:
     return judge.named(known).started_by(None if words is None else words())
 
 
-def judged(name: str, rows: Sequence[str]) -> tuple[str, list[judge.Result]]:
+def judged(name: str, rows: Sequence[str], patience: float) -> tuple[str, list[judge.Result]]:
     """Judges one of them; its name with its version, and the results."""
     one = target(name)
     put = judge.chosen(rows)
     title = f"{one.name} {one.version()}"
     with Progress(title, len(put)) as tick:
-        return title, judge.judge(one, put, again=f"make judge ONLY={name} ROW={{row}}", done=tick)
+        return title, judge.judge(one, put, patience=patience, again=f"make judge ONLY={name} ROW={{row}}", done=tick)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -112,10 +112,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", choices=sorted(PEERS), action="append")
     parser.add_argument("--row", action="append", default=[])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=judge.PATIENCE)
     asked = parser.parse_args(arguments)
     tables: dict[str, list[judge.Result]] = {}
     with ProcessPoolExecutor(asked.jobs) as pool:
-        for title, results in pool.map(judged, asked.only or PEERS, repeat(asked.row)):
+        for title, results in pool.map(judged, asked.only or PEERS, repeat(asked.row), repeat(asked.patience)):
             tables[title] = results
             print(judge.as_lines(title, results, every=bool(asked.row)), flush=True)
     if not asked.only and not asked.row:

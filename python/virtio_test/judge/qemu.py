@@ -16,7 +16,7 @@ from virtio_test.driver.pci import open_pci
 from virtio_test.driver.registers import Registers
 from virtio_test.errors import PeerError
 from virtio_test.spec.status import Status
-from virtio_test.strategies import Put, RingCase
+from virtio_test.strategies import Map, Put, RingCase, Unmap
 
 from .rings import Good, Image, image_of, used_entry
 from .target import Target
@@ -57,6 +57,8 @@ class QemuTrial:
         """
         if any(_in_ram(act.value) for act in case.writes if isinstance(act, Put) and _address(act)):
             raise NotOffered("there is RAM where the case wants a hole")
+        if any(isinstance(act, Map | Unmap) for act in (*case.writes, *case.later)):
+            raise NotOffered("the memory of a machine stays as it is")
         seen = Observation()
         with QtestMachine(
             self._target.program, self._words, ram=_RAM, timeout=self._patience, exit_with_parent=False
