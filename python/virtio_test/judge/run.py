@@ -22,6 +22,7 @@ __all__ = ["PATIENCE", "Case", "chosen", "judge"]
 Case = RingCase | MessageProgram
 
 AGAIN: Final = "virtio-test judge --target {target} --row {row}"
+_FIRST_SECONDS: Final = 5.0
 PATIENCE: Final = 1.0
 """Seconds that any answer may take; the longest that a target is waited for."""
 
@@ -117,7 +118,7 @@ def _trial(target: Target, case: Case, patience: float) -> Observation:
 def _check_good(target: Target, patience: float) -> None:
     """Or every verdict would be that it hangs."""
     try:
-        seen = _trial(target, _legal(target), patience)
+        seen = _trial(target, _legal(target), max(patience, _FIRST_SECONDS))
     except PeerError as error:
         raise InvalidArgument(f"{target.name}: {error}") from None
     if not seen.healed or not seen.used:
