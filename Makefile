@@ -108,9 +108,10 @@ test-kernel: $(VENV)/.core $(VENV)/.dev guest-packages ## real Linux as the gues
 guest-uml: $(BIN)/python guest-packages ## the user-mode Linux kernel and our driver module, cached
 	$(BIN)/python -m tests.kernel.build uml
 
-bench: $(VENV)/.core $(VENV)/.dev ## what a chain and a handler cost: the bare core, and the ways from Python
-	cargo bench --locked --no-default-features --bench core
-	$(BIN)/python -m benches.ways
+# NAMES="handlers net" measures a part; docs/benches.md says what each pair means.
+NAMES ?=
+bench: $(VENV)/.core $(VENV)/.dev | toolchain ## what things cost beside their peers, as ratios (10 minutes; NAMES='handlers' a part)
+	$(BIN)/python -m benches $(NAMES)
 
 # Fetched into the cache: the programs of two Debians. ONLY=NAME and ROW=ID judge a part, and leave the page as it is.
 judge: $(VENV)/.core $(VENV)/.dev guest-packages ## other people's devices before our broken rings; writes docs/judge.md

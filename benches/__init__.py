@@ -1,1 +1,1 @@
-"""What things cost, measured: `python -m benches.ways`; the bare core by `cargo bench`."""
+"""What things cost beside their peers: `python -m benches`; docs/benches.md says what each pair means."""

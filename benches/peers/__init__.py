@@ -1,0 +1,1 @@
+"""What we measure against and wrote ourselves: as people write it who have no workbench."""
