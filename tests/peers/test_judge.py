@@ -68,6 +68,13 @@ def test_a_device_of_qemu_says_that_it_is_broken() -> None:
     assert "says that the queue is broken" in next(each.evidence for each in found if each.row == "A04")
 
 
+@pytest.mark.row("P13")
+def test_a_register_that_takes_no_such_size_is_a_refusal_and_no_end_of_the_service() -> None:
+    found = judged("qemu-virtio-rng-testing", "P13", "B09")
+    # B09 needs 16 descriptors, and this device has 8: it cannot be asked that.
+    assert {(each.row, each.verdict) for each in found} == {("P13", Verdict.REFUSES)}
+
+
 @pytest.mark.parametrize(
     ("kind", "verdict", "evidence"),
     [

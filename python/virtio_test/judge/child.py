@@ -129,8 +129,9 @@ class Child:
         return False
 
     def last_words(self) -> str:
-        """The last line that it wrote."""
-        lines = [line.strip() for line in self._said().splitlines() if line.strip()]
+        """The last line that it wrote; what it says of its socket's folder, which each case has anew, is left out."""
+        said = self._said().replace(f"{self._log.parent}/", "")
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
         return "".join(each if each.isprintable() else " " for each in lines[-1]) if lines else ""
 
     def _said(self) -> str:

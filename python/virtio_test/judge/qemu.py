@@ -28,6 +28,7 @@ __all__ = ["QemuTrial"]
 _LOW: Final = 0xA0000
 _GOOD: Final = 16 << 20
 _RAM: Final = 64 << 20
+_LARGEST: Final = 32768
 _SLOT: Final = 2
 _VERSION_1: Final = 1 << 32
 _PACKED: Final = 1 << 34
@@ -71,11 +72,14 @@ class QemuTrial:
             image = image_of(case, memory=memory)
             try:
                 self._attack(registers, image, case, seen)
-                seen.healed = "same" if self._serves(registers, memory, packed=case.packed) else ""
             except NotOffered:
                 raise
             except PeerError as error:
                 seen.refused = refusal(error)
+            try:
+                seen.healed = "same" if self._serves(registers, memory, packed=case.packed) else ""
+            except PeerError as error:
+                seen.refused = seen.refused or refusal(error)
             if not machine.process.running:
                 seen.death = machine.process.last_words() or "it said nothing"
         return seen
@@ -100,6 +104,9 @@ class QemuTrial:
         registers.write_status(Status.ACKNOWLEDGE | Status.DRIVER)
         registers.write_driver_features(wanted)
         registers.write_status(_READY)
+        most = registers.queue_max_sizes()[config.index]
+        if most < config.size <= _LARGEST:
+            raise NotOffered(f"a queue of {config.size}, where {self._target.name} has {most} descriptors")
         registers.enable_queue(config)
         registers.write_status(_READY | Status.DRIVER_OK)
 
