@@ -25,12 +25,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import threading
 import time
 from collections.abc import Callable
 from typing import Final, Protocol, runtime_checkable
 
+from .console import shown
 from .errors import InvalidArgument, StateError
 
 __all__ = ["Clock", "MonotonicClock", "Timer", "VirtualClock", "to_nanoseconds"]
@@ -50,8 +50,9 @@ def to_nanoseconds(seconds: float, what: str = "time") -> int:
     Raises:
         InvalidArgument: the number is negative, too large, infinite or not a number.
     """
-    if not math.isfinite(seconds) or not 0 <= seconds <= _MAX_SECONDS:
-        raise InvalidArgument(f"{what} is {seconds!r} s; it must be a number from 0 to {_MAX_SECONDS}")
+    # Compared and not converted: an integer can be larger than any float.
+    if not 0 <= seconds <= _MAX_SECONDS:
+        raise InvalidArgument(f"{what} is {shown(seconds)} s; it must be a number from 0 to {_MAX_SECONDS}")
     return round(seconds * _NANO)
 
 

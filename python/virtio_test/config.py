@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any, Final, Literal, cast
 
+from .console import shown
 from .errors import InvalidArgument, SavedStateError, StatusViolation
 
 __all__ = ["ConfigLayout", "ConfigSpace", "Field", "FieldSpec"]
@@ -69,10 +70,10 @@ class Field:
         if self.is_integer:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 8 * self.size:
                 limit = (1 << 8 * self.size) - 1
-                raise InvalidArgument(f"{self.name} is {value!r}; a {self.type} holds integers from 0 to {limit}")
+                raise InvalidArgument(f"{self.name} is {shown(value)}; a {self.type} holds integers from 0 to {limit}")
             return value.to_bytes(self.size, "little")
         if not isinstance(value, bytes) or len(value) != self.size:
-            raise InvalidArgument(f"{self.name} is {value!r}; it must be exactly {self.size} bytes")
+            raise InvalidArgument(f"{self.name} is {shown(value)}; it must be exactly {self.size} bytes")
         return value
 
     def decode(self, data: bytes) -> int | bytes:
@@ -257,14 +258,17 @@ class ConfigSpace:
     def restore(self, state: object) -> None:
         """Take over what `save` gave, without calling `on_change`.
 
-        The generation becomes different from both the present one and the saved one, because a driver may have
-        seen either.
+        The generation becomes different from both the present one and the saved one, in 8 bits as well, because a
+        driver may have seen either.
 
         Raises:
             SavedStateError: the state is malformed or of another layout; nothing was changed.
         """
         generation, values = _checked_state(state, self._layout)
-        self._generation = max(generation, self.generation) + 1
+        seen = {generation & 0xFF, self.generation_u8}
+        self._generation = next(
+            each for each in range(max(generation, self.generation) + 1, 1 << 33) if each & 0xFF not in seen
+        )
         self._seen = False
         self._store(values)
 
@@ -345,9 +349,9 @@ def _checked_state(state: object, layout: ConfigLayout) -> tuple[int, dict[str, 
     parts = cast("Mapping[str, object]", state)
     version, generation, saved = parts["version"], parts["generation"], parts["values"]
     if version != _STATE_VERSION or isinstance(version, bool):
-        raise SavedStateError(f"saved configuration space: version {version!r}, this is version {_STATE_VERSION}")
+        raise SavedStateError(f"saved configuration space: version {shown(version)}, this is version {_STATE_VERSION}")
     if not isinstance(generation, int) or isinstance(generation, bool) or not 0 <= generation < 1 << 32:
-        raise SavedStateError(f"saved configuration space: generation {generation!r} is not a 32-bit number")
+        raise SavedStateError(f"saved configuration space: generation {shown(generation)} is not a 32-bit number")
     if not isinstance(saved, Mapping) or set(cast("Mapping[object, object]", saved)) != set(layout.names()):
         raise SavedStateError(f"saved configuration space: the fields must be {layout.names()}")
     values: dict[str, int | bytes] = {}

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal
 
+from .console import shown
 from .errors import DeviceNeedsReset, InvalidArgument, SavedStateError, StatusViolation
 from .spec.status import INIT_SEQUENCE, STATUS_DEFINED, Status
 
@@ -120,6 +121,7 @@ BIT_RULES: Final = (
     BitRule(0, When.ALWAYS, "clear", None, "UndefinedStatusBit", "2.1", "D07"),
 )
 
+_REGISTER: Final = 0xFF
 _SET_BY_DEVICE: Final = int(Status.DEVICE_NEEDS_RESET | Status.SUSPEND)
 _STOPPED: Final = int(Status.DEVICE_NEEDS_RESET | Status.FAILED | Status.SUSPEND)
 
@@ -332,7 +334,9 @@ class DeviceStatus:
             SavedStateError: not a status that a device can have; nothing was changed.
         """
         if not isinstance(status, int) or isinstance(status, bool):
-            raise SavedStateError(f"saved status is {status!r}; it must be an integer")
+            raise SavedStateError(f"saved status is {shown(status)}; it must be an integer")
+        if not 0 <= status <= _REGISTER:
+            raise SavedStateError(f"saved status is {shown(status)}; the register has 8 bits")
         problem = _impossible(status)
         if problem:
             raise SavedStateError(f"saved {problem}")

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from virtio_test._core import Chain, DeviceQueue
 from virtio_test.config import ConfigLayout, ConfigSpace
+from virtio_test.console import shown
 from virtio_test.device import RING_FEATURES, Bus
 from virtio_test.errors import (
     HandlerError,
@@ -277,10 +278,10 @@ class BaseDevice:
         """
         expected = set(self.save())
         if set(state) != expected:
-            raise SavedStateError(f"a saved state has the fields {sorted(expected)}, this one {sorted(state)}")
+            raise SavedStateError(f"a saved state has the fields {sorted(expected)}, this one {shown(sorted(state))}")
         for name, own in (("version", self.state_version), ("device_id", self.device_id)):
             if state[name] != own or isinstance(state[name], bool):
-                raise SavedStateError(f"the saved state's {name} is {state[name]!r}, this device's is {own}")
+                raise SavedStateError(f"the saved state's {name} is {shown(state[name])}, this device's is {own}")
         ConfigSpace(self.config.layout).restore(state["config"])
 
     def apply_state(self, state: Mapping[str, object]) -> None:

@@ -27,6 +27,7 @@ from typing import Final, TypeAlias, cast
 
 from virtio_test._core import Chain, DeviceQueue
 from virtio_test.config import ConfigLayout, ConfigSpace
+from virtio_test.console import shown
 from virtio_test.errors import InvalidArgument, QueueViolation, SavedStateError, StaleMemory
 from virtio_test.features import FeatureSet
 from virtio_test.spec.console import (
@@ -418,6 +419,11 @@ class ConsoleDevice(ChainDevice):
         waiting = [_from_hex(each) for each in cast("list[object]", messages)]
         if any(not CONTROL.size <= len(each) <= CONTROL.size + _MAX_NAME for each in waiting):
             raise SavedStateError("a saved message is too short, or too long, for a control message")
+        for number, event, _ in (cast("tuple[int, int, int]", CONTROL.unpack_from(each)) for each in waiting):
+            if number >= len(self.ports) or event not in set(ControlEvent):
+                raise SavedStateError(f"a saved message is about port {number} and event {event}, which are not there")
+        if len({each[:_KEY] for each in waiting}) != len(waiting):
+            raise SavedStateError("a saved message is there twice")
         return ports, waiting
 
     def _checked_port(self, saved: object) -> tuple[list[bool], bytes]:
@@ -436,4 +442,4 @@ def _from_hex(text: object) -> bytes:
     try:
         return bytes.fromhex(cast("str", text))
     except (TypeError, ValueError):
-        raise SavedStateError(f"{text!r} is no hexadecimal text") from None
+        raise SavedStateError(f"{shown(text)} is no hexadecimal text") from None

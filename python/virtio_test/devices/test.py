@@ -25,14 +25,13 @@ The console prints C's ``%d``: numbers are shown as signed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Final
 
 from virtio_test.clock import Clock, Timer, to_nanoseconds
 from virtio_test.config import ConfigLayout, ConfigSpace
-from virtio_test.console import Console, print_line, signed
+from virtio_test.console import Console, print_line, shown, signed
 from virtio_test.device import Bus
 from virtio_test.errors import InvalidArgument, SavedStateError
 from virtio_test.features import FeatureSet
@@ -226,16 +225,16 @@ class TestDevice(BaseDevice):
         """See `BaseDevice.check_state`."""
         super().check_state(state)
         if state["timer"] is not self.timer:
-            raise SavedStateError(f"the saved state's timer is {state['timer']!r}, this device's is {self.timer}")
+            raise SavedStateError(f"the saved state's timer is {shown(state['timer'])}, this device's is {self.timer}")
         ticks, remaining = state["ticks"], state["remaining"]
         if not isinstance(ticks, int) or isinstance(ticks, bool) or not 0 <= ticks <= _MASK:
-            raise SavedStateError(f"the saved ticks {ticks!r} are no 32-bit number")
+            raise SavedStateError(f"the saved ticks {shown(ticks)} are no 32-bit number")
         if not self.timer:
             if remaining is not None:
-                raise SavedStateError(f"the saved remaining time is {remaining!r}, and this device has no timer")
+                raise SavedStateError(f"the saved remaining time is {shown(remaining)}, and this device has no timer")
             return
-        if isinstance(remaining, bool) or not isinstance(remaining, int | float) or not math.isfinite(remaining):
-            raise SavedStateError(f"the saved remaining time {remaining!r} is no number of seconds")
+        if isinstance(remaining, bool) or not isinstance(remaining, int | float):
+            raise SavedStateError(f"the saved remaining time {shown(remaining)} is no number of seconds")
         try:
             to_nanoseconds(remaining, "the saved remaining time")
         except InvalidArgument as error:

@@ -50,7 +50,7 @@ from .queues import QueueRegisters
 from .slot import QueueSlot
 from .suspend import Suspension
 
-__all__ = ["MAX_ERRORS", "RegisterBank"]
+__all__ = ["MAX_ERRORS", "TRANSPORT_FEATURES", "RegisterBank"]
 
 MAX_ERRORS: Final = 1000
 """Errors that are kept; all are counted. A driver can cause any number of them."""
@@ -577,7 +577,8 @@ class RegisterBank(QueueRegisters):
         self.suspension.restored(calls=indices, config=config_due)
         if self.status.broken:
             self._latch_all("it was when its state was saved")
-        if self.status.live:
+        # A legacy driver that used its device before DRIVER_OK, which alone leaves features agreed upon, may wait.
+        if self.status.live or (self.legacy and self.status.features_ok):
             self._activate()
             for index in sorted(indices):
                 # What was used just before the state was saved may not have been told.

@@ -29,6 +29,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from virtio_test._core import GuestMemory, Policy
+from virtio_test.console import shown
 from virtio_test.device import Device
 from virtio_test.errors import InvalidArgument, QueueViolation, SavedStateError, StatusViolation
 from virtio_test.features import FeatureSet
@@ -358,7 +359,7 @@ class VirtioMmio:
         saved.version(parts["version"], _STATE_VERSION)
         page = saved.fields(parts["page"], "MMIO page", _STATE_FIELDS)
         if page["page_version"] != self.version:
-            raise SavedStateError(f"the saved page has version {page['page_version']!r}, this one {self.version}")
+            raise SavedStateError(f"the saved page has version {shown(page['page_version'])}, this one {self.version}")
         selects = {
             name: None if page[name] is None else saved.number(page[name], name, _WORD)
             for name in ("device_features_sel", "driver_features_sel")
@@ -369,7 +370,8 @@ class VirtioMmio:
         aligns, pages = (saved.numbers(page[name], name, _WORD, count=count) for name in ("aligns", "pages"))
         if any(value & (value - 1) for value in (*aligns, plain["guest_page_size"])):
             raise SavedStateError(f"a saved page size or alignment is no power of two: {aligns}, {plain}")
-        saved.restore(self.bank, saved.check(self.bank, parts["bank"], target))
+        interface = "legacy" if self.legacy else "modern"
+        saved.restore(self.bank, saved.check(self.bank, parts["bank"], target, interfaces=(interface,)))
         for name, value in {**selects, **plain, "interrupt_status": events}.items():
             setattr(self, name, value)
         self.aligns = {index: value for index, value in enumerate(aligns) if value}

@@ -23,17 +23,18 @@ no queue yet; ``device``, the device's own state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
 
 from virtio_test._core import QueueState
+from virtio_test.console import shown
 from virtio_test.device import Device
 from virtio_test.errors import InvalidArgument, PeerError, SavedStateError
 from virtio_test.features import FEATURE_BITS, FeatureSet, judge_accepted
 from virtio_test.status import DeviceStatus, Status
 
-from .bank import RegisterBank
+from .bank import TRANSPORT_FEATURES, RegisterBank
 from .slot import QueueSlot
 
 __all__ = ["STATE_VERSION", "Checked", "check", "data", "fields", "number", "numbers", "restore", "save", "version"]
@@ -90,8 +91,14 @@ def restore(bank: RegisterBank, checked: Checked) -> None:
     )
 
 
-def check(bank: RegisterBank, state: object, device: Device) -> Checked:
+def check(bank: RegisterBank, state: object, device: Device, *, interfaces: Collection[str] = ("modern",)) -> Checked:
     """Judge a state for `bank` with `device` behind it; nothing is changed.
+
+    Args:
+        bank: who would take it over.
+        state: what `save` gave, or anything else.
+        device: the device from then on; it has to do all that the bank offers.
+        interfaces: those that the transport has: ``modern``, ``legacy``.
 
     Raises:
         SavedStateError: it is malformed or does not fit.
@@ -101,11 +108,13 @@ def check(bank: RegisterBank, state: object, device: Device) -> Checked:
     DeviceStatus().restore(parts["status"])
     status = cast("int", parts["status"])
     interface = parts["interface"]
-    if interface not in (None, "modern", "legacy"):
-        raise SavedStateError(f"the saved interface {interface!r} is neither 'modern' nor 'legacy'")
+    if interface is not None and interface not in interfaces:
+        raise SavedStateError(f"the saved interface is {shown(interface)}, here is {' and '.join(interfaces)}")
+    if extra := bank.offered - device.features - TRANSPORT_FEATURES:
+        raise SavedStateError(f"{extra} is offered here, and the device cannot do it")
     features = _features(bank, parts["features"], status, device, legacy=interface == "legacy")
     if not isinstance(parts["config_due"], bool):
-        raise SavedStateError(f"the saved config_due is {parts['config_due']!r}, not true or false")
+        raise SavedStateError(f"the saved config_due is {shown(parts['config_due'])}, not true or false")
     if not isinstance(parts["device"], dict) or not isinstance(parts["queues"], list):
         raise SavedStateError("the saved state has no device, or no list of queues")
     own = cast("dict[str, object]", parts["device"])
@@ -142,7 +151,7 @@ def version(value: object, own: int) -> None:
         SavedStateError: it is of one.
     """
     if isinstance(value, bool) or value != own:
-        raise SavedStateError(f"the saved state has version {_short(value)}, this is version {own}")
+        raise SavedStateError(f"the saved state has version {shown(value)}, this is version {own}")
 
 
 def number(value: object, what: str, limit: int) -> int:
@@ -152,7 +161,7 @@ def number(value: object, what: str, limit: int) -> int:
         SavedStateError: it is none.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
-        raise SavedStateError(f"the saved {what} is {_short(value)}, not a number from 0 to {limit:#x}")
+        raise SavedStateError(f"the saved {what} is {shown(value)}, not a number from 0 to {limit:#x}")
     return value
 
 
@@ -165,7 +174,7 @@ def numbers(value: object, what: str, limit: int, *, count: int | None = None) -
     given = cast("list[object]", value) if isinstance(value, list) else None
     if given is None or (count is not None and len(given) != count):
         of = "" if count is None else f" of {count}"
-        raise SavedStateError(f"the saved {what} are {_short(given)}, not a list{of}")
+        raise SavedStateError(f"the saved {what} are {shown(given)}, not a list{of}")
     return [number(each, what, limit) for each in given]
 
 
@@ -182,7 +191,7 @@ def data(value: object, what: str, length: int) -> bytes:
             found = b""
         if len(found) == length:
             return found
-    raise SavedStateError(f"the saved {what} is {_short(value)}, not {length} bytes as hexadecimal text")
+    raise SavedStateError(f"the saved {what} is {shown(value)}, not {length} bytes as hexadecimal text")
 
 
 # --- the parts -----------------------------------------------------------------------------------------------------
@@ -223,7 +232,7 @@ def _slot(bank: RegisterBank, saved: object, fresh: list[QueueSlot], features: F
     )
     enabled = parts["enabled"]
     if not isinstance(enabled, bool):
-        raise SavedStateError(f"the saved queue {index} is enabled: {_short(enabled)}, not true or false")
+        raise SavedStateError(f"the saved queue {index} is enabled: {shown(enabled)}, not true or false")
     slot = QueueSlot(index, fresh[index].max_size, size, desc, driver, area, enabled=enabled)
     if parts["avail"] is None and parts["used"] is None:
         if enabled and status & (Status.DRIVER_OK | Status.SUSPEND) and not status & Status.DEVICE_NEEDS_RESET:
@@ -246,15 +255,10 @@ def _plain(value: object, depth: int) -> None:
     if isinstance(value, dict):
         for key, each in cast("dict[object, object]", value).items():
             if not isinstance(key, str):
-                raise SavedStateError(f"a field of the saved device is called {_short(key)}, which is no text")
+                raise SavedStateError(f"a field of the saved device is called {shown(key)}, which is no text")
             _plain(each, depth - 1)
     elif isinstance(value, list):
         for each in cast("list[object]", value):
             _plain(each, depth - 1)
     elif value is not None and not isinstance(value, str | int | float):
-        raise SavedStateError(f"the saved state of the device has {_short(value)}, which is no JSON value")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise SavedStateError(f"the saved state of the device has {shown(value)}, which is no JSON value")

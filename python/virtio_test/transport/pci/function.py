@@ -331,7 +331,8 @@ class VirtioPci:
                 f"the device has {len(target.queue_sizes)} queues, this function {len(self.bank.slots)}"
             )
         registers = self._registers.check(parts["function"])
-        checked = saved.check(self.bank, parts["bank"], target)
+        interfaces = ("modern",) if self.declaration.layout.legacy is None else ("modern", "legacy")
+        checked = saved.check(self.bank, parts["bank"], target, interfaces=interfaces)
         # No queue starts before the restored command register allows it.
         self._held = True
         self.bank.hold()
