@@ -9,14 +9,14 @@ All classes are frozen and may be used from any thread.
 from collections.abc import Callable, Sequence
 from typing import Final, Literal, final
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from .errors import QueueViolation
 
 __all__ = [
-    "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DirtyLog", "DriverQueue", "GuestMemory", "InflightArea",
-    "InflightPart", "Missing", "Notifier", "Policy", "Poller", "QueueConfig", "QueueState", "Region", "RingLayout",
-    "Rule", "Trace", "__version__", "build_info", "need_event", "rules",
+    "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DirtyLog", "DriverQueue", "EntropyService", "GuestMemory",
+    "InflightArea", "InflightPart", "Missing", "Notifier", "Policy", "Poller", "QueueConfig", "QueueState", "Region",
+    "RingLayout", "Rule", "Service", "Trace", "Worker", "__version__", "build_info", "need_event", "rules",
 ]  # fmt: skip
 
 __version__: Final[str]
@@ -647,6 +647,8 @@ class DeviceQueue:
         """A chain whose handler raised in `process`, once, newest first; the caller pushes it or puts it back."""
     def signal(self) -> bool:
         """Notify the driver if something was pushed since the last call and it wants to be told; whether it was."""
+    def set_call(self, call: Notifier | None) -> None:
+        """Wake the driver with `call` from now on, or not at all. From any thread."""
     def enable_kicks(self) -> bool:
         """Ask for kicks; True when work arrived meanwhile, so that no kick may come for it."""
     def disable_kicks(self) -> None: ...
@@ -658,6 +660,110 @@ class DeviceQueue:
         """Undo `stop`."""
     def reset(self, config: QueueConfig | None = None, *, state: QueueState | None = None) -> None:
         """A new generation: what was in flight is dropped, a latch is cleared, indices are fresh (or as `state`)."""
+
+@disjoint_base
+class Service:
+    """A native handler: it answers the chains of its queues without Python. Make one of its subclasses.
+
+    A service may be run by one `Worker` and by `turn` too: one turn waits for the other.
+    """
+
+    @property
+    def queues(self) -> int:
+        """How many queues it works on, in the order in which it is given them."""
+    def turn(self, queues: Sequence[DeviceQueue], *, limit: int = 256, max_bytes: int = 524288) -> tuple[int, bool]:
+        """Answer up to `limit` chains (1 to 32768), end with the one that makes it `max_bytes` bytes; wake the driver.
+
+        Memory is pinned and the queues are locked meanwhile, the GIL is released. Of every kind of memory.
+
+        Returns:
+            How many chains were answered, and whether it ended at a bound, so that there may be more.
+
+        Raises:
+            QueueViolation: the driver broke a rule; that queue is latched. What was answered before is visible.
+            InvalidArgument: another number of queues than `queues`, one twice, or of several memories.
+        """
+
+@final
+class EntropyService(Service):
+    """Fills buffers with random bytes of the operating system (VIRTIO 1.4, 5.4); one queue.
+
+    Args:
+        limit: bytes that one buffer gets at most, from 1.
+    """
+
+    def __new__(cls, *, limit: int = 65536) -> EntropyService: ...
+    @property
+    def counters(self) -> dict[str, int]:
+        """``delivered`` bytes, ``odd`` buffers that a driver must not put in, ``failed`` ones that got too little."""
+
+@final
+class Worker:
+    """A thread that runs turns of a service without the GIL; it begins at once, and ends with `stop`.
+
+    While it runs the driver is asked for no kicks. With nothing to do it looks at the rings for a while (`wait`), asks
+    for kicks, looks once more, and waits for `kicks` or `wake`.
+
+    Args:
+        service: what answers the chains.
+        queues: as many as the service works on, of one memory.
+        kicks: eventfds or pipes on which the driver's kicks arrive, duplicated; the worker alone reads them.
+        wait: ``blocking``; ``adaptive``: look at the rings for `spin` microseconds first; ``busy``: look at them all
+            the time. A worker whose queues are all latched or stopped never spins.
+        spin: microseconds, up to a second.
+        cpu: the CPU to run on; any, when None.
+        tell: wakes the owner when it must see to something: a queue is latched, turns have to be made `elsewhere`, or a
+            kick fd is waited for no longer (`deaf`).
+        limit: chains of one turn.
+        max_bytes: bytes of one turn; see `Service.turn`.
+
+    Raises:
+        InvalidArgument: as `Service.turn`; `wait`, `spin` or a kick that cannot be; a CPU that is not ours.
+        OSError: there is no thread or fd to be had.
+    """
+
+    def __new__(
+        cls,
+        service: Service,
+        queues: Sequence[DeviceQueue],
+        kicks: Sequence[int] = (),
+        *,
+        wait: Literal["blocking", "adaptive", "busy"] = "blocking",
+        spin: float = 50.0,
+        cpu: int | None = None,
+        tell: Notifier | None = None,
+        limit: int = 256,
+        max_bytes: int = 524288,
+    ) -> Worker: ...
+    def wake(self) -> None:
+        """Have it look at its queues, if it waits. From any thread."""
+    def set_kicks(self, fds: Sequence[int]) -> None:
+        """Wait for kicks on these fds from now on."""
+    def park(self) -> None:
+        """Return when no turn runs and none will begin before `resume`. Parks nest.
+
+        `StateError` in its own thread, in a callback that it has called.
+        """
+    def resume(self) -> None:
+        """Undo one `park`; it looks at its queues then. `StateError` when it is not parked."""
+    def stop(self) -> None:
+        """End it when its turn has ended; once more does nothing. Kicks may be suppressed then: look at the queues."""
+    @property
+    def parked(self) -> bool: ...
+    @property
+    def running(self) -> bool:
+        """Whether its thread lives."""
+    @property
+    def elsewhere(self) -> bool:
+        """Whether its last turn was not made: memory is remote, which only its owner reaches (`Service.turn`)."""
+    @property
+    def deaf(self) -> bool:
+        """Whether a kick fd is waited for no longer: its other end is closed, or it is ready and holds nothing."""
+    @property
+    def turns(self) -> int: ...
+    @property
+    def chains(self) -> int:
+        """Chains answered so far."""
 
 @final
 class DriverQueue:

@@ -16,3 +16,5 @@ mod py;
 pub mod queue;
 pub mod ring;
 pub mod rule;
+pub mod service;
+pub mod worker;

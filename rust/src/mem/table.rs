@@ -265,6 +265,13 @@ impl Table {
         self.mediated
     }
 
+    /// Whether some of it can only be reached by messages.
+    #[inline]
+    #[must_use]
+    pub fn has_remote(&self) -> bool {
+        !self.remotes.is_empty()
+    }
+
     /// The remote region that holds `gpa`.
     pub(super) fn find_remote(&self, gpa: u64) -> Option<&Remote> {
         let next = self.remotes.partition_point(|remote| remote.gpa <= gpa);

@@ -22,8 +22,9 @@ use super::mem::PyGuestMemory;
 use super::notify::PyNotifier;
 use super::process::Bounds;
 use crate::error::{Misuse, QueueError};
-use crate::mem::Want;
+use crate::mem::{GuestMemory, Want};
 use crate::queue::{DeviceQueue, StartError};
+use crate::service::Wake;
 
 /// A translation that the next chain of a queue cannot be read without.
 #[pyclass(frozen, module = "virtio_test._core", name = "Missing")]
@@ -50,14 +51,42 @@ impl PyMissing {
     }
 }
 
+/// Whom a queue wakes; shared with the workers that serve it.
+#[derive(Default)]
+pub(crate) struct Wakes {
+    call: Mutex<Option<Py<PyNotifier>>>,
+    /// Told when a chain lacks a translation.
+    miss: Mutex<Option<Py<PyNotifier>>>,
+}
+
+impl Wakes {
+    /// Wake them in a thread that holds neither the GIL nor a lock or pin. An fd that does not work only harms whoever gave
+    /// it.
+    pub(crate) fn wake(&self, wake: Wake) {
+        let wanted = [(wake.call, &self.call), (wake.miss, &self.miss)];
+        for (_, whom) in wanted.into_iter().filter(|(wanted, _)| *wanted) {
+            let notifier = locked(whom).as_ref().map(|notifier| Arc::clone(notifier.get().inner()));
+            let _ = notifier.map(|notifier| notifier.notify());
+        }
+    }
+
+    /// As `wake`, with the GIL: what a callback raises is raised here.
+    pub(crate) fn wake_attached(&self, py: Python<'_>, wake: Wake) -> PyResult<()> {
+        let wanted = [(wake.call, &self.call), (wake.miss, &self.miss)];
+        for (_, whom) in wanted.into_iter().filter(|(wanted, _)| *wanted) {
+            let notifier = locked(whom).as_ref().map(|notifier| notifier.clone_ref(py));
+            notifier.map_or(Ok(()), |notifier| notifier.get().notify(py))?;
+        }
+        Ok(())
+    }
+}
+
 /// The device end of one virtqueue.
 #[pyclass(frozen, module = "virtio_test._core", name = "DeviceQueue")]
 pub struct PyDeviceQueue {
     memory: Py<PyGuestMemory>,
     shared: Arc<Shared>,
-    call: Mutex<Option<Py<PyNotifier>>>,
-    /// Told when a chain lacks a translation.
-    miss: Mutex<Option<Py<PyNotifier>>>,
+    wakes: Arc<Wakes>,
     /// Chains whose handler raised, until they are taken.
     failed: Mutex<Vec<Py<PyChain>>>,
     /// What our own device latched the queue with; a rule the driver broke is kept by the queue itself.
@@ -80,6 +109,14 @@ impl PyDeviceQueue {
         &self.shared
     }
 
+    pub(crate) fn guest(&self) -> &Arc<GuestMemory> {
+        self.memory.get().inner()
+    }
+
+    pub(crate) const fn wakes(&self) -> &Arc<Wakes> {
+        &self.wakes
+    }
+
     /// Keep a chain whose handler raised until it is taken.
     pub(super) fn keep(&self, chain: Py<PyChain>) {
         locked(&self.failed).push(chain);
@@ -90,8 +127,8 @@ impl PyDeviceQueue {
         if !anew {
             return Ok(());
         }
-        let miss = locked(&self.miss).as_ref().map(|miss| miss.clone_ref(py));
-        miss.map_or(Ok(()), |miss| miss.get().notify(py))
+        let call = false;
+        self.wakes.wake_attached(py, Wake { call, miss: true })
     }
 
     /// What handlers have charged since the last time.
@@ -108,7 +145,7 @@ impl PyDeviceQueue {
     }
 }
 
-fn positive(limit: usize, name: &str) -> PyResult<usize> {
+pub(crate) fn positive(limit: usize, name: &str) -> PyResult<usize> {
     if (1..=32768).contains(&limit) {
         Ok(limit)
     } else {
@@ -146,8 +183,10 @@ impl PyDeviceQueue {
         Ok(Self {
             memory,
             shared,
-            call: Mutex::new(call),
-            miss: Mutex::new(miss),
+            wakes: Arc::new(Wakes {
+                call: Mutex::new(call),
+                miss: Mutex::new(miss),
+            }),
             failed: Mutex::new(Vec::new()),
             broken: Mutex::new(None),
             charged: AtomicUsize::new(0),
@@ -345,11 +384,14 @@ impl PyDeviceQueue {
     pub(crate) fn signal(&self, py: Python<'_>) -> PyResult<bool> {
         let wants = with_queue!(Some(py), self.shared, |mem, queue| queue.wants_call(mem));
         let wants = wants.map_err(|fault| raise(py, &fault))?;
-        let call = locked(&self.call).as_ref().map(|call| call.clone_ref(py));
-        if let Some(call) = call.filter(|_| wants) {
-            call.get().notify(py)?;
-        }
+        let (call, miss) = (wants, false);
+        self.wakes.wake_attached(py, Wake { call, miss })?;
         Ok(wants)
+    }
+
+    fn set_call(&self, call: Option<Py<PyNotifier>>) {
+        let before = std::mem::replace(&mut *locked(&self.wakes.call), call);
+        drop(before);
     }
 
     fn enable_kicks(&self, py: Python<'_>) -> PyResult<bool> {
@@ -400,10 +442,10 @@ impl PyDeviceQueue {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.memory)?;
         // Waiting for a lock here could wait for ourselves; what is not visited is merely kept alive.
-        if let Ok(call) = self.call.try_lock() {
+        if let Ok(call) = self.wakes.call.try_lock() {
             visit.call(&*call)?;
         }
-        if let Ok(miss) = self.miss.try_lock() {
+        if let Ok(miss) = self.wakes.miss.try_lock() {
             visit.call(&*miss)?;
         }
         if let Ok(failed) = self.failed.try_lock() {
@@ -418,7 +460,7 @@ impl PyDeviceQueue {
     }
 
     fn __clear__(&self) {
-        let (call, miss) = (locked(&self.call).take(), locked(&self.miss).take());
+        let (call, miss) = (locked(&self.wakes.call).take(), locked(&self.wakes.miss).take());
         drop((call, miss));
         self.forget();
     }

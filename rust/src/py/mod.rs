@@ -15,6 +15,8 @@ mod notify;
 mod poller;
 mod process;
 mod remote;
+mod service;
+mod worker;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -66,6 +68,10 @@ mod core_module {
     use super::notify::PyNotifier;
     #[pymodule_export]
     use super::poller::PyPoller;
+    #[pymodule_export]
+    use super::service::{PyEntropyService, PyService};
+    #[pymodule_export]
+    use super::worker::PyWorker;
     #[pymodule_export]
     use super::{build_info, need_event};
 

@@ -33,11 +33,11 @@ impl Function {
 /// How one end wakes the other: an eventfd, any fd that takes 8 bytes (a pipe), or a Python callback.
 #[pyclass(frozen, name = "Notifier", module = "virtio_test._core")]
 pub struct PyNotifier {
-    inner: Notifier,
+    inner: Arc<Notifier>,
     function: Option<Arc<Function>>,
 }
 
-fn notify_error(error: NotifyError) -> PyErr {
+pub(crate) fn notify_error(error: NotifyError) -> PyErr {
     match error {
         NotifyError::WrongKind => invalid(error),
         NotifyError::ReadOnly => StateError::new_err(error.to_string()),
@@ -45,17 +45,24 @@ fn notify_error(error: NotifyError) -> PyErr {
     }
 }
 
+impl PyNotifier {
+    /// For threads without the GIL: a callback takes it, and what that raises is reported as unraisable.
+    pub(crate) const fn inner(&self) -> &Arc<Notifier> {
+        &self.inner
+    }
+}
+
 #[pymethods]
 impl PyNotifier {
     #[staticmethod]
     fn eventfd() -> PyResult<Self> {
-        let inner = Notifier::eventfd().map_err(notify_error)?;
+        let inner = Notifier::eventfd().map_err(notify_error)?.into();
         Ok(Self { inner, function: None })
     }
 
     #[staticmethod]
     fn from_fd(fd: Int<i32>) -> PyResult<Self> {
-        let inner = Notifier::from_fd(duplicate(fd.0)?).map_err(notify_error)?;
+        let inner = Notifier::from_fd(duplicate(fd.0)?).map_err(notify_error)?.into();
         Ok(Self { inner, function: None })
     }
 
@@ -72,7 +79,7 @@ impl PyNotifier {
         let call = move || {
             Python::attach(|py| known.call(py).unwrap_or_else(|error| error.write_unraisable(py, None)));
         };
-        let inner = Notifier::callback(Box::new(call));
+        let inner = Arc::new(Notifier::callback(Box::new(call)));
         Ok(Self {
             inner,
             function: Some(function),

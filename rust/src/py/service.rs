@@ -1,0 +1,213 @@
+//! Native services in Python: made and observed here, run by `turn` or by a `Worker`.
+//!
+//! A service is locked for each turn, before the memory is pinned; queues are locked in one order, by address, since two
+//! services may share them.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use smallvec::SmallVec;
+
+use super::args::{Int, invalid};
+use super::chain::Shared;
+use super::device::{PyDeviceQueue, Wakes, positive};
+use super::errors::raise;
+use super::guard::{Gil, lock, pin};
+use super::remote;
+use crate::mem::{GuestMemory, with_access};
+use crate::queue::DeviceQueue;
+use crate::service::{Bounds, Done, Entropy, EntropyCounters, Native, Service, run};
+
+/// Queues of one memory that a service works on at once.
+pub(crate) struct Party {
+    pub(crate) guest: Arc<GuestMemory>,
+    pub(crate) queues: SmallVec<[(Arc<Shared>, Arc<Wakes>); 2]>,
+    /// Places in `queues`, in the order in which they are locked.
+    order: SmallVec<[usize; 2]>,
+}
+
+/// What became of a turn that may have to be made elsewhere.
+pub(crate) enum Outcome {
+    Done(Done),
+    /// Some of the memory is remote, and that was not wanted.
+    Remote,
+}
+
+impl Party {
+    /// The party of `queues`, as `service` wants it.
+    pub(crate) fn new(service: &Native, queues: &[PyRef<'_, PyDeviceQueue>]) -> PyResult<Self> {
+        let wanted = service.queues();
+        if queues.len() != wanted {
+            let given = queues.len();
+            return Err(invalid(format_args!(
+                "the service works on {wanted} queues, not {given}"
+            )));
+        }
+        let Some(first) = queues.first() else {
+            return Err(invalid("a service works on at least one queue"));
+        };
+        let guest = Arc::clone(first.guest());
+        if queues.iter().any(|queue| !Arc::ptr_eq(queue.guest(), &guest)) {
+            return Err(invalid("the queues of one service lie in one memory"));
+        }
+        let queues: SmallVec<[_; 2]> = queues
+            .iter()
+            .map(|queue| (Arc::clone(queue.shared()), Arc::clone(queue.wakes())))
+            .collect();
+        let mut order: SmallVec<[usize; 2]> = (0..queues.len()).collect();
+        let place = |index: &usize| queues.get(*index).map(|(shared, _)| Arc::as_ptr(shared).addr());
+        order.sort_by_key(place);
+        if order
+            .iter()
+            .zip(order.iter().skip(1))
+            .any(|(one, next)| place(one) == place(next))
+        {
+            return Err(invalid("the queues of one service are different ones"));
+        }
+        Ok(Self { guest, queues, order })
+    }
+
+    /// Run `work` with the memory pinned and all queues locked.
+    pub(crate) fn enter<T>(
+        &self,
+        gil: Gil<'_>,
+        work: impl FnOnce(&crate::mem::Pin<'_>, &mut [&mut DeviceQueue]) -> T,
+    ) -> PyResult<T> {
+        remote::begin()?;
+        let pinned = pin(gil, &self.guest)?;
+        let mut guards: SmallVec<[Option<MutexGuard<'_, DeviceQueue>>; 2]> = self.queues.iter().map(|_| None).collect();
+        for &index in &self.order {
+            if let (Some(place), Some((shared, _))) = (guards.get_mut(index), self.queues.get(index)) {
+                *place = Some(shared.lock(gil)?);
+            }
+        }
+        let mut queues: SmallVec<[&mut DeviceQueue; 2]> =
+            guards.iter_mut().flatten().map(|guard| &mut **guard).collect();
+        let done = work(&pinned, &mut queues);
+        drop(queues);
+        drop(guards);
+        drop(pinned);
+        remote::interrupted()?;
+        Ok(done)
+    }
+
+    /// One turn; nobody is woken yet. Of remote memory only if that is `wanted` here.
+    pub(crate) fn turn(
+        &self,
+        gil: Gil<'_>,
+        service: &Mutex<Native>,
+        bounds: Bounds,
+        remote_wanted: bool,
+    ) -> PyResult<Outcome> {
+        let mut service = lock(gil, service)?;
+        self.enter(gil, |pin, queues| {
+            if pin.table().has_remote() && !remote_wanted {
+                return Outcome::Remote;
+            }
+            Outcome::Done(with_access!(pin, |mem| run(&mut *service, mem, queues, bounds)))
+        })
+    }
+}
+
+/// The bounds of a turn.
+pub(crate) fn bounds(limit: Int<usize>, max_bytes: Int<u64>) -> PyResult<Bounds> {
+    Ok(Bounds {
+        chains: positive(limit.0, "limit")?,
+        bytes: max_bytes.0.max(1),
+    })
+}
+
+/// A native handler.
+#[pyclass(frozen, subclass, module = "virtio_test._core", name = "Service")]
+pub struct PyService(Arc<Mutex<Native>>);
+
+impl PyService {
+    pub(crate) fn new(service: Native) -> Self {
+        Self(Arc::new(Mutex::new(service)))
+    }
+
+    /// The object of a class that makes this service.
+    pub(crate) fn with<T: pyo3::PyClass<BaseType = Self>>(self, own: T) -> PyClassInitializer<T> {
+        PyClassInitializer::from(self).add_subclass(own)
+    }
+
+    pub(crate) const fn inner(&self) -> &Arc<Mutex<Native>> {
+        &self.0
+    }
+}
+
+#[pymethods]
+impl PyService {
+    /// How many queues it works on.
+    #[getter]
+    fn queues(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(lock(Some(py), &self.0)?.queues())
+    }
+
+    #[pyo3(signature = (queues, *, limit = Int(256), max_bytes = Int(0x8_0000)))]
+    #[pyo3(text_signature = "($self, queues, *, limit=256, max_bytes=524288)")]
+    #[allow(clippy::needless_pass_by_value, reason = "what Python's sequences are extracted to")]
+    fn turn(
+        &self,
+        py: Python<'_>,
+        queues: Vec<PyRef<'_, PyDeviceQueue>>,
+        limit: Int<usize>,
+        max_bytes: Int<u64>,
+    ) -> PyResult<(usize, bool)> {
+        let bounds = bounds(limit, max_bytes)?;
+        let party = Party::new(&*lock(Some(py), &self.0)?, &queues)?;
+        let service = &self.0;
+        let Outcome::Done(done) = py.detach(|| party.turn(None, service, bounds, true))? else {
+            return Ok((0, false));
+        };
+        let turn = done.turn.map_err(|fault| raise(py, &fault));
+        let mut woken = Ok(());
+        for ((_, wakes), wake) in party.queues.iter().zip(done.wakes) {
+            woken = woken.and(wakes.wake_attached(py, wake));
+        }
+        match (turn, woken) {
+            (Ok(turn), Ok(())) => Ok((turn.done, turn.more)),
+            (Err(error), Ok(())) | (Ok(_), Err(error)) => Err(error),
+            (Err(first), Err(second)) => Err(remote::pressing(py, first, second)),
+        }
+    }
+
+    fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
+        Ok(format!("<{}>", slf.get_type().name()?))
+    }
+}
+
+/// Counters as a new dict.
+pub(crate) fn counted<'py>(py: Python<'py>, counters: &[(&str, &AtomicU64)]) -> PyResult<Bound<'py, PyDict>> {
+    let shown = PyDict::new(py);
+    for (name, counter) in counters {
+        shown.set_item(name, counter.load(Ordering::Relaxed))?;
+    }
+    Ok(shown)
+}
+
+/// Fills buffers with random bytes of the operating system.
+#[pyclass(frozen, extends = PyService, module = "virtio_test._core", name = "EntropyService")]
+pub struct PyEntropyService(Arc<EntropyCounters>);
+
+#[pymethods]
+impl PyEntropyService {
+    #[new]
+    #[pyo3(signature = (*, limit = Int(0x1_0000)), text_signature = "(*, limit=65536)")]
+    fn new(limit: Int<u64>) -> PyResult<PyClassInitializer<Self>> {
+        if limit.0 == 0 {
+            return Err(invalid("limit is 0: a buffer gets at least one byte"));
+        }
+        let service = Entropy::new(limit.0);
+        let counters = Arc::clone(service.counters());
+        Ok(PyService::new(Native::Entropy(service)).with(Self(counters)))
+    }
+
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let EntropyCounters { delivered, odd, failed } = &*self.0;
+        counted(py, &[("delivered", delivered), ("odd", odd), ("failed", failed)])
+    }
+}
