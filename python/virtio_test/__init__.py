@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .devices.base import BaseDevice, batched, kept
     from .devices.blk import BlkDevice
     from .devices.console import ConsoleDevice
+    from .devices.net import NetDevice
     from .devices.rng import RngDevice
     from .devices.test import TestDevice
     from .driver.alloc import Arena
@@ -85,6 +86,7 @@ __all__ = [
     "MmioLoopback",
     "MmioRegisters",
     "MonotonicClock",
+    "NetDevice",
     "NetDriver",
     "Notifier",
     "OwnerLoop",
@@ -141,6 +143,7 @@ _WHERE: Final = {
     "Loopback": "carrier.loopback",
     "MmioLoopback": "carrier.mmio",
     "MmioRegisters": "driver.mmio",
+    "NetDevice": "devices.net",
     "NetDriver": "driver.net",
     "open_pci": "driver.pci",
     "OwnerLoop": "loop",

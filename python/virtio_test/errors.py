@@ -185,6 +185,10 @@ class AnswerViolation(RuleViolation):
     """What a device answered, or shows in its configuration space, breaks a rule of its class (VIRTIO 1.4, 5)."""
 
 
+class RequestViolation(RuleViolation):
+    """What a driver asked of a device breaks a rule of its class (VIRTIO 1.4, 5); the queue goes on."""
+
+
 class RequestFailed(PeerError):
     """The device answered, as it may, that it could not do what was asked of it."""
 

@@ -38,7 +38,7 @@ say, or vhost-user has no memory that is only read. The first target is our own 
 
 """
 OLD_SUITE = "bookworm"
-_PLUGINS = ("librte_net_vhost.so", "librte_mempool_ring.so", "librte_bus_vdev.so")
+_PLUGINS = ("librte_net_vhost.so", "librte_net_virtio.so", "librte_mempool_ring.so", "librte_bus_vdev.so")
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 
 
@@ -56,8 +56,8 @@ def _fetch(into: Path) -> None:
         shutil.rmtree(into / "root/usr" / name, ignore_errors=True)
 
 
-def _old(program: str) -> str:
-    """A program of that root, through its own loader."""
+def program(program: str) -> str:
+    """The words that start a program of that root, through its own loader."""
     root = debian_12()
     libraries = ":".join(str(root / each) for each in (_LIBRARIES, "lib/x86_64-linux-gnu"))
     words = f"{root}/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --argv0 {program} --library-path {libraries}"
@@ -80,12 +80,12 @@ def _new(program: str) -> str:
 
 PEERS = {
     "virtio-test": ("virtio-test", None),
-    "qemu-storage-daemon-12": ("qemu-storage-daemon", lambda: _old("qemu-storage-daemon")),
+    "qemu-storage-daemon-12": ("qemu-storage-daemon", lambda: program("qemu-storage-daemon")),
     "qemu-storage-daemon-testing": ("qemu-storage-daemon", lambda: _new("qemu-storage-daemon")),
-    "dpdk-testpmd-12": ("dpdk-testpmd", lambda: _old("dpdk-testpmd")),
-    "qemu-virtio-blk-12": ("qemu-virtio-blk", lambda: _old("qemu-system-x86_64")),
+    "dpdk-testpmd-12": ("dpdk-testpmd", lambda: program("dpdk-testpmd")),
+    "qemu-virtio-blk-12": ("qemu-virtio-blk", lambda: program("qemu-system-x86_64")),
     "qemu-virtio-blk-testing": ("qemu-virtio-blk", lambda: _new("qemu-system-x86_64")),
-    "qemu-virtio-rng-12": ("qemu-virtio-rng", lambda: _old("qemu-system-x86_64")),
+    "qemu-virtio-rng-12": ("qemu-virtio-rng", lambda: program("qemu-system-x86_64")),
     "qemu-virtio-rng-testing": ("qemu-virtio-rng", lambda: _new("qemu-system-x86_64")),
 }
 """Name to a target of `virtio_test.judge` and the words that start it."""

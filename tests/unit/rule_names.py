@@ -17,6 +17,7 @@ VIOLATIONS = {
     "StatusViolation": 0,
     "MessageError": 0,
     "AnswerViolation": 0,
+    "RequestViolation": 0,
 }
 """The classes of `virtio_test.errors` that carry a rule, and which argument names it."""
 

@@ -16,6 +16,7 @@ VIOLATIONS = [
     errors.QueueViolation,
     errors.StatusViolation,
     errors.AnswerViolation,
+    errors.RequestViolation,
     errors.MessageError,
 ]
 PLAIN = [

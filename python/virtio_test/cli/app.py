@@ -116,8 +116,19 @@ def timer(*, ticks: int, first_after: float, every: float, real_time: bool, as_j
 @click.option("--every", type=Seconds(zero=False), default=None, help="Seconds between ticks, else 1.")
 @click.option("--image", type=click.Path(path_type=Path), default=None, help="File behind the device (blk).")
 @click.option("--read-only", is_flag=True, help="Offer it for reading only (blk).")
-@click.option("--queues", type=Number(1, 1024), default=None, help="Request queues (blk).")
+@click.option("--queues", type=Number(1, 1024), default=None, help="Request queues (blk), or pairs (net).")
 @click.option("--serial", default=None, help="Identification, 20 characters at most (blk).")
+@click.option(
+    "--backend",
+    type=click.Choice(["loopback", "drop", "generate"]),
+    default=None,
+    help="What becomes of frames, loopback if not given (net).",
+)
+@click.option(
+    "--frame-size", type=Number(14, 65553), default=None, help="Bytes of each generated frame, else 60 (net)."
+)
+@click.option("--mac", default=None, metavar="ADDRESS", help="Its address, six bytes as 52:54:00:12:34:56 (net).")
+@click.option("--mtu", type=Number(68, 65535), default=None, help="The largest payload; not shown if not given (net).")
 @click.option(
     "--features", default=None, metavar="+NAME,-NAME", help="Change what is offered: +NAME to add, -NAME not to."
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from .params import DEVICES
 
 __all__ = ["Choice", "DeviceName", "make"]
 
-DeviceName: TypeAlias = Literal["test", "blk", "rng", "console"]
+DeviceName: TypeAlias = Literal["test", "blk", "rng", "console", "net"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,12 @@ class Choice:
         every: seconds between ticks.
         image: the file behind a block device.
         read_only: whether its driver may only read.
-        queues: its request queues.
+        queues: its request queues, or pairs of queues of a network device.
         serial: its identification.
+        backend: what a network device does with frames.
+        frame_size: bytes of each frame that it generates.
+        mac: its address, as text.
+        mtu: its largest payload.
     """
 
     device: DeviceName = "test"
@@ -40,6 +45,10 @@ class Choice:
     read_only: bool = False
     queues: int | None = None
     serial: str | None = None
+    backend: Literal["loopback", "drop", "generate"] | None = None
+    frame_size: int | None = None
+    mac: str | None = None
+    mtu: int | None = None
 
 
 _OWN: Final[dict[DeviceName, frozenset[str]]] = {
@@ -47,6 +56,7 @@ _OWN: Final[dict[DeviceName, frozenset[str]]] = {
     "blk": frozenset({"image", "read_only", "queues", "serial"}),
     "rng": frozenset(),
     "console": frozenset(),
+    "net": frozenset({"queues", "backend", "frame_size", "mac", "mtu"}),
 }
 
 
@@ -66,6 +76,8 @@ def make(choice: Choice, *, console: Callable[[str], object]) -> BaseDevice:
                 raise InvalidArgument(f"--{option} is an option of the device {owner}, not of {choice.device}")
     if choice.device == "blk":
         return _blk(choice)
+    if choice.device == "net":
+        return _net(choice)
     if choice.device == "rng":
         from virtio_test.devices.rng import RngDevice
 
@@ -92,6 +104,26 @@ def _blk(choice: Choice) -> BaseDevice:
     if choice.serial is None:
         return BlkDevice(choice.image, read_only=choice.read_only, num_queues=choice.queues or 1)
     return BlkDevice(choice.image, read_only=choice.read_only, num_queues=choice.queues or 1, serial=choice.serial)
+
+
+def _net(choice: Choice) -> BaseDevice:
+    from virtio_test.devices.net import MAC, Generate, NetDevice
+
+    if choice.frame_size is not None and choice.backend != "generate":
+        raise InvalidArgument("--frame-size is of frames that are generated: give --backend generate")
+    backend = choice.backend or "loopback"
+    return NetDevice(
+        Generate(60 if choice.frame_size is None else choice.frame_size) if backend == "generate" else backend,
+        mac=MAC if choice.mac is None else _address(choice.mac),
+        mtu=choice.mtu,
+        pairs=choice.queues or 1,
+    )
+
+
+def _address(text: str) -> bytes:
+    if not re.fullmatch(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", text):
+        raise InvalidArgument(f"{text!r} is no MAC address: give one such as 52:54:00:12:34:56")
+    return bytes.fromhex(text.replace(":", ""))
 
 
 class _Lines:

@@ -10,7 +10,7 @@ import click
 
 __all__ = ["DEVICES", "Command", "Group", "Number", "ReaderGone", "Seconds"]
 
-DEVICES: Final = ("test", "blk", "rng", "console")
+DEVICES: Final = ("test", "blk", "rng", "console", "net")
 """The devices that can be served or driven by name."""
 
 

@@ -127,6 +127,9 @@ VLAN_TAG: Final = 4
 MAX_FRAME: Final = 1514
 """Bytes of the largest frame without segmentation offload (5.1.9.3)."""
 
+PAIRS_RANGE: Final = range(1, 0x8001)
+"""What a device may show in `max_virtqueue_pairs` (5.1.4.1)."""
+
 MTU_RANGE: Final = range(68, 65536)
 """What a device may show in `mtu` (5.1.4.1)."""
 
@@ -143,10 +146,14 @@ class ControlClass(IntEnum):
 
 RX_PROMISC: Final = 0
 RX_ALLMULTI: Final = 1
+RX_EXTRA: Final = range(2, 6)
+"""ALLUNI, NOMULTI, NOUNI, NOBCAST: with CTRL_RX_EXTRA."""
+
 MAC_TABLE_SET: Final = 0
 MAC_ADDR_SET: Final = 1
 VLAN_ADD: Final = 0
 VLAN_DEL: Final = 1
+VLAN_IDS: Final = range(4096)
 ANNOUNCE_ACK: Final = 0
 MQ_VQ_PAIRS_SET: Final = 0
 

@@ -27,6 +27,8 @@ from virtio_test._core import DirtyLog, GuestMemory, Notifier, QueueConfig
 from virtio_test.errors import DeviceNeedsReset, InvalidArgument, PeerError, StateError
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
+from virtio_test.spec.ids import DeviceId
+from virtio_test.spec.net import FEATURE_NAMES
 from virtio_test.spec.status import Status
 from virtio_test.status import DeviceStatus
 
@@ -35,6 +37,7 @@ from .frontrings import FrontEndRings
 from .inflight import InflightRegion
 from .link import MAX_QUEUES, Link, note
 from .messages import LOG_ALL_BIT, Permission, ProtocolFeature, Request
+from .network import PAIRS_FIELD, not_ours_to_take
 from .payloads import Iotlb
 from .rings import MAX_SIZE
 from .rules import violation
@@ -368,9 +371,23 @@ class VhostUserRegisters:
         return self._device_id
 
     def device_features(self) -> int:
-        """See `Registers.device_features`: without the bits that vhost keeps for itself, or that it cannot carry."""
+        """See `Registers.device_features`: without the bits that vhost keeps for itself, or that it cannot carry.
+
+        Of a network device, without its control queue where that is the front-end's (`network`).
+        """
         self._check_there()
-        return self._link.offered & ~(_NOT_CARRIED if self._iommu else _NOT_CARRIED | _ACCESS_PLATFORM)
+        hidden = _NOT_CARRIED if self._iommu else _NOT_CARRIED | _ACCESS_PLATFORM
+        if self._device_id == DeviceId.NET:
+            hidden |= not_ours_to_take(queues=self._link.queues, pairs=self._net_pairs())
+        return self._link.offered & ~hidden
+
+    def _net_pairs(self) -> int | None:
+        if not self.protocol & _F.CONFIG:
+            return None
+        if not self._link.offered & 1 << FEATURE_NAMES["MQ"]:
+            return 1
+        offset, length = PAIRS_FIELD
+        return int.from_bytes(self.read_config(offset, length), "little")
 
     def write_driver_features(self, features: int) -> None:
         """See `Registers.write_driver_features`; they go over with FEATURES_OK."""
