@@ -14,9 +14,10 @@ from typing_extensions import Buffer, disjoint_base
 from .errors import QueueViolation
 
 __all__ = [
-    "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DirtyLog", "DriverQueue", "EntropyService", "GuestMemory",
-    "InflightArea", "InflightPart", "Missing", "Notifier", "Policy", "Poller", "QueueConfig", "QueueState", "Region",
-    "RingLayout", "Rule", "Service", "Trace", "Worker", "__version__", "build_info", "need_event", "rules",
+    "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DirtyLog", "DriverQueue", "EntropyService", "FileService",
+    "GuestMemory", "InflightArea", "InflightPart", "Missing", "Notifier", "Policy", "Poller", "QueueConfig",
+    "QueueState", "Region", "RingLayout", "Rule", "Service", "Trace", "Worker", "__version__", "build_info",
+    "need_event", "rules",
 ]  # fmt: skip
 
 __version__: Final[str]
@@ -698,6 +699,61 @@ class EntropyService(Service):
         """``delivered`` bytes, ``odd`` buffers that a driver must not put in, ``failed`` ones that got too little."""
 
 @final
+class FileService(Service):
+    """Answers block requests (VIRTIO 1.4, 5.2) from a file, as `devices.blk.BlkDevice` does; one queue.
+
+    Mapped memory that nobody logs or traces is read and written by the operating system directly. Before `agree` the
+    device has no sectors.
+
+    Args:
+        fd: the file, duplicated; open for reading, and for writing unless nothing is ever to be written.
+        serial: the device ID string, 20 bytes.
+        lifetime: what GET_LIFETIME answers, 6 bytes.
+        max_discard: sectors of a segment and segments of a request.
+        max_write_zeroes: the same.
+    """
+
+    def __new__(
+        cls,
+        fd: int,
+        *,
+        serial: Buffer,
+        lifetime: Buffer,
+        max_discard: tuple[int, int],
+        max_write_zeroes: tuple[int, int],
+    ) -> FileService: ...
+    def agree(
+        self,
+        *,
+        capacity: int,
+        read_only: bool,
+        flush: bool,
+        legacy: bool,
+        write_through: bool,
+        discard: bool,
+        write_zeroes: bool,
+        lifetime: bool,
+    ) -> None:
+        """What holds from the next request on. From any thread.
+
+        Args:
+            capacity: sectors of 512 bytes that the device has.
+            read_only: writes are refused.
+            flush: FLUSH is offered.
+            legacy: VERSION_1 was not negotiated.
+            write_through: a write is completed when it is stable (5.2.6.2).
+            discard: DISCARD was negotiated.
+            write_zeroes: WRITE_ZEROES was.
+            lifetime: LIFETIME was.
+        """
+    @property
+    def last_errno(self) -> int:
+        """What the operating system said of the last of `host_errors`; 0 for none."""
+    @property
+    def counters(self) -> dict[str, int]:
+        """The fields of `devices.blk.BlkCounters`."""
+
+@final
 class Worker:
     """A thread that runs turns of a service without the GIL; it begins at once, and ends with `stop`.
 
@@ -712,8 +768,8 @@ class Worker:
             the time. A worker whose queues are all latched or stopped never spins.
         spin: microseconds, up to a second.
         cpu: the CPU to run on; any, when None.
-        tell: wakes the owner when it must see to something: a queue is latched, turns have to be made `elsewhere`, or a
-            kick fd is waited for no longer (`deaf`).
+        tell: wakes the owner when it must see to something: a queue is latched, turns have to be made `elsewhere`, a
+            kick fd is waited for no longer (`deaf`), or the file of a service has failed.
         limit: chains of one turn.
         max_bytes: bytes of one turn; see `Service.turn`.
 

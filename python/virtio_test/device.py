@@ -21,6 +21,7 @@ The life of a device, as its transport sees it; everything runs in the owner loo
 * `stop_queue` returns when nothing of that queue runs any more; the transport then reads `queue.state`.
 * A device that uses queues elsewhere than in these calls, from a timer or a thread of its own, is `Holdable` too: there
   are times in which nobody may touch guest memory, such as those in which a PCI function is not bus master.
+* A device whose threads work on queues may wait for kicks itself, where they come on an fd (`Threaded`).
 * A broken rule of the driver is reported once through `bus.broken`; the queue is latched by then. What the
   other side gets to see of it (NEEDS_RESET, an err fd) is the transport's matter.
 
@@ -37,7 +38,7 @@ from .clock import Clock
 from .config import ConfigSpace
 from .features import FeatureSet, Requirements
 
-__all__ = ["RING_FEATURES", "Bus", "Device", "Holdable"]
+__all__ = ["RING_FEATURES", "Bus", "Device", "Holdable", "Threaded"]
 
 RING_FEATURES: Final = FeatureSet("VERSION_1", "INDIRECT_DESC", "EVENT_IDX", "RING_PACKED", "IN_ORDER", "RING_RESET")
 """What the queues of the core can do at either end; a device offers these beside the bits of its class."""
@@ -63,6 +64,10 @@ class Bus(Protocol):
 
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed; dropped while the driver is not live."""
+        ...
+
+    def kick(self, queue_index: int) -> None:
+        """Have `Device.kicked` called for that queue, as if the driver had kicked it. From any thread."""
         ...
 
     def broken(self, error: Exception) -> None:
@@ -164,4 +169,18 @@ class Holdable(Protocol):
 
     def release(self) -> None:
         """Memory may be used again. Every queue that runs is kicked afterwards."""
+        ...
+
+
+@runtime_checkable
+class Threaded(Protocol):
+    """A device whose queues may be worked on by threads of its own. It is `Holdable` too."""
+
+    def take_kick(self, queue_index: int, fd: int | None) -> bool:
+        """Kicks of that queue arrive on `fd` from now on; None: on none, or on no fd. In the owner loop.
+
+        Returns:
+            Whether the device waits for them itself while the queue runs; then nobody else may read `fd`, which stays
+            open until the next call.
+        """
         ...

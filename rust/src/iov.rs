@@ -4,7 +4,7 @@
 //! reference would promise that it is not. Segments resolved in an older epoch are translated again.
 
 use crate::chain::Segment;
-use crate::mem::{Access, At, MemoryError, Want, any_lost};
+use crate::mem::{Access, At, MemoryError, Vector, Want, any_lost};
 
 /// The segments of one chain, with the epoch that they were resolved for.
 #[derive(Clone, Copy, Debug)]
@@ -88,7 +88,13 @@ impl<'a> Iov<'a> {
 
     /// After a copy: whether memory that it touched is lost, and what it brought therefore worth nothing.
     #[inline]
-    fn intact<A: Access>(&self, mem: &A, writable: bool, offset: u64, len: usize) -> Result<(), MemoryError> {
+    pub(crate) fn intact<A: Access>(
+        &self,
+        mem: &A,
+        writable: bool,
+        offset: u64,
+        len: usize,
+    ) -> Result<(), MemoryError> {
         if any_lost() {
             self.find_lost(mem, writable, offset, len)
         } else {
@@ -102,6 +108,19 @@ impl<'a> Iov<'a> {
             mem.intact(piece.at.gpa.saturating_add(piece.off), piece.len as u64)
         })
         .map(drop)
+    }
+
+    /// As much of the readable (`Read`) or writable (`Write`) part from `offset` on, `len` bytes at most, as a system call
+    /// can be given at once; empty when it cannot be given what lies at `offset`. The chain is of the present epoch.
+    pub fn vector<'m, A: Access>(&self, mem: &'m A, want: Want, offset: u64, len: u64) -> Vector<'m, A> {
+        let mut vector = Vector::new(mem, want);
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        // The first piece that cannot be in it ends it.
+        let _ = self.pieces(mem, want == Want::Write, offset, len, |piece, _| {
+            let fits = vector.push(piece.at, piece.off, piece.len);
+            fits.then_some(()).ok_or(MemoryError::Unmapped { gpa: piece.at.gpa })
+        });
+        vector
     }
 
     /// Gather up to `len` bytes of the readable part from `offset` on; the number copied.

@@ -11,7 +11,6 @@ from virtio_test._core import Chain, DeviceQueue
 from virtio_test.carrier.loopback import Loopback
 from virtio_test.carrier.mmio import MmioLoopback
 from virtio_test.devices.base import BaseDevice, batched, kept
-from virtio_test.devices.blk import BlkDevice
 from virtio_test.devices.rng import RngDevice
 from virtio_test.driver.blk import BlkDriver
 from virtio_test.driver.mmio import MmioRegisters
@@ -32,6 +31,7 @@ from tests.hostile.world import (
     spare,
     wanted,
 )
+from tests.unit.disks import NATIVE, disk
 from tests.unit.world import mapped_files, open_fds
 
 # --- what is written, and how much ---------------------------------------------------------------------------------
@@ -184,9 +184,10 @@ def test_an_answer_longer_than_its_buffer(packed: bool, way: str) -> None:
 @pytest.mark.row("CVE-2026-48914")
 @pytest.mark.parametrize("length", range(0, 33, 4))
 @pytest.mark.parametrize("room", [0, 1, 4, 17])
-def test_a_scsi_command_that_ends_early(length: int, room: int) -> None:
+@NATIVE
+def test_a_scsi_command_that_ends_early(length: int, room: int, *, native: bool) -> None:
     """Requests of the legacy kind 2, with all of their parts, some, or none: a status, or nothing."""
-    device = BlkDevice(bytearray(8 * 512))
+    device = disk(bytes(8 * 512), native=native)
     _, driver = attacker(device)
     request = driver.submit(
         0, [struct.pack("<IIQ", 2, 0, 0)[: max(1, length)], bytes(max(1, length - 16))], [room][:room]
@@ -337,9 +338,10 @@ def test_an_indirection_table_beyond_the_queues(mask: int, entries: tuple[int, .
 
 
 @pytest.mark.row("CVE-2021-3545")
-def test_a_disk_never_shows_old_memory() -> None:
+@NATIVE
+def test_a_disk_never_shows_old_memory(*, native: bool) -> None:
     """What a request leaves of its writable buffers is zeroed before it counts as written."""
-    device = BlkDevice(bytearray(b"\xa5" * 4096), serial="x")
+    device = disk(b"\xa5" * 4096, serial="x", native=native)
     _, driver = attacker(device)
     request = driver.submit(0, [struct.pack("<IIQ", 8, 0, 0)], [20, 1])
     answer = request.wait()

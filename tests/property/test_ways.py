@@ -1,22 +1,26 @@
-"""Every way to take chains from a spoiled ring ends the same: one by one, by `process`, by batches of any size.
+"""Every way to take chains from a spoiled ring ends the same: one by one, by `process`, by batches, by native services.
 
-The same chains are completed, with the same bytes, and the same rule is found broken behind them.
+Batches have any size, services do turns of any size, or run in a thread. The same chains are completed, with the same
+bytes, and the same rule is found broken behind them.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from virtio_test._core import DeviceQueue
+from virtio_test._core import DeviceQueue, FileService, Worker
+from virtio_test.devices.blk import BlkDevice
 from virtio_test.errors import QueueViolation
 from virtio_test.strategies import ROWS, RingCase, Scene, cases, defects, legal, random_case
 from virtio_test.strategies.case import RING, TABLES, Name, Outcome
 
 from tests.property import oracles
+from tests.unit.world import eventually
 
 Way = Callable[[DeviceQueue], int]
 SIZE = 24
@@ -81,6 +85,56 @@ def rows(limit: int) -> Way:
     return way
 
 
+def disk(queue: DeviceQueue) -> int:
+    """Every chain as a request to a disk of two sectors, in Python."""
+    device, count = BlkDevice(bytearray(1024)), 0
+    while (chain := queue.pop()) is not None:
+        count += 1
+        queue.push(chain, device.answer(chain))
+    return count
+
+
+def service() -> FileService:
+    fd = os.memfd_create("disk")
+    os.ftruncate(fd, 1024)
+    made = FileService(
+        fd, serial=b"virtio-test".ljust(20, b"\0"), lifetime=bytes(6), max_discard=(0, 0), max_write_zeroes=(0, 0)
+    )
+    os.close(fd)
+    made.agree(
+        capacity=2,
+        read_only=False,
+        flush=True,
+        legacy=True,
+        write_through=True,
+        discard=False,
+        write_zeroes=False,
+        lifetime=False,
+    )
+    return made
+
+
+def turns(limit: int) -> Way:
+    def way(queue: DeviceQueue) -> int:
+        made, count = service(), 0
+        while (done := made.turn([queue], limit=limit)[0]) or queue.has_work():
+            count += done
+        return count
+
+    return way
+
+
+def threaded(queue: DeviceQueue) -> int:
+    worker = Worker(service(), [queue])
+    assert eventually(lambda: worker.turns > 0 and (queue.latched is not None or not queue.has_work()))
+    worker.park()
+    worker.stop()
+    # Of what a worker has found broken the queue tells.
+    if queue.latched is not None:
+        raise queue.latched
+    return queue.counters.pushed
+
+
 def ends(case: RingCase, policy: Name, way: Way) -> tuple[str | None, int, list[bytes], object]:
     """(rule, chains popped and put back, memory, state) after the whole ring was taken in that way."""
     with case.play(policy) as scene:
@@ -115,6 +169,9 @@ def compared(case: RingCase, policy: Name, limit: int) -> None:
     two = ends(case, policy, zeros)
     assert two == ends(case, policy, batches(limit))
     assert two == ends(case, policy, rows(limit))
+    three = ends(case, policy, disk)
+    assert three == ends(case, policy, turns(limit))
+    assert three == ends(case, policy, threaded)
 
 
 SPOILED = [row for row in ROWS if any(alone(case) for case in cases(row))]

@@ -7,24 +7,26 @@ import contextlib
 import pytest
 from virtio_test._core import GuestMemory, Trace
 from virtio_test.carrier.loopback import Loopback
-from virtio_test.devices.blk import BlkDevice
 from virtio_test.driver.blk import BlkDriver
 from virtio_test.errors import RequestFailed
 from virtio_test.features import FeatureSet
 from virtio_test.spec.blk import HEADER, RequestType
 
+from .disks import NATIVE, content, disk
+
 SIZE = 1 << 20
 
 
 @pytest.mark.row("T08")
+@NATIVE
 @pytest.mark.parametrize(("field", "value"), [("sector", 1), ("sector", 1 << 60), ("kind", int(RequestType.GET_ID))])
-def test_a_header_that_changes_meanwhile_is_one_or_the_other(field: str, value: int) -> None:
+def test_a_header_that_changes_meanwhile_is_one_or_the_other(field: str, value: int, *, native: bool) -> None:
     """Before each access of the device another header is there: what is done is what one of both says."""
 
     def run(number: int | None) -> tuple[tuple[bytes, int | None], int]:
         """What a write of sector 0 comes to, with the change before that access; and how many accesses it took."""
-        trace, image = Trace(), bytearray(SIZE)
-        registers = Loopback(BlkDevice(image), memory=GuestMemory([(0, 1 << 20)], trace=trace))
+        trace, device = Trace(), disk(bytes(SIZE), native=native)
+        registers = Loopback(device, memory=GuestMemory([(0, 1 << 20)], trace=trace))
         driver = BlkDriver(registers, wanted=FeatureSet("VERSION_1"))
         driver.initialize()
         request = driver.submit_request(RequestType.OUT, 0, b"x" * 512, 0, publish=False)
@@ -44,7 +46,9 @@ def test_a_header_that_changes_meanwhile_is_one_or_the_other(field: str, value: 
             request.wait()
         log = trace.log()[before:]
         assert sum(access.kind == "read" and access.address == header for access in log) == 1
-        return (bytes(image[:1024]), request.status), len(log)
+        found = content(device)[:1024]
+        device.close()
+        return (found, request.status), len(log)
 
     (untouched, count), (whole, _) = run(None), run(0)
     assert whole != untouched

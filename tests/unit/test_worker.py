@@ -77,7 +77,8 @@ class World:
 def everything_ends() -> Generator[None]:
     threads = tasks()
     yield
-    assert eventually(lambda: tasks() == threads)
+    # A thread of an earlier test may end meanwhile.
+    assert eventually(lambda: tasks() <= threads)
 
 
 def tasks() -> int:
@@ -412,7 +413,7 @@ def test_a_worker_that_is_forgotten_ends() -> None:
     fds = open_fds()
     forget()
     assert open_fds() <= fds
-    assert eventually(lambda: tasks() == count)
+    assert eventually(lambda: tasks() <= count)
 
 
 def test_a_callback_in_its_thread_cannot_wait_for_it() -> None:

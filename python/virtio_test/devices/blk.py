@@ -17,6 +17,9 @@ and never old memory.
 **When a write is stable** (5.2.6.2): at its completion if the driver took neither FLUSH nor CONFIG_WCE although they
 were on offer, or took CONFIG_WCE and `writeback` is 0; else when a flush that comes after it is completed.
 
+**Native**: requests to an image in a file can be answered without Python (`_core.FileService`), by the same rules, in
+the owner loop or in one thread for each queue.
+
 Trouble of the host (EIO, ENOSPC, a file that became shorter) is an IOERR for that one request and a line in the log.
 What earlier pieces of such a request have written stays written.
 """
@@ -24,11 +27,11 @@ What earlier pieces of such a request have written stays written.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from virtio_test._core import Chain
+from virtio_test._core import Chain, FileService
 from virtio_test.config import ConfigLayout, ConfigSpace
 from virtio_test.errors import InvalidArgument, SavedStateError
 from virtio_test.features import FeatureSet
@@ -49,8 +52,9 @@ from virtio_test.spec.blk import (
 from virtio_test.spec.ids import DeviceId
 
 from .base import OnHandlerError
-from .chains import CHUNK, ChainDevice
+from .chains import CHUNK
 from .image import FileImage, Image, RamImage
+from .native import NativeDevice, WaitStrategy, threads
 
 __all__ = ["CONFIG_LAYOUT", "BlkCounters", "BlkDevice"]
 
@@ -96,7 +100,7 @@ class BlkCounters:
         return asdict(self)
 
 
-class BlkDevice(ChainDevice):
+class BlkDevice(NativeDevice):
     """The block device.
 
     Args:
@@ -122,10 +126,13 @@ class BlkDevice(ChainDevice):
         device_id: virtio device id.
         transitional: serve a driver without VERSION_1 too.
         on_handler_error: what becomes of a request when an `Image` raises anything but OSError.
+        native: answer from the file without Python.
+        wait: how the threads of a native device wait, one for each queue; None serves in the owner loop.
+        spin: microseconds that an ``adaptive`` one looks at the rings.
+        cpus: the CPUs that its threads run on, over and over; any, when None.
 
     Attributes:
         image: the image.
-        counters: what it has met.
 
     Raises:
         InvalidArgument: an image that cannot be used, or a value that the configuration space cannot show.
@@ -155,6 +162,10 @@ class BlkDevice(ChainDevice):
         device_id: int = DeviceId.BLOCK,
         transitional: bool = True,
         on_handler_error: OnHandlerError = "broken",
+        native: bool = False,
+        wait: WaitStrategy | None = None,
+        spin: float = 50.0,
+        cpus: Sequence[int] | None = None,
     ) -> None:
         if block_size & (block_size - 1) or not SECTOR <= block_size <= 32768:
             raise InvalidArgument(f"block size {block_size} is no power of two from 512 to 32768")
@@ -166,7 +177,10 @@ class BlkDevice(ChainDevice):
             0 <= each <= limit for each, limit in zip(lifetime, LIFETIME_LIMITS, strict=True)
         ):
             raise InvalidArgument(f"lifetime {lifetime} is beyond {LIFETIME_LIMITS}, which is reserved")
+        how = threads(native=native, wait=wait, spin=spin, cpus=cpus)
         self.image = _open(image, read_only=read_only)
+        if native and not isinstance(self.image, FileImage):
+            raise InvalidArgument(f"{self.image!r} is no file: a native device answers from one")
         changes = not read_only
         offered = [
             ("RO", read_only),
@@ -211,9 +225,13 @@ class BlkDevice(ChainDevice):
                 max_write_zeroes_seg=_MAX_WRITE_ZEROES[1],
                 write_zeroes_may_unmap=1,
             )
+        self._serial = serial.encode("ascii").ljust(ID_SIZE, b"\0")
+        services = [self._service(self.image, lifetime, self._serial) for _ in range(num_queues) if native]
         super().__init__(
             device_id,
-            chains=dict.fromkeys(range(num_queues), self._request),
+            services={(index,): service for index, service in enumerate(services)},
+            threads=how,
+            chains={} if native else dict.fromkeys(range(num_queues), self.answer),
             queue_sizes=(queue_size,) * num_queues,
             features=features,
             config=ConfigSpace(CONFIG_LAYOUT, **values),
@@ -224,13 +242,35 @@ class BlkDevice(ChainDevice):
         self.read_only = read_only
         self.write_cache = write_cache and flush
         self.lifetime = lifetime
-        self.counters = BlkCounters()
-        self._serial = serial.encode("ascii").ljust(ID_SIZE, b"\0")
+        self._services = services
+        self._counters = BlkCounters()
+        self._failures = 0
         self._buffer = memoryview(bytearray(CHUNK))
         self._write_through = False
+        self._agree()
+
+    @staticmethod
+    def _service(image: Image, lifetime: tuple[int, int, int] | None, serial: bytes) -> FileService:
+        assert isinstance(image, FileImage)
+        return FileService(
+            image.fileno(),
+            serial=serial,
+            lifetime=LIFETIME.pack(*(lifetime or (0, 0, 0))),
+            max_discard=_MAX_DISCARD,
+            max_write_zeroes=_MAX_WRITE_ZEROES,
+        )
+
+    @property
+    def counters(self) -> BlkCounters:
+        """What it has met, of all its queues."""
+        if not self._services:
+            return self._counters
+        met = [service.counters for service in self._services]
+        return BlkCounters(**{name: sum(each[name] for each in met) for name in met[0]})
 
     def close(self) -> None:
         """Let go of the image. The device must not be used any more."""
+        super().close()
         self.image.close()
 
     def refresh_capacity(self) -> int:
@@ -240,6 +280,7 @@ class BlkDevice(ChainDevice):
             InvalidArgument: it is no multiple of 512 bytes any more.
         """
         self.config.update(capacity=self._sectors())
+        self._agree()
         return self.config.capacity
 
     # --- what the driver agrees upon ------------------------------------------------------------------------
@@ -272,6 +313,22 @@ class BlkDevice(ChainDevice):
             self._write_through = self.config.writeback == 0
         else:
             self._write_through = "FLUSH" in self.features and "FLUSH" not in negotiated
+        self._agree()
+
+    def _agree(self) -> None:
+        """Tell the services what holds from now on."""
+        negotiated = self.negotiated
+        for service in self._services:
+            service.agree(
+                capacity=self.config.capacity,
+                read_only=self.read_only,
+                flush="FLUSH" in self.features,
+                legacy="VERSION_1" not in negotiated,
+                write_through=self._write_through,
+                discard="DISCARD" in negotiated,
+                write_zeroes="WRITE_ZEROES" in negotiated,
+                lifetime=self.lifetime is not None and "LIFETIME" in negotiated,
+            )
 
     # --- requests -------------------------------------------------------------------------------------------
 
@@ -281,7 +338,8 @@ class BlkDevice(ChainDevice):
         if chain.writable:
             chain.write(bytes((_IOERR,)), offset=chain.writable - 1)
 
-    def _request(self, chain: Chain) -> int:
+    def answer(self, chain: Chain) -> int:
+        """Do one request, and say how many bytes of its writable part are used: all, or none where no status fits."""
         if not chain.writable:
             self.counters.no_status += 1
             return 0
@@ -394,17 +452,28 @@ class BlkDevice(ChainDevice):
         self.counters.flushes += 1
         self.image.sync()
 
+    def noticed(self) -> None:
+        """See `NativeDevice.noticed`: failures of the file that services have met."""
+        before, self._failures = self._failures, sum(each.counters["host_errors"] for each in self._services)
+        # As many as there were, if one of them would have been written down.
+        if before.bit_length() != self._failures.bit_length():
+            error = max(each.last_errno for each in self._services)
+            self._log_failure("a request", self._failures, OSError(error, os.strerror(error)))
+
     def _host_failed(self, kind: int, error: OSError) -> None:
         self.counters.host_errors += 1
         count = self.counters.host_errors
         # A driver can ask again and again: the 1st, 2nd, 4th, 8th … is written down.
         if not count & (count - 1):
-            # Loaded only here: importing the package must stay cheap.
-            import logging
+            self._log_failure(f"request type {kind}", count, error)
 
-            logging.getLogger("virtio_test.device").error(
-                "%r: request type %d failed, answered IOERR (failure %d): %s", self.image, kind, count, error
-            )
+    def _log_failure(self, what: str, count: int, error: OSError) -> None:
+        # Loaded only here: importing the package must stay cheap.
+        import logging
+
+        logging.getLogger("virtio_test.device").error(
+            "%r: %s failed, answered IOERR (failure %d): %s", self.image, what, count, error
+        )
 
     def _sectors(self) -> int:
         sectors, rest = divmod(self.image.size, SECTOR)

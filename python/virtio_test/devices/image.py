@@ -156,6 +156,10 @@ class FileImage:
         """See `Image.size`."""
         return os.lseek(self._fd, 0, os.SEEK_END)
 
+    def fileno(self) -> int:
+        """The file, still owned by this object."""
+        return self._fd
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """See `Image.read_into`."""
         done = 0

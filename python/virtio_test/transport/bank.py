@@ -371,13 +371,13 @@ class RegisterBank(QueueRegisters):
         else:
             self.disable_queue(index)
 
-    def kick(self, index: int) -> None:
-        """The driver kicks a queue: it is marked, and looked at in a turn of its own. From any thread.
+    def kick(self, queue_index: int) -> None:
+        """The driver kicks a queue: it is marked, and looked at in a turn of its own. From any thread; see `Bus.kick`.
 
         A queue that does not exist, or is not enabled, is no reason to do anything (X03).
         """
-        if 0 <= index < len(self._slots):
-            self._loop.pend((self, "kick", index), lambda: self._run(index))
+        if 0 <= queue_index < len(self._slots):
+            self._loop.pend((self, "kick", queue_index), lambda: self._run(queue_index))
 
     def _fresh_slots(self) -> list[QueueSlot]:
         return [QueueSlot(index, size, size) for index, size in enumerate(self.device.queue_sizes)]

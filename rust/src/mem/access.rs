@@ -99,6 +99,14 @@ pub trait Access {
     /// `Lost` when a region of the range is lost.
     fn intact(&self, gpa: u64, len: u64) -> Result<(), MemoryError>;
 
+    /// Host address of `len` bytes at `at + off`, where that is all there is to reaching them: none where somebody must be
+    /// told, or has to carry it.
+    #[inline]
+    fn direct(&self, at: At, off: u64, len: u64, want: Want) -> Option<*mut u8> {
+        let _ = (at, off, len, want);
+        None
+    }
+
     /// Relaxed 16-bit load.
     ///
     /// # Errors

@@ -105,6 +105,11 @@ impl Access for Mapped<'_> {
         if any_lost() { self.0.intact(gpa, len) } else { Ok(()) }
     }
 
+    #[inline]
+    fn direct(&self, at: At, off: u64, len: u64, want: Want) -> Option<*mut u8> {
+        Mapped::direct(*self, at, off, len, want)
+    }
+
     load!(load_u16, AtomicU16, u16);
     load!(load_u32, AtomicU32, u32);
     load!(load_u64, AtomicU64, u64);

@@ -16,6 +16,7 @@ mod table;
 mod tests;
 mod traced;
 mod transfer;
+mod vector;
 
 pub use access::{Access, At, Want};
 // Only the Python face does not know at compile time what kind of memory it has.
@@ -30,6 +31,7 @@ pub use region::{Backing, Mapping, OWN_ALIGN, RECEIVED_ALIGN, Region, RegionErro
 pub use table::{MAX_REGIONS, MAX_TRANSLATIONS, Table};
 pub use traced::{AccessKind, Record, Trace};
 pub use transfer::{MAX_TRANSFER, Transfer, TransferFailed, transferring};
+pub use vector::Vector;
 
 /// A number of bytes as the host counts them.
 #[expect(

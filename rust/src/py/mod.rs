@@ -69,7 +69,7 @@ mod core_module {
     #[pymodule_export]
     use super::poller::PyPoller;
     #[pymodule_export]
-    use super::service::{PyEntropyService, PyService};
+    use super::service::{PyEntropyService, PyFileService, PyService};
     #[pymodule_export]
     use super::worker::PyWorker;
     #[pymodule_export]

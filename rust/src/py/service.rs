@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use smallvec::SmallVec;
 
-use super::args::{Int, invalid};
+use super::args::{Input, Int, duplicate, invalid};
 use super::chain::Shared;
 use super::device::{PyDeviceQueue, Wakes, positive};
 use super::errors::raise;
@@ -18,7 +18,9 @@ use super::guard::{Gil, lock, pin};
 use super::remote;
 use crate::mem::{GuestMemory, with_access};
 use crate::queue::DeviceQueue;
-use crate::service::{Bounds, Done, Entropy, EntropyCounters, Native, Service, run};
+use crate::service::{
+    Bounds, Done, Entropy, EntropyCounters, File, FileCounters, Native, Service, Terms, Traits, run, term,
+};
 
 /// Queues of one memory that a service works on at once.
 pub(crate) struct Party {
@@ -209,5 +211,100 @@ impl PyEntropyService {
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let EntropyCounters { delivered, odd, failed } = &*self.0;
         counted(py, &[("delivered", delivered), ("odd", odd), ("failed", failed)])
+    }
+}
+
+/// Answers block requests from a file.
+#[pyclass(frozen, extends = PyService, module = "virtio_test._core", name = "FileService")]
+pub struct PyFileService {
+    terms: Arc<Terms>,
+    counters: Arc<FileCounters>,
+}
+
+fn fixed<const N: usize>(name: &str, given: &Input<'_>) -> PyResult<[u8; N]> {
+    let given = given.to_vec();
+    let length = given.len();
+    let fits = <[u8; N]>::try_from(given);
+    fits.map_err(|_| invalid(format_args!("{name} has {length} bytes: it is {N}")))
+}
+
+#[pymethods]
+impl PyFileService {
+    #[new]
+    #[pyo3(signature = (fd, *, serial, lifetime, max_discard, max_write_zeroes))]
+    #[allow(clippy::needless_pass_by_value, reason = "held until they are copied")]
+    fn new(
+        fd: Int<i32>,
+        serial: Input<'_>,
+        lifetime: Input<'_>,
+        max_discard: (Int<u32>, Int<u32>),
+        max_write_zeroes: (Int<u32>, Int<u32>),
+    ) -> PyResult<PyClassInitializer<Self>> {
+        let traits = Traits {
+            serial: fixed("serial", &serial)?,
+            lifetime: fixed("lifetime", &lifetime)?,
+            max_discard: (max_discard.0.0, max_discard.1.0),
+            max_write_zeroes: (max_write_zeroes.0.0, max_write_zeroes.1.0),
+        };
+        let service = File::new(duplicate(fd.0)?, traits);
+        let own = Self {
+            terms: Arc::clone(service.terms()),
+            counters: Arc::clone(service.counters()),
+        };
+        Ok(PyService::new(Native::File(service)).with(own))
+    }
+
+    #[pyo3(signature = (*, capacity, read_only, flush, legacy, write_through, discard, write_zeroes, lifetime))]
+    #[allow(
+        clippy::too_many_arguments,
+        clippy::fn_params_excessive_bools,
+        reason = "keyword arguments of Python"
+    )]
+    fn agree(
+        &self,
+        capacity: Int<u64>,
+        read_only: bool,
+        flush: bool,
+        legacy: bool,
+        write_through: bool,
+        discard: bool,
+        write_zeroes: bool,
+        lifetime: bool,
+    ) {
+        let bits = [
+            (read_only, term::READ_ONLY),
+            (flush, term::FLUSH),
+            (legacy, term::LEGACY),
+            (write_through, term::WRITE_THROUGH),
+            (discard, term::DISCARD),
+            (write_zeroes, term::WRITE_ZEROES),
+            (lifetime, term::LIFETIME),
+        ];
+        let flags = bits.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum();
+        self.terms.capacity.store(capacity.0, Ordering::Relaxed);
+        self.terms.flags.store(flags, Ordering::Relaxed);
+    }
+
+    #[getter]
+    fn last_errno(&self) -> i32 {
+        self.counters.last_errno.load(Ordering::Relaxed)
+    }
+
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let seen = &*self.counters;
+        counted(
+            py,
+            &[
+                ("ok", &seen.ok),
+                ("ioerr", &seen.ioerr),
+                ("unsupp", &seen.unsupp),
+                ("no_status", &seen.no_status),
+                ("host_errors", &seen.host_errors),
+                ("read", &seen.read),
+                ("written", &seen.written),
+                ("flushes", &seen.flushes),
+            ],
+        )
     }
 }

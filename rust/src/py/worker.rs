@@ -78,6 +78,9 @@ impl Work for Served {
             return Turned::More;
         };
         self.seen.chains.fetch_add(turn.done as u64, Ordering::Relaxed);
+        if turn.notable {
+            self.tell();
+        }
         if turn.more { Turned::More } else { Turned::Idle }
     }
 

@@ -11,8 +11,11 @@
 //! dirty log is marked, a record is kept, and a translation that is missing is waited for.
 
 mod entropy;
+mod file;
+mod image;
 
 pub use entropy::{Entropy, EntropyCounters};
+pub use file::{File, FileCounters, Terms, Traits, term};
 use smallvec::SmallVec;
 
 use crate::chain::{Element, Segment};
@@ -40,6 +43,8 @@ pub struct Turn {
     pub done: usize,
     /// Whether it ended at a bound: there may be more.
     pub more: bool,
+    /// Whether something has happened that the owner wants to write down.
+    pub notable: bool,
 }
 
 /// A native handler; see the module's head.
@@ -60,18 +65,22 @@ pub trait Service {
 pub enum Native {
     /// Random bytes.
     Entropy(Entropy),
+    /// Block requests, answered from a file.
+    File(File),
 }
 
 impl Service for Native {
     fn queues(&self) -> usize {
         match self {
             Self::Entropy(service) => service.queues(),
+            Self::File(service) => service.queues(),
         }
     }
 
     fn turn<A: Access>(&mut self, mem: &A, queues: &mut [&mut DeviceQueue], bounds: Bounds) -> Result<Turn, Fault> {
         match self {
             Self::Entropy(service) => service.turn(mem, queues, bounds),
+            Self::File(service) => service.turn(mem, queues, bounds),
         }
     }
 }
@@ -81,7 +90,7 @@ impl Service for Native {
 pub struct Wake {
     /// The driver: chains were used.
     pub call: bool,
-    /// Whoever can get translations: one is missing that nobody was told of.
+    /// Whoever can get translations: one is missing.
     pub miss: bool,
 }
 
@@ -100,7 +109,8 @@ pub fn run<S: Service, A: Access>(service: &mut S, mem: &A, queues: &mut [&mut D
     let mut wakes = SmallVec::new();
     for queue in queues {
         let call = queue.publish(mem).and_then(|()| queue.wants_call(mem));
-        let miss = queue.waits_anew();
+        // Told each time: the translation that it waited for may have come and gone again.
+        let miss = queue.waits_anew() || queue.waits().is_some();
         wakes.push(Wake {
             call: *call.as_ref().unwrap_or(&false),
             miss,

@@ -127,6 +127,12 @@ class Backend(PeerServer):
         if self._session is not None:
             self._session.rings.call(queue_index)
 
+    def kick(self, queue_index: int) -> None:
+        """See `Bus.kick`."""
+        session = self._session
+        if session is not None:
+            session.rings.kick(queue_index)
+
     def config_changed(self) -> None:
         """See `Bus.config_changed`."""
         if self._session is not None:

@@ -18,7 +18,7 @@ from typing import Final
 
 from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, RingLayout
 from virtio_test.clock import Timer
-from virtio_test.device import Device
+from virtio_test.device import Device, Threaded
 from virtio_test.errors import HandlerError, QueueViolation, RuleViolation, StatusViolation, VirtioTestError
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
@@ -112,6 +112,7 @@ class RingSet:
         """Only the device, and what it works on."""
         for ring in self.rings:
             self.loop.unpend((self, ring.index))
+            self.loop.unpend((self, "call", ring.index))
         try:
             self.device.reset()
         except Exception as error:  # noqa: BLE001 - logged with its traceback; the next front-end is served
@@ -208,7 +209,7 @@ class RingSet:
                 self.memory.memory,
                 ring.queue_config(where, self.accepted.bits, self.policy),
                 state=state,
-                call=Notifier.callback(lambda: self.call(ring.index)),
+                call=self._call_of(ring),
                 # From any thread that pops.
                 miss=Notifier.callback(lambda: self.loop.pend((self, "miss", ring.index), lambda: self._missed(ring))),
                 record=None if self.records is None else self.records.part(ring.index, packed=self.packed),
@@ -254,6 +255,11 @@ class RingSet:
         if ring.queue is not None:
             self.loop.pend((self, ring.index), lambda: self._work(ring))
 
+    def kick(self, index: int) -> None:
+        """As `mark`, of ring `index`; from any thread."""
+        if 0 <= index < len(self.rings):
+            self.mark(self.rings[index])
+
     def _missed(self, ring: Ring) -> None:
         """A pop lacked a translation, which may have come meanwhile."""
         with self.working_on(ring):
@@ -285,8 +291,11 @@ class RingSet:
             poller.stop()
         if ring.kick is not None:
             self.loop.remove_reader(ring.kick.fileno())
+        # A device with threads waits for it itself; it lets go of the old one before that is closed.
+        fd = None if kick is None else kick.fileno()
+        taken = isinstance(self.device, Threaded) and self.device.take_kick(ring.index, fd)
         ring.kick = kick
-        if kick is not None:
+        if kick is not None and not taken:
             self.loop.add_reader(kick.fileno(), lambda: self._kicked(ring, kick))
         if poll:
             self._pollers[ring.index] = Timer(
@@ -294,6 +303,28 @@ class RingSet:
             )
 
     # --- what the device asks for ---------------------------------------------------------------------------
+
+    def _call_of(self, ring: Ring) -> Notifier:
+        """What the queue of `ring` wakes its driver with.
+
+        Threads of the device call directly where nothing but the fd has to know of it, else through the loop.
+        """
+        if not isinstance(self.device, Threaded):
+            return Notifier.callback(lambda: self.call(ring.index))
+        if ring.call is not None and self.marking.call is None:
+            return ring.call
+        return Notifier.callback(lambda: self.loop.pend((self, "call", ring.index), lambda: self._deliver(ring)))
+
+    def _deliver(self, ring: Ring) -> None:
+        self.call(ring.index)
+        self.marking.tell()
+
+    def set_log_call(self, call: Notifier) -> None:
+        """Say with `call` that something may have been marked in the dirty log."""
+        self.marking.call = call
+        for ring in self.rings:
+            if ring.queue is not None:
+                ring.queue.set_call(self._call_of(ring))
 
     def call(self, index: int) -> None:
         """Interrupt the driver for queue `index`."""
@@ -331,6 +362,8 @@ class RingSet:
     def set_call(self, ring: Ring, call: Notifier | None) -> None:
         """Call with `call` from now on; at once, if there was a call that nobody could hear."""
         ring.call = call
+        if ring.queue is not None:
+            ring.queue.set_call(self._call_of(ring))
         if call is not None and ring.call_owed:
             ring.call_owed = False
             self.call(ring.index)

@@ -350,7 +350,7 @@ class Session:
         return U64(0)
 
     def _set_log_fd(self, message: Message) -> None:
-        self.rings.marking.call = checked_notifier(message.fds[0], None)
+        self.rings.set_log_call(checked_notifier(message.fds[0], None))
 
     def _iotlb(self, message: Message) -> Payload:
         entry = message.payload
