@@ -278,8 +278,11 @@ def test_an_interrupt_wins_over_what_the_handler_raised(other: Other) -> None:
     driver.add([(DATA, 4)])
     driver.publish()
 
-    def handler(_: bytes) -> bytes:
-        if device.counters.pushed:
+    calls = list[bytes]()
+
+    def handler(request: bytes) -> bytes:
+        calls.append(request)
+        if len(calls) == 2:
             other.before = raising(KeyboardInterrupt())
             raise KeyError
         return b""

@@ -87,6 +87,16 @@ impl Raw {
         }
     }
 
+    /// Of an immutable object, for as long as the caller holds it; only to read from.
+    #[inline]
+    pub(crate) fn of_bytes(bytes: &Bound<'_, PyBytes>) -> Self {
+        let data = bytes.as_bytes();
+        Self {
+            ptr: data.as_ptr().cast_mut(),
+            len: data.len(),
+        }
+    }
+
     /// Row `row` of rows of `itemsize` bytes, when it lies wholly inside.
     pub(crate) fn row(self, row: usize, itemsize: usize) -> Option<Self> {
         let start = row.checked_mul(itemsize)?;
@@ -142,13 +152,8 @@ impl<'py> FromPyObject<'_, 'py> for Input<'py> {
 
     fn extract(obj: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
         if let Ok(bytes) = obj.cast::<PyBytes>() {
-            let data = bytes.as_bytes();
-            let raw = Raw {
-                ptr: data.as_ptr().cast_mut(),
-                len: data.len(),
-            };
             return Ok(Self {
-                raw,
+                raw: Raw::of_bytes(&bytes),
                 _keep: Keep::Bytes(bytes.to_owned()),
             });
         }

@@ -13,9 +13,12 @@ use super::errors::{InvalidArgument, StaleChain, either, raise};
 use super::guard::{lock, with_queue};
 use super::remote::{pending, pressing};
 use crate::chain::{Element, Segment};
-use crate::error::QueueError;
+use crate::error::{Fault, QueueError};
 use crate::mem::Access;
 use crate::queue::DeviceQueue;
+
+/// Chains that there is room for from the start, with two segments each.
+const ROOM: usize = 128;
 
 /// Popped chains and the arena of their segments.
 #[derive(Default)]
@@ -24,13 +27,35 @@ pub(crate) struct Popped {
     pub(crate) segments: Vec<Segment>,
 }
 
+/// Room that one user of a queue leaves for the next.
+#[derive(Default)]
+pub(crate) struct Spare(Mutex<Popped>);
+
+impl Spare {
+    /// Nothing, with room if some was left.
+    pub(crate) fn take(&self) -> Popped {
+        self.0
+            .try_lock()
+            .map_or_else(|_| Popped::default(), |mut spare| std::mem::take(&mut *spare))
+    }
+
+    /// Leave the room of what nobody needs any more, unless it is very much.
+    pub(crate) fn keep(&self, mut popped: Popped) {
+        popped.clear();
+        if popped.elements.capacity() <= ROOM && popped.segments.capacity() <= 4 * ROOM {
+            if let Ok(mut spare) = self.0.try_lock() {
+                *spare = popped;
+            }
+        }
+    }
+}
+
 impl Popped {
     /// Pop up to `limit` chains.
     pub(crate) fn take(py: Python<'_>, queue: &PyDeviceQueue, limit: usize) -> PyResult<Self> {
         let mut popped = Self::default();
         let (done, anew) = with_queue!(Some(py), queue.shared(), |mem, queue| {
-            let Self { elements, segments } = &mut popped;
-            let done = queue.pop_many(mem, limit, segments, elements);
+            let done = popped.pop(mem, queue, limit);
             if pending() {
                 popped.put_back(queue, 0);
             }
@@ -44,12 +69,43 @@ impl Popped {
         Ok(popped)
     }
 
+    /// The same under the queue's lock.
+    #[inline]
+    pub(crate) fn pop<A: Access>(&mut self, mem: &A, queue: &mut DeviceQueue, limit: usize) -> Result<(), Fault> {
+        let room = limit.min(ROOM);
+        self.elements.reserve(room);
+        self.segments.reserve(2 * room);
+        queue
+            .pop_many(mem, limit, &mut self.segments, &mut self.elements)
+            .map(drop)
+    }
+
+    /// Forget all, but keep the room for the next ones.
+    pub(crate) fn clear(&mut self) {
+        self.elements.clear();
+        self.segments.clear();
+    }
+
+    /// Copies from and to its chains, with rows of `itemsize` bytes.
+    #[inline]
+    pub(crate) fn rows(&self, itemsize: usize) -> Rows<'_> {
+        Rows {
+            segments: &self.segments,
+            itemsize,
+        }
+    }
+
+    /// The segments of one of its chains.
+    pub(crate) fn segments_of(&self, element: &Element) -> &[Segment] {
+        let segments = self.segments.get(element.first..).unwrap_or_default();
+        segments.get(..element.count).unwrap_or_default()
+    }
+
     /// Put the chains from `first` on back into the ring, newest first.
     pub(crate) fn put_back(&mut self, queue: &mut DeviceQueue, first: usize) {
         while self.elements.len() > first {
             let Some(element) = self.elements.pop() else { break };
-            let segments = self.segments.get(element.first..).unwrap_or_default();
-            queue.put_back(&element, segments.get(..element.count).unwrap_or_default());
+            queue.put_back(&element, self.segments_of(&element));
         }
     }
 
@@ -68,10 +124,7 @@ impl Popped {
                 kept.len()
             )));
         };
-        let rows = Rows {
-            segments: &self.segments,
-            itemsize,
-        };
+        let rows = self.rows(itemsize);
         PyByteArray::new_with(py, total, |bytes| {
             let target = Raw::of(bytes);
             let mut each = kept.iter().enumerate();
@@ -104,10 +157,7 @@ impl Popped {
         itemsize: usize,
         keep: impl Fn(&Element) -> bool,
     ) -> Result<Responded, QueueError> {
-        let rows = Rows {
-            segments: &self.segments,
-            itemsize,
-        };
+        let rows = self.rows(itemsize);
         let (mut row, mut responded) = (0, Responded::default());
         let mut trouble = None;
         for element in &self.elements {

@@ -28,6 +28,7 @@ pub(crate) struct Shared {
     /// anywhere, also where the lock is held.
     orphans: Mutex<Vec<Popped>>,
     orphaned: AtomicBool,
+    uses: AtomicU64,
 }
 
 impl Shared {
@@ -36,6 +37,7 @@ impl Shared {
             guarded: Guarded::new(guest, queue),
             orphans: Mutex::new(Vec::new()),
             orphaned: AtomicBool::new(false),
+            uses: AtomicU64::new(0),
         }
     }
 
@@ -44,6 +46,7 @@ impl Shared {
     #[inline(always)]
     pub(crate) fn lock(&self, gil: Gil<'_>) -> PyResult<MutexGuard<'_, DeviceQueue>> {
         let mut queue = self.guarded.lock(gil)?;
+        self.used();
         self.adopt(&mut queue);
         Ok(queue)
     }
@@ -53,8 +56,22 @@ impl Shared {
     #[inline(always)]
     pub(crate) fn enter(&self, gil: Gil<'_>) -> PyResult<(Pin<'_>, MutexGuard<'_, DeviceQueue>)> {
         let (pin, mut queue) = self.guarded.enter(gil)?;
+        self.used();
         self.adopt(&mut queue);
         Ok((pin, queue))
+    }
+
+    /// Count a use, under the lock.
+    #[inline]
+    fn used(&self) {
+        let before = self.uses.load(Ordering::Relaxed);
+        self.uses.store(before.wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// How often the queue was locked: as long as that is the same, nobody has reset it, or done anything else to it.
+    #[inline]
+    pub(crate) fn uses(&self) -> u64 {
+        self.uses.load(Ordering::Relaxed)
     }
 
     /// Put all chains of `popped` back now, or before the queue is used again; never waits.

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyType;
 
 use super::args::Int;
-use super::batch::{Popped, PyBatch};
+use super::batch::{Popped, PyBatch, Spare};
 use super::chain::{PyChain, Shared};
 use super::counters::PyCounters;
 use super::errors::{self, InvalidArgument, bad_record, either, raise};
@@ -93,6 +93,7 @@ pub struct PyDeviceQueue {
     broken: Mutex<Option<Py<PyAny>>>,
     /// Work that handlers have charged, in bytes.
     charged: AtomicUsize,
+    spare: Spare,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -117,6 +118,10 @@ impl PyDeviceQueue {
         &self.wakes
     }
 
+    pub(super) const fn spare(&self) -> &Spare {
+        &self.spare
+    }
+
     /// Keep a chain whose handler raised until it is taken.
     pub(super) fn keep(&self, chain: Py<PyChain>) {
         locked(&self.failed).push(chain);
@@ -133,7 +138,11 @@ impl PyDeviceQueue {
 
     /// What handlers have charged since the last time.
     pub(super) fn take_charge(&self) -> usize {
-        self.charged.swap(0, Ordering::Relaxed)
+        // Mostly there is nothing, and to look costs less than to take.
+        match self.charged.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => self.charged.swap(0, Ordering::Relaxed),
+        }
     }
 
     /// Forget what belongs to a generation that ends. Dropped after the locks: what the traceback of an exception
@@ -190,6 +199,7 @@ impl PyDeviceQueue {
             failed: Mutex::new(Vec::new()),
             broken: Mutex::new(None),
             charged: AtomicUsize::new(0),
+            spare: Spare::default(),
         })
     }
 

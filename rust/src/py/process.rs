@@ -1,19 +1,30 @@
 //! Two ways to handle the chains of a `DeviceQueue`: request by request, and a whole batch at once.
 //!
-//! A burst is popped and gathered under the queue's lock, handled without it, and completed under it again: while
-//! Python code runs, no lock and no pin is held, so a handler may use the queue, or reset it.
+//! # Theory
+//!
+//! A burst is popped and gathered in one go, under the queue's lock, handled without it, and completed in one go again:
+//! while Python code runs, no lock and no pin is held, so a handler may use the queue, or reset it. What a handler
+//! answers waits until the burst is completed, if it is `bytes`, which nobody can change; any other buffer may be another
+//! one after the next call, so it is copied at once, and what waits before it goes with it.
+//!
+//! Before each call the chain must still be current. That is asked under the lock, but only when somebody used the queue
+//! since it was asked last (`Shared::uses`): mostly, nobody did.
 
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyMemoryView};
+use smallvec::SmallVec;
 
 use super::args::{Input, Raw};
 use super::batch::{Popped, zeroed};
-use super::chain::{PyChain, Rows};
+use super::chain::PyChain;
 use super::device::PyDeviceQueue;
 use super::errors::{HandlerError, either, raise};
-use super::guard::with_queue;
-use super::remote::pressing;
+use super::guard::{DETACH_ABOVE, with_queue};
+use super::remote::{pending, pressing};
 use crate::chain::Element;
+use crate::error::QueueError;
+use crate::mem::Access;
+use crate::queue::DeviceQueue;
 
 /// Chains taken at once: enough to spread the cost of a publication.
 const BURST: usize = 32;
@@ -37,32 +48,145 @@ struct Progress {
     bytes: usize,
 }
 
-/// What becomes of a chain.
-#[derive(Clone, Copy)]
-enum Answer {
+/// A chain of a burst, on its way.
+enum Step<'py> {
+    /// Its handler was not called yet.
+    Asks(Bound<'py, PyBytes>),
     /// 0 bytes, as the handler wanted.
     Nothing,
     /// The handler's bytes; 0 bytes and counted as rejected, when they do not fit.
-    Bytes(Raw),
-    /// 0 bytes and counted as rejected: no handler saw it.
+    Answered(Bound<'py, PyBytes>),
+    /// The same of a buffer, which its owner holds until it is copied.
+    Copied(Raw),
+    /// 0 bytes and counted as rejected: no handler sees it.
     Refused,
+}
+
+/// Chains taken together, and how far each has come.
+#[derive(Default)]
+struct Burst<'py> {
+    popped: Popped,
+    steps: SmallVec<[Step<'py>; BURST]>,
+    /// So many of them, from the first on, are completed (or kept for `take_failed`).
+    settled: usize,
+    /// Bytes of the answers that wait.
+    waiting: usize,
+}
+
+impl<'py> Burst<'py> {
+    /// Take requests of as many of the chains as fit `most` bytes together, and of one in any case.
+    fn gather<A: Access>(
+        &mut self,
+        py: Python<'py>,
+        mem: &A,
+        queue: &mut DeviceQueue,
+        most: usize,
+        max_request: usize,
+    ) -> Result<(), Trouble> {
+        let mut total = 0;
+        for element in &self.popped.elements {
+            let length = usize::try_from(element.readable).unwrap_or(usize::MAX);
+            if length > max_request {
+                self.steps.push(Step::Refused);
+                continue;
+            }
+            total += length;
+            if total > most && !self.steps.is_empty() {
+                break;
+            }
+            let rows = self.popped.rows(length);
+            // Only an error is moved: it is large.
+            let mut trouble = None;
+            let request = PyBytes::new_with(py, length, |bytes| {
+                if let Err(error) = rows.gather(mem, queue, element, Raw::of(bytes), 0) {
+                    trouble = Some(error);
+                }
+                Ok(())
+            });
+            if let Some(error) = trouble {
+                return Err(Trouble::Queue(error));
+            }
+            self.steps.push(Step::Asks(request.map_err(Trouble::Python)?));
+        }
+        Ok(())
+    }
+
+    /// Complete the chains before `end` that are not, in their order.
+    fn complete<A: Access>(
+        &mut self,
+        mem: &A,
+        queue: &mut DeviceQueue,
+        end: usize,
+        progress: &mut Progress,
+    ) -> Result<(), QueueError> {
+        while let (true, Some(element), Some(step)) = (
+            self.settled < end,
+            self.popped.elements.get(self.settled),
+            self.steps.get(self.settled),
+        ) {
+            let ticket = element.ticket();
+            let (fits, response) = match step {
+                Step::Nothing => (true, None),
+                Step::Answered(bytes) => within(Raw::of_bytes(bytes), element),
+                Step::Copied(raw) => within(*raw, element),
+                Step::Asks(_) | Step::Refused => (false, None),
+            };
+            let mut written = 0;
+            if let Some(raw) = response.filter(|_| queue.is_current(&ticket)) {
+                self.popped.rows(raw.len).scatter(mem, queue, element, raw, 0)?;
+                written = raw.len as u64;
+            }
+            let done = queue.complete(mem, &ticket, written)?;
+            if done && !fits {
+                queue.count_rejected(1);
+            }
+            progress.completed += usize::from(done);
+            self.settled += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a response fits its chain, and the response if it does.
+fn within(raw: Raw, element: &Element) -> (bool, Option<Raw>) {
+    let fits = raw.len as u64 <= element.writable;
+    (fits, fits.then_some(raw))
+}
+
+/// `outcome` after one more error.
+fn worse(py: Python<'_>, outcome: PyResult<()>, error: PyErr) -> PyResult<()> {
+    Err(match outcome {
+        Ok(()) => error,
+        Err(before) => pressing(py, before, error),
+    })
+}
+
+/// What stopped a gathering.
+enum Trouble {
+    Queue(QueueError),
+    Python(PyErr),
 }
 
 impl PyDeviceQueue {
     /// Call `handler(request)` for as many chains as the bounds allow; the number completed.
     pub(super) fn one_by_one(&self, py: Python<'_>, handler: &Bound<'_, PyAny>, bounds: Bounds) -> PyResult<usize> {
         let mut progress = Progress::default();
+        let mut burst = Burst {
+            popped: self.spare().take(),
+            ..Burst::default()
+        };
         self.take_charge();
         let outcome = loop {
             if progress.taken >= bounds.chains || progress.bytes >= bounds.bytes {
                 break Ok(());
             }
-            match self.burst(py, handler, bounds, &mut progress) {
+            match self.burst(py, handler, bounds, &mut burst, &mut progress) {
                 Ok(0) => break Ok(()),
                 Ok(count) => progress.taken += count,
                 Err(error) => break Err(error),
             }
         };
+        self.spare().keep(burst.popped);
         // What was answered before a failure is announced all the same.
         match (outcome, self.signal(py)) {
             (Ok(()), Ok(_)) => Ok(progress.completed),
@@ -112,176 +236,216 @@ impl PyDeviceQueue {
         }
     }
 
-    /// Complete chain `index` of `popped` with what became of it.
-    fn complete(
-        &self,
-        py: Python<'_>,
-        popped: &Popped,
-        index: usize,
-        answer: Answer,
-        progress: &mut Progress,
-    ) -> PyResult<()> {
-        let Some(element) = popped.elements.get(index) else {
-            return Ok(());
-        };
-        let ticket = element.ticket();
-        let (fits, response) = match answer {
-            Answer::Nothing => (true, None),
-            Answer::Bytes(raw) if raw.len as u64 <= element.writable => (true, Some(raw)),
-            Answer::Bytes(_) | Answer::Refused => (false, None),
-        };
-        let length = response.map_or(0, |raw| raw.len);
-        let rows = Rows {
-            segments: &popped.segments,
-            itemsize: length,
-        };
-        let done = with_queue!(Some(py), self.shared(), |mem, queue| {
-            let response = response.filter(|_| queue.is_current(&ticket));
-            let copied = response.map_or(Ok(()), |raw| rows.scatter(mem, queue, element, raw, 0));
-            copied.and_then(|()| {
-                let written = if response.is_some() { length as u64 } else { 0 };
-                let done = queue.complete(mem, &ticket, written)?;
-                if done && !fits {
-                    queue.count_rejected(1);
-                }
-                Ok(done)
-            })
-        });
-        progress.completed += usize::from(done.map_err(|error| either(py, error))?);
-        progress.bytes = progress.bytes.saturating_add(length);
-        Ok(())
-    }
-
-    fn publish(&self, py: Python<'_>) -> PyResult<()> {
-        let done = with_queue!(Some(py), self.shared(), |mem, queue| queue.publish(mem));
-        done.map_err(|fault| raise(py, &fault))
-    }
-
-    /// Whether chain `index` of `popped` may still be handled: its queue was not reset or latched meanwhile.
-    fn is_current(&self, py: Python<'_>, popped: &Popped, index: usize) -> PyResult<bool> {
-        let element = popped.elements.get(index);
-        element.map_or(Ok(false), |element| {
-            self.with(py, |queue| queue.is_current(&element.ticket()))
-        })
-    }
-
-    /// Requests of as many of the chains as fit `most` bytes together, and of one in any case; the others are put back.
-    /// None stands for a chain that is too long by itself.
-    fn gather<'py>(
+    /// Pop and gather the next burst; the stamp of this use of the queue.
+    fn take_burst<'py>(
         &self,
         py: Python<'py>,
-        popped: &mut Popped,
-        most: usize,
-        max_request: usize,
-    ) -> PyResult<Vec<Option<Bound<'py, PyBytes>>>> {
-        let mut requests = Vec::with_capacity(popped.elements.len());
-        let mut total = 0;
-        for element in &popped.elements {
-            let length = usize::try_from(element.readable).unwrap_or(usize::MAX);
-            if length > max_request {
-                requests.push(None);
-                continue;
-            }
-            total += length;
-            if total > most && !requests.is_empty() {
-                break;
-            }
-            let rows = Rows {
-                segments: &popped.segments,
-                itemsize: length,
-            };
-            let request = PyBytes::new_with(py, length, |bytes| {
-                let target = Raw::of(bytes);
-                let gathered = with_queue!(Some(py), self.shared(), |mem, queue| rows
-                    .gather(mem, queue, element, target, 0));
-                gathered.map_err(|error| either(py, error))
-            })?;
-            requests.push(Some(request));
+        bounds: Bounds,
+        burst: &mut Burst<'py>,
+        progress: &Progress,
+    ) -> PyResult<u64> {
+        let limit = BURST.min(bounds.chains - progress.taken);
+        let most = bounds.bytes.saturating_sub(progress.bytes).min(bounds.request);
+        burst.steps.clear();
+        burst.popped.clear();
+        (burst.settled, burst.waiting) = (0, 0);
+        let (popped, gathered, anew, stamp) = with_queue!(Some(py), self.shared(), |mem, queue| {
+            let popped = burst.popped.pop(mem, queue, limit);
+            let gathered = burst.gather(py, mem, queue, most, bounds.request);
+            // The chains beyond the bound are put back; all of them, where something went wrong.
+            let bad = gathered.is_err() || pending();
+            burst.popped.put_back(queue, if bad { 0 } else { burst.steps.len() });
+            (popped, gathered, queue.waits_anew(), self.shared().uses())
+        });
+        popped.map_err(|fault| raise(py, &fault))?;
+        if let Err(error) = self.tell_of_miss(py, anew) {
+            self.shared().give_back(std::mem::take(&mut burst.popped));
+            return Err(error);
         }
-        self.with(py, |queue| popped.put_back(queue, requests.len()))?;
-        Ok(requests)
+        gathered.map_err(|trouble| match trouble {
+            Trouble::Queue(error) => either(py, error),
+            Trouble::Python(error) => error,
+        })?;
+        Ok(stamp)
     }
 
     /// One burst of `process`: the number of chains taken, 0 when there is nothing to do. Chains of a generation that a
     /// handler has ended are not handled any more.
-    fn burst(
+    fn burst<'py>(
         &self,
-        py: Python<'_>,
-        handler: &Bound<'_, PyAny>,
+        py: Python<'py>,
+        handler: &Bound<'py, PyAny>,
         bounds: Bounds,
+        burst: &mut Burst<'py>,
         progress: &mut Progress,
     ) -> PyResult<usize> {
-        let mut popped = Popped::take(py, self, BURST.min(bounds.chains - progress.taken))?;
-        let left = bounds.bytes.saturating_sub(progress.bytes);
-        let requests = match self.gather(py, &mut popped, left.min(bounds.request), bounds.request) {
-            Ok(requests) => requests,
-            Err(error) => {
-                self.shared().give_back(popped);
-                return Err(error);
-            }
-        };
-        let mut count = 0;
-        for (index, request) in requests.into_iter().enumerate() {
+        let mut stamp = self.take_burst(py, bounds, burst, progress)?;
+        let (mut count, mut current) = (0, true);
+        for index in 0..burst.steps.len() {
             if progress.bytes >= bounds.bytes {
-                self.with(py, |queue| popped.put_back(queue, index))?;
                 break;
             }
             count = index + 1;
-            let answered = match request {
-                Some(request) if self.is_current(py, &popped, index)? => {
-                    let length = request.as_bytes().len();
-                    progress.bytes = progress.bytes.saturating_add(length);
-                    self.answer(py, handler, &popped, index, request, progress)
-                }
-                // Too long by itself, or only to be counted as dropped.
-                _ => self.complete(py, &popped, index, Answer::Refused, progress),
-            };
+            if self.shared().uses() != stamp {
+                (current, stamp) = self.ask_current(py, &burst.popped, index)?;
+            }
+            let answered = self.step(py, handler, burst, index, current, progress);
             progress.bytes = progress.bytes.saturating_add(self.take_charge());
             if let Err(error) = answered {
-                let published = self.publish(py);
-                self.keep_failed(py, &mut popped, index)?;
-                return Err(match published {
+                // Earlier responses stay.
+                let settled = self.settle(py, burst, index, true, progress);
+                self.put_back_from(py, burst, count)?;
+                if burst.settled == index {
+                    self.keep_chain(py, &burst.popped, index)?;
+                }
+                return Err(match settled {
                     Ok(()) => error,
                     Err(violation) => pressing(py, violation, error),
                 });
             }
         }
-        self.publish(py)?;
-        Ok(count)
+        if count == 0 {
+            return Ok(0);
+        }
+        let settled = self.settle(py, burst, count, true, progress);
+        self.put_back_from(py, burst, count)?;
+        settled.map(|()| count)
     }
 
-    fn answer<'py>(
+    /// Whether chain `index` may still be handled: its queue was not reset or latched meanwhile; and the stamp.
+    fn ask_current(&self, py: Python<'_>, popped: &Popped, index: usize) -> PyResult<(bool, u64)> {
+        let ticket = popped.elements.get(index).map(Element::ticket);
+        self.with(py, |queue| {
+            let current = ticket.is_some_and(|ticket| queue.is_current(&ticket));
+            (current, self.shared().uses())
+        })
+    }
+
+    /// Call the handler for chain `index`, unless nobody shall see it. What it answers waits, or is written at once.
+    fn step<'py>(
         &self,
         py: Python<'py>,
         handler: &Bound<'py, PyAny>,
-        popped: &Popped,
+        burst: &mut Burst<'py>,
         index: usize,
-        request: Bound<'py, PyBytes>,
+        current: bool,
         progress: &mut Progress,
     ) -> PyResult<()> {
+        let (Some(step), Some(element)) = (burst.steps.get_mut(index), burst.popped.elements.get(index)) else {
+            return Ok(());
+        };
+        // Too long by itself, or only to be counted as dropped.
+        let Step::Asks(request) = std::mem::replace(step, Step::Refused) else {
+            return Ok(());
+        };
+        if !current {
+            return Ok(());
+        }
+        progress.bytes = progress.bytes.saturating_add(request.as_bytes().len());
         let response = handler.call1((request,))?;
         if response.is_none() {
-            return self.complete(py, popped, index, Answer::Nothing, progress);
+            *step = Step::Nothing;
+            return Ok(());
         }
-        let Ok(bytes) = response.extract::<Input<'_>>() else {
+        let response = match response.cast_into::<PyBytes>() {
+            Ok(bytes) => {
+                let length = bytes.as_bytes().len();
+                *step = Step::Answered(bytes);
+                if length as u64 <= element.writable {
+                    progress.bytes = progress.bytes.saturating_add(length);
+                }
+                burst.waiting = burst.waiting.saturating_add(length);
+                // Answers are kept in bounds, however large each of them is.
+                return if burst.waiting > DETACH_ABOVE {
+                    self.settle(py, burst, index + 1, false, progress)
+                } else {
+                    Ok(())
+                };
+            }
+            Err(other) => other.into_inner(),
+        };
+        let Ok(buffer) = response.extract::<Input<'_>>() else {
             let name = response.get_type().name()?;
             let text = format!("the handler returned {name}: it returns bytes (or a buffer), or None for no bytes");
             return Err(HandlerError::new_err(text));
         };
-        self.complete(py, popped, index, Answer::Bytes(bytes.raw()), progress)
+        let raw = buffer.raw();
+        if raw.len as u64 <= element.writable {
+            progress.bytes = progress.bytes.saturating_add(raw.len);
+        }
+        *step = Step::Copied(raw);
+        self.settle(py, burst, index + 1, false, progress)
     }
 
-    /// A handler raised at chain `index`: later chains go back, the chain is kept for `take_failed`.
-    fn keep_failed(&self, py: Python<'_>, popped: &mut Popped, index: usize) -> PyResult<()> {
-        self.with(py, |queue| popped.put_back(queue, index + 1))?;
+    /// Complete the chains of `burst` before `end`, each with what became of it, and show them to the driver if `publish`.
+    ///
+    /// One whose memory has gone is kept for `take_failed`; any further one is completed with 0 bytes, for their handlers
+    /// were called and must not be again. The first error is returned after all are done.
+    fn settle<'py>(
+        &self,
+        py: Python<'py>,
+        burst: &mut Burst<'py>,
+        end: usize,
+        publish: bool,
+        progress: &mut Progress,
+    ) -> PyResult<()> {
+        let (begin, mut outcome) = (burst.settled, Ok(()));
+        while let Err(error) = self.settle_some(py, burst, end, publish, progress) {
+            let first = outcome.is_ok();
+            outcome = worse(py, outcome, error);
+            let at = burst.settled;
+            let Some(step) = burst.steps.get_mut(at).filter(|_| at < end) else {
+                break;
+            };
+            if !first && matches!(step, Step::Answered(_) | Step::Copied(_)) {
+                *step = Step::Nothing;
+                continue;
+            }
+            burst.settled += 1;
+            if let Err(error) = if first {
+                self.keep_chain(py, &burst.popped, at)
+            } else {
+                Ok(())
+            } {
+                outcome = worse(py, outcome, error);
+            }
+        }
+        // Objects of Python's go only here, where nothing is locked; and nothing may speak of a buffer any more.
+        for step in burst.steps.iter_mut().take(end).skip(begin) {
+            *step = Step::Nothing;
+        }
+        burst.waiting = 0;
+        outcome
+    }
+
+    fn settle_some(
+        &self,
+        py: Python<'_>,
+        burst: &mut Burst<'_>,
+        end: usize,
+        publish: bool,
+        progress: &mut Progress,
+    ) -> PyResult<()> {
+        let done = with_queue!(Some(py), self.shared(), |mem, queue| {
+            let completed = burst.complete(mem, queue, end, progress);
+            completed.and_then(|()| if publish { Ok(queue.publish(mem)?) } else { Ok(()) })
+        });
+        done.map_err(|error| either(py, error))
+    }
+
+    fn put_back_from(&self, py: Python<'_>, burst: &mut Burst<'_>, index: usize) -> PyResult<()> {
+        if burst.popped.elements.len() <= index {
+            return Ok(());
+        }
+        self.with(py, |queue| burst.popped.put_back(queue, index))
+    }
+
+    /// Keep chain `index`, whose handler raised or whose memory has gone, for `take_failed`.
+    fn keep_chain(&self, py: Python<'_>, popped: &Popped, index: usize) -> PyResult<()> {
         if let Some(element) = popped.elements.get(index) {
-            let segments = popped
-                .segments
-                .get(element.first..element.first + element.count)
-                .unwrap_or_default();
+            let segments = popped.segments_of(element);
             let chain = PyChain::new(self.shared().clone(), element.clone(), segments);
-            let chain = Py::new(py, chain)?;
-            self.keep(chain);
+            self.keep(Py::new(py, chain)?);
         }
         Ok(())
     }
