@@ -12,11 +12,13 @@ import statistics
 import struct
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
+import numpy as np
 from virtio_test._core import DeviceQueue, DriverQueue, GuestMemory, QueueConfig, RingLayout
 
-from benches.peers.plain import PlainQueue
+from benches.peers.plain import Memory, PlainQueue
 from benches.runner import BenchError, Case, Round, turns
 
 REQUEST = struct.Struct("<4I32s")
@@ -27,7 +29,7 @@ MEMORY = 1 << 20
 BUFFERS = 0x10000
 """Where request 0 lies; its answer follows it, and the next pair begins 64 bytes on."""
 
-BURSTS = 400
+BURSTS = 100
 """Bursts of one round; of 4 in a quick one."""
 
 
@@ -35,6 +37,16 @@ def handler(request: bytes) -> bytes:
     """The test device's arithmetic, without logging."""
     _, arg1, arg2, arg3 = WORDS.unpack_from(request)
     return ANSWER.pack(arg1 + 100 & 0xFFFFFFFF, arg2 + 100 & 0xFFFFFFFF, arg3 + 100 & 0xFFFFFFFF)
+
+
+HUNDRED = np.uint32(100)
+
+
+def batch_handler(requests: memoryview, responses: memoryview) -> None:
+    """The same for a whole batch, in numpy: three columns of the requests, and all of the responses."""
+    rows = len(responses) // ANSWER.size
+    words = np.ndarray((rows, 3), "<u4", requests, offset=4, strides=(REQUEST.size, 4))
+    np.add(words, HUNDRED, out=np.ndarray((rows, 3), "<u4", responses))
 
 
 def requests_of(burst: int) -> list[bytes]:
@@ -97,60 +109,123 @@ def per_request(burst: int, bursts: int, *, packed: bool) -> Callable[[], float]
     return lambda: driver.measure(lambda: process(handler), bursts)
 
 
-def alone(burst: int, bursts: int) -> Callable[[], float]:
-    """The handler called from Python, on bytes that are there already; burst by burst, as the queues do."""
-    requests = requests_of(burst)
-    answers = answers_of(requests)
+def at_once(burst: int, bursts: int, *, packed: bool) -> Callable[[], float]:
+    """Ours: `process_batch` with the numpy handler."""
+    driver = Driver(burst, packed=packed)
+    process = DeviceQueue(driver.memory, driver.config).process_batch
+    return lambda: driver.measure(
+        lambda: process(batch_handler, request_size=REQUEST.size, response_size=ANSWER.size, limit=burst), bursts
+    )
+
+
+def beside(
+    burst: int, bursts: int, work: Callable[[], object], answers: Callable[[], list[bytes]]
+) -> Callable[[], float]:
+    """Nanoseconds per request of `work` on requests that are there already; `answers` shows what it comes to.
+
+    What happens between the bursts is what happens between ours, so that neither side finds its code and data warmer:
+    a queue is filled, answered and checked.
+    """
+    driver = Driver(burst, packed=False)
+    process = DeviceQueue(driver.memory, driver.config).process
 
     def run() -> float:
         spent: list[int] = []
         for _ in range(bursts):
+            driver.add()
             start = time.perf_counter_ns()
-            for request in requests:
-                handler(request)
+            work()
             spent.append(time.perf_counter_ns() - start)
-        if [handler(request) for request in requests] != answers:
-            raise BenchError("the handler answers wrongly")
+            driver.check(process(handler))
+        if answers() != driver.answers:
+            raise BenchError(f"wrong answers without a queue: {answers()}")
         return statistics.median(spent) / burst
 
     return run
 
 
+def alone(burst: int, bursts: int) -> Callable[[], float]:
+    """The handler called from Python, request by request, and its answers dropped."""
+    requests = requests_of(burst)
+
+    def each() -> None:
+        for request in requests:
+            handler(request)
+
+    return beside(burst, bursts, each, lambda: [handler(request) for request in requests])
+
+
+def array(burst: int, bursts: int) -> Callable[[], float]:
+    """The numpy handler called on one plain buffer."""
+    requests = memoryview(b"".join(requests_of(burst)))
+    responses = memoryview(bytearray(ANSWER.size * burst))
+
+    def rows() -> list[bytes]:
+        return [bytes(responses[at : at + ANSWER.size]) for at in range(0, len(responses), ANSWER.size)]
+
+    return beside(burst, bursts, lambda: batch_handler(requests, responses), rows)
+
+
 @contextmanager
-def plain(burst: int, bursts: int) -> Generator[Callable[[], float]]:
-    """The plain Python back-end, on a split ring."""
-    driver = Driver(burst, packed=False)
-    layout = driver.layout
-    places = {"desc": layout.desc, "avail": layout.driver, "used": layout.device}
+def plain_queue(driver: Driver) -> Generator[PlainQueue]:
+    """The plain Python back-end on a driver's split ring."""
     fd = driver.memory.regions[0].fd
     if fd is None:
         raise BenchError("the memory has no file that the plain back-end could map")
-    queue = PlainQueue(fd, MEMORY, size=SIZE, **places)
+    memory, layout = Memory([(0, MEMORY, fd)]), driver.layout
     try:
-        yield lambda: driver.measure(lambda: queue.process(handler), bursts)
+        yield PlainQueue(memory, SIZE, layout.desc, layout.driver, layout.device)
     finally:
-        queue.close()
+        memory.close()
 
 
-def _case(packed: bool) -> Iterator[Case]:
-    ring = "packed" if packed else "split"
+@contextmanager
+def plain(burst: int, bursts: int) -> Generator[Callable[[], float]]:
+    """The plain Python back-end with the handler."""
+    driver = Driver(burst, packed=False)
+    with plain_queue(driver) as queue:
+        yield lambda: driver.measure(lambda: queue.process(handler), bursts)
 
+
+Side = Callable[[int], AbstractContextManager[Callable[[], float]]]
+"""Sets one side up for so many bursts in a round; what it gives measures them."""
+
+
+def _pair(shape: str, ours: Side, peer: Side, must: float | None = None, aim: float | None = None) -> Case:
     @contextmanager
-    def against_alone(quick: bool) -> Generator[Round]:
+    def both(quick: bool) -> Generator[Round]:
         bursts = 4 if quick else BURSTS
-        yield turns(per_request(32, bursts, packed=packed), alone(32, bursts))
+        with ours(bursts) as mine, peer(bursts) as theirs:
+            yield turns(mine, theirs)
 
-    @contextmanager
-    def against_plain(quick: bool) -> Generator[Round]:
-        bursts = 4 if quick else BURSTS // 4
-        with plain(32, bursts) as peer:
-            yield turns(per_request(32, bursts, packed=packed), peer)
+    return Case("handlers", shape, "ns/request", both, must=must, aim=aim)
 
-    shape = f"{ring}, per request, burst 32"
-    yield Case("handlers", f"{shape}: handler called from Python", "ns/request", against_alone, must=0.71, aim=0.91)
-    yield Case("handlers", f"{shape}: plain Python back-end", "ns/request", against_plain, must=10, aim=14)
+
+def _cases(ring: str) -> Iterator[Case]:
+    packed = ring == "packed"
+    one = f"{ring}, per request, burst 32"
+
+    def each(bursts: int) -> AbstractContextManager[Callable[[], float]]:
+        return nullcontext(per_request(32, bursts, packed=packed))
+
+    def bare(bursts: int) -> AbstractContextManager[Callable[[], float]]:
+        return nullcontext(alone(32, bursts))
+
+    yield _pair(f"{one}: handler called from Python", each, bare, 0.71, 0.91)
+    yield _pair(f"{one}: plain Python back-end", each, partial(plain, 32), 10, 14)
+    for burst, must, aim in ((32, 25, 35), (128, 45, 70)):
+        many = f"{ring}, numpy batch of {burst}"
+
+        def batch(bursts: int, burst: int = burst) -> AbstractContextManager[Callable[[], float]]:
+            return nullcontext(at_once(burst, bursts, packed=packed))
+
+        def numpy(bursts: int, burst: int = burst) -> AbstractContextManager[Callable[[], float]]:
+            return nullcontext(array(burst, bursts))
+
+        yield _pair(f"{many}: plain Python back-end", batch, partial(plain, burst), must, aim)
+        yield _pair(f"{many}: numpy on a plain array", batch, numpy)
 
 
 def cases() -> Sequence[Case]:
     """Both rings."""
-    return [case for packed in (False, True) for case in _case(packed)]
+    return [case for ring in ("split", "packed") for case in _cases(ring)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benches.pairs import handlers
-from benches.peers.plain import BrokenRing, PlainQueue
+from benches.peers.plain import BrokenRing
 from benches.runner import BenchError, Case
 from tests.benches.smoke import smoke
 
@@ -31,17 +31,36 @@ def test_work_that_was_not_done_is_found() -> None:
         driver.measure(lambda: 0, 1)
 
 
-def test_the_plain_back_end_refuses_a_chain_without_an_end() -> None:
+Change = tuple[str, int, bytes]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (("desc.next", 0, b"\0\0"), "has no end"),
+        (("desc.next", 0, b"\0\1"), "descriptor 256 of 256"),
+        (("desc.addr", 1, b"\0" * 7 + b"\1"), "not in the memory"),
+        (("desc.flags", 0, b"\5\0"), "must not be indirect"),
+        (("avail.idx", 0, b"\2\1"), "avail.idx went from 0 to 258"),
+    ],
+    ids=["loop", "index", "address", "table", "idx"],
+)
+def test_the_plain_back_end_keeps_itself_alive(change: Change, text: str) -> None:
     driver = handlers.Driver(1, packed=False)
-    layout = driver.layout
-    fd = driver.memory.regions[0].fd
-    assert fd is not None
-    queue = PlainQueue(
-        fd, handlers.MEMORY, size=handlers.SIZE, desc=layout.desc, avail=layout.driver, used=layout.device
-    )
-    driver.add()
-    driver.memory.write(layout.at("desc.flags", 1), b"\x01\x00")
-    driver.memory.write(layout.at("desc.next", 1), b"\x00\x00")
-    with pytest.raises(BrokenRing, match="has no end"):
-        queue.process(handlers.handler)
-    queue.close()
+    with handlers.plain_queue(driver) as queue:
+        driver.add()
+        name, index, data = change
+        driver.memory.write(driver.layout.at(name, index), data)
+        with pytest.raises((BrokenRing, BenchError), match=text):
+            driver.check(queue.process(handlers.handler))
+
+
+def test_the_plain_back_end_reads_indirect_tables() -> None:
+    driver = handlers.Driver(1, packed=False)
+    with handlers.plain_queue(driver) as queue:
+        driver.add()
+        table = driver.memory.read(driver.layout.at("desc.addr", 0), 32)
+        driver.memory.write(0x8000, table)
+        entry = (0x8000).to_bytes(8, "little") + (32).to_bytes(4, "little") + b"\4\0\0\0"
+        driver.memory.write(driver.layout.at("desc.addr", 0), entry)
+        driver.check(queue.process(handlers.handler))
