@@ -1,9 +1,10 @@
 """Handlers in Python: what is around one, request by request and as a whole batch.
 
-Requests are the test device's, 48 bytes with an answer of 12. Each round puts bursts into a queue with our own driver
-end; only the device's part is timed, with the same clock around the same bursts on both sides. Both sides answer the
-same requests, in a memory each, and the answers are compared byte by byte after each burst. A round's time is that of
-its median burst: a process that takes the core for a while hits few of them.
+Requests are the test device's, 48 bytes with an answer of 12. Our own driver end fills a ring, and the device answers
+it burst by burst; only its part is timed, with the same clock around the same bursts on both sides. Both sides answer
+the same requests, in a memory each, and all answers are compared byte by byte when the ring is empty. A round's time is
+that of its median burst: few are hit by a process that takes the core for a while, and few are the first after the
+driver was at work, whose code and data are in the caches then.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from benches.runner import BenchError, Case, Round, turns
 REQUEST = struct.Struct("<4I32s")
 ANSWER = struct.Struct("<3I")
 WORDS = struct.Struct("<4I")
-SIZE = 256
+SIZE = 1024
+"""Descriptors of the ring: two for each request."""
+
 MEMORY = 1 << 20
 BUFFERS = 0x10000
 """Where request 0 lies; its answer follows it, and the next pair begins 64 bytes on."""
 
-BURSTS = 100
-"""Bursts of one round; of 4 in a quick one."""
+FILLS = 12
+"""How often the ring is filled in one round; once in a quick one."""
 
 
 def handler(request: bytes) -> bytes:
@@ -49,121 +52,109 @@ def batch_handler(requests: memoryview, responses: memoryview) -> None:
     np.add(words, HUNDRED, out=np.ndarray((rows, 3), "<u4", responses))
 
 
-def requests_of(burst: int) -> list[bytes]:
-    """What the driver asks in a burst."""
-    return [REQUEST.pack(i, i + 1, 0xFFFFFFFF - i, 7 * i, b"hello back end!") for i in range(burst)]
+REQUESTS = [REQUEST.pack(i, i + 1, 0xFFFFFFFF - i, 7 * i, b"hello back end!") for i in range(SIZE // 2)]
+"""What the driver asks when it fills the ring."""
 
-
-def answers_of(requests: Sequence[bytes]) -> list[bytes]:
-    """What it must get: the arithmetic once more, in other words than the handlers'."""
-    every = [[(word + 100) % 2**32 for word in struct.unpack("<12I", request)[1:4]] for request in requests]
-    return [b"".join(word.to_bytes(4, "little") for word in words) for words in every]
+ANSWERS = [
+    b"".join(((word + 100) % 2**32).to_bytes(4, "little") for word in struct.unpack("<12I", request)[1:4])
+    for request in REQUESTS
+]
+"""What it must get: the arithmetic once more, in other words than the handlers'."""
 
 
 class Driver:
-    """A memory with a ring, a burst of requests laid out in it, and the driver's end."""
+    """A memory with a ring, requests laid out in it, and the driver's end."""
 
-    def __init__(self, burst: int, *, packed: bool) -> None:
+    def __init__(self, *, packed: bool) -> None:
         self.memory = GuestMemory([(0, MEMORY)])
         self.layout = RingLayout.contiguous(SIZE, 0x1000, packed=packed)
         self.config = QueueConfig.from_layout(self.layout)
         self.queue = DriverQueue(self.memory, self.config)
-        self.burst = burst
-        requests = requests_of(burst)
-        self.answers = answers_of(requests)
-        for i, request in enumerate(requests):
+        for i, request in enumerate(REQUESTS):
             self.memory.write(BUFFERS + 64 * i, request)
 
-    def add(self) -> None:
-        """Make the burst available, with room for answers that is zeroed."""
-        for i in range(self.burst):
+    def add(self, count: int = len(REQUESTS)) -> None:
+        """Make requests available, with room for answers that is zeroed."""
+        for i in range(count):
             self.memory.write(BUFFERS + 64 * i + 48, bytes(12))
             self.queue.add([(BUFFERS + 64 * i, 48)], [(BUFFERS + 64 * i + 48, 12)])
         self.queue.publish()
 
-    def check(self, done: int) -> None:
-        """Take the burst back: it must be answered, all of it and rightly."""
+    def check(self, done: int, count: int = len(REQUESTS)) -> None:
+        """Take them back: they must be answered, all of them and rightly."""
         used = self.queue.get_used_many()
-        if done != self.burst or [length for _, length in used] != [12] * self.burst:
-            raise BenchError(f"{done} of {self.burst} requests were answered: {used}")
-        answers = [self.memory.read(BUFFERS + 64 * i + 48, 12) for i in range(self.burst)]
-        if answers != self.answers:
+        if done != count or [length for _, length in used] != [12] * count:
+            raise BenchError(f"{done} of {count} requests were answered: {used}")
+        answers = [self.memory.read(BUFFERS + 64 * i + 48, 12) for i in range(count)]
+        if answers != ANSWERS[:count]:
             raise BenchError(f"wrong answers: {answers}")
 
-    def measure(self, work: Callable[[], int], bursts: int) -> float:
+    def measure(self, burst: int, fills: int, work: Callable[[], int]) -> float:
         """Nanoseconds per request of `work`, which answers one burst and says how many requests that were."""
         spent: list[int] = []
-        for _ in range(bursts):
+        for _ in range(fills):
             self.add()
-            start = time.perf_counter_ns()
-            done = work()
-            spent.append(time.perf_counter_ns() - start)
+            done = 0
+            for _ in range(len(REQUESTS) // burst):
+                start = time.perf_counter_ns()
+                done += work()
+                spent.append(time.perf_counter_ns() - start)
             self.check(done)
-        return statistics.median(spent) / self.burst
+        return statistics.median(spent) / burst
 
 
-def per_request(burst: int, bursts: int, *, packed: bool) -> Callable[[], float]:
+def per_request(burst: int, fills: int, *, packed: bool) -> Callable[[], float]:
     """Ours: `process` with the handler."""
-    driver = Driver(burst, packed=packed)
+    driver = Driver(packed=packed)
     process = DeviceQueue(driver.memory, driver.config).process
-    return lambda: driver.measure(lambda: process(handler), bursts)
+    return lambda: driver.measure(burst, fills, lambda: process(handler, limit=burst))
 
 
-def at_once(burst: int, bursts: int, *, packed: bool) -> Callable[[], float]:
+def at_once(burst: int, fills: int, *, packed: bool) -> Callable[[], float]:
     """Ours: `process_batch` with the numpy handler."""
-    driver = Driver(burst, packed=packed)
+    driver = Driver(packed=packed)
     process = DeviceQueue(driver.memory, driver.config).process_batch
     return lambda: driver.measure(
-        lambda: process(batch_handler, request_size=REQUEST.size, response_size=ANSWER.size, limit=burst), bursts
+        burst, fills, lambda: process(batch_handler, request_size=48, response_size=12, limit=burst)
     )
 
 
-def beside(
-    burst: int, bursts: int, work: Callable[[], object], answers: Callable[[], list[bytes]]
-) -> Callable[[], float]:
-    """Nanoseconds per request of `work` on requests that are there already; `answers` shows what it comes to.
-
-    What happens between the bursts is what happens between ours, so that neither side finds its code and data warmer:
-    a queue is filled, answered and checked.
-    """
-    driver = Driver(burst, packed=False)
-    process = DeviceQueue(driver.memory, driver.config).process
+def alone(burst: int, fills: int) -> Callable[[], float]:
+    """The handler called from Python, request by request, on bytes that are there already; its answers are dropped."""
 
     def run() -> float:
         spent: list[int] = []
-        for _ in range(bursts):
-            driver.add()
-            start = time.perf_counter_ns()
-            work()
-            spent.append(time.perf_counter_ns() - start)
-            driver.check(process(handler))
-        if answers() != driver.answers:
-            raise BenchError(f"wrong answers without a queue: {answers()}")
+        for _ in range(fills):
+            for at in range(0, len(REQUESTS), burst):
+                requests = REQUESTS[at : at + burst]
+                start = time.perf_counter_ns()
+                for request in requests:
+                    handler(request)
+                spent.append(time.perf_counter_ns() - start)
+        if [handler(request) for request in REQUESTS] != ANSWERS:
+            raise BenchError("wrong answers of the handler alone")
         return statistics.median(spent) / burst
 
     return run
 
 
-def alone(burst: int, bursts: int) -> Callable[[], float]:
-    """The handler called from Python, request by request, and its answers dropped."""
-    requests = requests_of(burst)
+def array(burst: int, fills: int) -> Callable[[], float]:
+    """The numpy handler called on plain buffers of the same size."""
 
-    def each() -> None:
-        for request in requests:
-            handler(request)
+    def run() -> float:
+        spent: list[int] = []
+        for _ in range(fills):
+            for at in range(0, len(REQUESTS), burst):
+                requests = memoryview(b"".join(REQUESTS[at : at + burst]))
+                responses = memoryview(bytearray(ANSWER.size * burst))
+                start = time.perf_counter_ns()
+                batch_handler(requests, responses)
+                spent.append(time.perf_counter_ns() - start)
+                if bytes(responses) != b"".join(ANSWERS[at : at + burst]):
+                    raise BenchError("wrong answers of numpy alone")
+        return statistics.median(spent) / burst
 
-    return beside(burst, bursts, each, lambda: [handler(request) for request in requests])
-
-
-def array(burst: int, bursts: int) -> Callable[[], float]:
-    """The numpy handler called on one plain buffer."""
-    requests = memoryview(b"".join(requests_of(burst)))
-    responses = memoryview(bytearray(ANSWER.size * burst))
-
-    def rows() -> list[bytes]:
-        return [bytes(responses[at : at + ANSWER.size]) for at in range(0, len(responses), ANSWER.size)]
-
-    return beside(burst, bursts, lambda: batch_handler(requests, responses), rows)
+    return run
 
 
 @contextmanager
@@ -180,22 +171,22 @@ def plain_queue(driver: Driver) -> Generator[PlainQueue]:
 
 
 @contextmanager
-def plain(burst: int, bursts: int) -> Generator[Callable[[], float]]:
+def plain(burst: int, fills: int) -> Generator[Callable[[], float]]:
     """The plain Python back-end with the handler."""
-    driver = Driver(burst, packed=False)
+    driver = Driver(packed=False)
     with plain_queue(driver) as queue:
-        yield lambda: driver.measure(lambda: queue.process(handler), bursts)
+        yield lambda: driver.measure(burst, fills, lambda: queue.process(handler, burst))
 
 
 Side = Callable[[int], AbstractContextManager[Callable[[], float]]]
-"""Sets one side up for so many bursts in a round; what it gives measures them."""
+"""Sets one side up for so many fills of the ring in a round; what it gives measures them."""
 
 
 def _pair(shape: str, ours: Side, peer: Side, must: float | None = None, aim: float | None = None) -> Case:
     @contextmanager
     def both(quick: bool) -> Generator[Round]:
-        bursts = 4 if quick else BURSTS
-        with ours(bursts) as mine, peer(bursts) as theirs:
+        fills = 1 if quick else FILLS
+        with ours(fills) as mine, peer(fills) as theirs:
             yield turns(mine, theirs)
 
     return Case("handlers", shape, "ns/request", both, must=must, aim=aim)
@@ -205,22 +196,22 @@ def _cases(ring: str) -> Iterator[Case]:
     packed = ring == "packed"
     one = f"{ring}, per request, burst 32"
 
-    def each(bursts: int) -> AbstractContextManager[Callable[[], float]]:
-        return nullcontext(per_request(32, bursts, packed=packed))
+    def each(fills: int) -> AbstractContextManager[Callable[[], float]]:
+        return nullcontext(per_request(32, fills, packed=packed))
 
-    def bare(bursts: int) -> AbstractContextManager[Callable[[], float]]:
-        return nullcontext(alone(32, bursts))
+    def bare(fills: int) -> AbstractContextManager[Callable[[], float]]:
+        return nullcontext(alone(32, fills))
 
     yield _pair(f"{one}: handler called from Python", each, bare, 0.71, 0.91)
     yield _pair(f"{one}: plain Python back-end", each, partial(plain, 32), 10, 14)
     for burst, must, aim in ((32, 25, 35), (128, 45, 70)):
         many = f"{ring}, numpy batch of {burst}"
 
-        def batch(bursts: int, burst: int = burst) -> AbstractContextManager[Callable[[], float]]:
-            return nullcontext(at_once(burst, bursts, packed=packed))
+        def batch(fills: int, burst: int = burst) -> AbstractContextManager[Callable[[], float]]:
+            return nullcontext(at_once(burst, fills, packed=packed))
 
-        def numpy(bursts: int, burst: int = burst) -> AbstractContextManager[Callable[[], float]]:
-            return nullcontext(array(burst, bursts))
+        def numpy(fills: int, burst: int = burst) -> AbstractContextManager[Callable[[], float]]:
+            return nullcontext(array(burst, fills))
 
         yield _pair(f"{many}: plain Python back-end", batch, partial(plain, burst), must, aim)
         yield _pair(f"{many}: numpy on a plain array", batch, numpy)

@@ -144,10 +144,10 @@ class PlainQueue:
         self.memory.write(self.used + 2, U16.pack(self.used_idx))
         return not self.memory.u16(self.avail) & 1
 
-    def process(self, handler: Callable[[bytes], bytes]) -> int:
-        """Answer everything that is available; the number of chains."""
+    def process(self, handler: Callable[[bytes], bytes], limit: int) -> int:
+        """Answer what is available, up to `limit` chains; their number."""
         count = 0
-        while chain := self.pop():
+        while count < limit and (chain := self.pop()):
             head, readable, writable = chain
             self.push(head, self.respond(writable, handler(self.request(readable))))
             count += 1

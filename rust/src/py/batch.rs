@@ -4,9 +4,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::PyByteArray;
+use pyo3::types::{PyByteArray, PyBytes, PyMemoryView};
 
-use super::args::{Input, Int, Output, Raw};
+use super::args::{Input, Int, Output, Raw, invalid};
 use super::chain::{Rows, Shared};
 use super::device::PyDeviceQueue;
 use super::errors::{InvalidArgument, StaleChain, either, raise};
@@ -109,29 +109,31 @@ impl Popped {
         }
     }
 
-    /// Requests of the elements for which `keep` is true, one row each, in a new bytearray.
-    pub(crate) fn requests<'py>(
+    /// Requests of the elements for which `keep` is true, one row each.
+    pub(crate) fn gather<'py, A: Access>(
         &self,
         py: Python<'py>,
-        shared: &Shared,
+        mem: &A,
+        queue: &mut DeviceQueue,
         itemsize: usize,
         keep: impl Fn(&Element) -> bool,
-    ) -> PyResult<Bound<'py, PyByteArray>> {
-        let kept: Vec<&Element> = self.elements.iter().filter(|element| keep(element)).collect();
-        let Some(total) = kept.len().checked_mul(itemsize) else {
-            return Err(InvalidArgument::new_err(format!(
-                "{} rows of {itemsize} bytes are too much",
-                kept.len()
-            )));
-        };
+    ) -> Result<Bound<'py, PyBytes>, Trouble> {
+        let kept = self.elements.iter().filter(|element| keep(element));
+        let total = room(kept.clone().count(), itemsize)?;
         let rows = self.rows(itemsize);
-        PyByteArray::new_with(py, total, |bytes| {
+        // Only an error is moved: it is large.
+        let mut trouble = None;
+        let bytes = PyBytes::new_with(py, total, |bytes| {
             let target = Raw::of(bytes);
-            let mut each = kept.iter().enumerate();
-            let gathered = with_queue!(Some(py), shared, |mem, queue| each
-                .try_for_each(|(row, element)| rows.gather(mem, queue, element, target, row)));
-            gathered.map_err(|error| either(py, error))
-        })
+            for (row, element) in kept.enumerate() {
+                if let Err(error) = rows.gather(mem, queue, element, target, row) {
+                    trouble = Some(error);
+                    break;
+                }
+            }
+            Ok(())
+        });
+        trouble.map_or_else(|| Ok(bytes?), |error| Err(error.into()))
     }
 
     /// Complete all elements: those for which `keep` is true with their row of `source`, the others with 0;
@@ -182,6 +184,37 @@ impl Popped {
         }
         queue.publish(mem)?;
         trouble.map_or(Ok(responded), |misuse| Err(misuse.into()))
+    }
+}
+
+/// What stopped a gathering.
+pub(crate) enum Trouble {
+    /// What the chains or their memory did.
+    Queue(QueueError),
+    /// No memory for a new object.
+    Python(PyErr),
+}
+
+impl Trouble {
+    /// The exception of it; no lock is held.
+    #[cold]
+    pub(crate) fn raise(self, py: Python<'_>) -> PyErr {
+        match self {
+            Self::Queue(error) => either(py, error),
+            Self::Python(error) => error,
+        }
+    }
+}
+
+impl From<QueueError> for Trouble {
+    fn from(error: QueueError) -> Self {
+        Self::Queue(error)
+    }
+}
+
+impl From<PyErr> for Trouble {
+    fn from(error: PyErr) -> Self {
+        Self::Python(error)
     }
 }
 
@@ -238,21 +271,25 @@ impl PyBatch {
         Ok(self.state(py)?.as_ref().map_or(0, State::rows))
     }
 
-    fn requests<'py>(&self, py: Python<'py>, itemsize: Int<usize>) -> PyResult<Bound<'py, PyAny>> {
+    fn requests<'py>(&self, py: Python<'py>, itemsize: Int<usize>) -> PyResult<Bound<'py, PyMemoryView>> {
         let itemsize = itemsize.0;
         let bytes = {
             let mut state = self.state(py)?;
             let state = state.as_mut().ok_or_else(spent)?;
             let least = itemsize as u64;
-            let bytes = state
-                .popped
-                .requests(py, self.queue.get().shared(), itemsize, |element| {
-                    element.readable >= least
-                })?;
+            let popped = &state.popped;
+            let gathered = with_queue!(Some(py), self.queue.get().shared(), |mem, queue| popped.gather(
+                py,
+                mem,
+                queue,
+                itemsize,
+                |element| element.readable >= least
+            ));
+            let bytes = gathered.map_err(|trouble| trouble.raise(py))?;
             state.least = least;
             bytes
         };
-        pyo3::types::PyMemoryView::from(&bytes)?.call_method0("toreadonly")
+        PyMemoryView::from(&bytes)
     }
 
     #[pyo3(signature = (responses, *, itemsize = None))]
@@ -304,14 +341,15 @@ impl Drop for PyBatch {
     }
 }
 
+/// Bytes of so many rows.
+fn room(rows: usize, itemsize: usize) -> PyResult<usize> {
+    let total = rows.checked_mul(itemsize);
+    total.ok_or_else(|| invalid(format_args!("{rows} rows of {itemsize} bytes are too much")))
+}
+
 /// A zeroed bytearray, and the view of it that holds its size while a handler has it.
 pub(crate) fn zeroed(py: Python<'_>, rows: usize, itemsize: usize) -> PyResult<(Bound<'_, PyByteArray>, Output)> {
-    let Some(total) = rows.checked_mul(itemsize) else {
-        return Err(InvalidArgument::new_err(format!(
-            "{rows} rows of {itemsize} bytes are too much"
-        )));
-    };
-    let bytes = PyByteArray::new_with(py, total, |_| Ok(()))?;
+    let bytes = PyByteArray::new_with(py, room(rows, itemsize)?, |_| Ok(()))?;
     let view = bytes.extract()?;
     Ok((bytes, view))
 }

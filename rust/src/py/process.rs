@@ -14,8 +14,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyMemoryView};
 use smallvec::SmallVec;
 
-use super::args::{Input, Raw};
-use super::batch::{Popped, zeroed};
+use super::args::{Input, Output, Raw};
+use super::batch::{Popped, Trouble, zeroed};
 use super::chain::PyChain;
 use super::device::PyDeviceQueue;
 use super::errors::{HandlerError, either, raise};
@@ -104,9 +104,9 @@ impl<'py> Burst<'py> {
                 Ok(())
             });
             if let Some(error) = trouble {
-                return Err(Trouble::Queue(error));
+                return Err(error.into());
             }
-            self.steps.push(Step::Asks(request.map_err(Trouble::Python)?));
+            self.steps.push(Step::Asks(request?));
         }
         Ok(())
     }
@@ -161,12 +161,6 @@ fn worse(py: Python<'_>, outcome: PyResult<()>, error: PyErr) -> PyResult<()> {
     })
 }
 
-/// What stopped a gathering.
-enum Trouble {
-    Queue(QueueError),
-    Python(PyErr),
-}
-
 impl PyDeviceQueue {
     /// Call `handler(request)` for as many chains as the bounds allow; the number completed.
     pub(super) fn one_by_one(&self, py: Python<'_>, handler: &Bound<'_, PyAny>, bounds: Bounds) -> PyResult<usize> {
@@ -205,30 +199,42 @@ impl PyDeviceQueue {
         limit: usize,
     ) -> PyResult<usize> {
         let (request_size, response_size) = sizes;
-        let popped = Popped::take(py, self, limit)?;
-        if popped.elements.is_empty() {
-            return Ok(0);
-        }
         let (least, room) = (request_size as u64, response_size as u64);
         let keep = |element: &Element| element.readable >= least && element.writable >= room;
-        let rows = popped.elements.iter().filter(|element| keep(element)).count();
-        let prepared = popped
-            .requests(py, self.shared(), request_size, keep)
-            .and_then(|requests| Ok((requests, zeroed(py, rows, response_size)?)))
-            .and_then(|(requests, responses)| {
-                if rows > 0 {
-                    call_batch(handler, &requests, &responses.0)?;
+        let mut popped = self.spare().take();
+        let (done, gathered, anew) = with_queue!(Some(py), self.shared(), |mem, queue| {
+            let done = popped.pop(mem, queue, limit);
+            let gathered = popped.gather(py, mem, queue, request_size, keep);
+            if gathered.is_err() || pending() {
+                popped.put_back(queue, 0);
+            }
+            (done, gathered, queue.waits_anew())
+        });
+        done.map_err(|fault| raise(py, &fault))?;
+        let told = self.tell_of_miss(py, anew);
+        let answered = told
+            .and_then(|()| gathered.map_err(|trouble| trouble.raise(py)))
+            .and_then(|requests| match popped.elements.as_slice() {
+                [] => Ok(None),
+                elements => {
+                    let rows = requests.as_bytes().len().checked_div(request_size);
+                    let rows = rows.unwrap_or_else(|| elements.iter().filter(|element| keep(element)).count());
+                    call_batch(handler, &requests, rows, response_size).map(Some)
                 }
-                Ok(responses)
             });
-        let (_bytes, view) = match prepared {
-            Ok(prepared) => prepared,
+        let (_bytes, view) = match answered {
+            Ok(Some(answered)) => answered,
+            Ok(None) => {
+                self.spare().keep(popped);
+                return Ok(0);
+            }
             Err(error) => {
                 self.shared().give_back(popped);
                 return Err(error);
             }
         };
         let responded = popped.respond(py, self.shared(), view.raw(), response_size, keep);
+        self.spare().keep(popped);
         match (responded, self.signal(py)) {
             (Ok(responded), Ok(_)) => Ok(responded.completed),
             (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
@@ -262,10 +268,7 @@ impl PyDeviceQueue {
             self.shared().give_back(std::mem::take(&mut burst.popped));
             return Err(error);
         }
-        gathered.map_err(|trouble| match trouble {
-            Trouble::Queue(error) => either(py, error),
-            Trouble::Python(error) => error,
-        })?;
+        gathered.map_err(|trouble| trouble.raise(py))?;
         Ok(stamp)
     }
 
@@ -451,12 +454,17 @@ impl PyDeviceQueue {
     }
 }
 
-/// Call a batch handler with a read-only view of the requests and a writable one of the responses.
+/// Call a batch handler, if there are rows, with a view of the requests, which is read-only as `bytes` are, and a writable
+/// one of the responses; these, held.
 fn call_batch<'py>(
     handler: &Bound<'py, PyAny>,
-    requests: &Bound<'py, PyByteArray>,
-    responses: &Bound<'py, PyByteArray>,
-) -> PyResult<()> {
-    let requests = PyMemoryView::from(requests)?.call_method0("toreadonly")?;
-    handler.call1((requests, PyMemoryView::from(responses)?)).map(drop)
+    requests: &Bound<'py, PyBytes>,
+    rows: usize,
+    response_size: usize,
+) -> PyResult<(Bound<'py, PyByteArray>, Output)> {
+    let (responses, held) = zeroed(handler.py(), rows, response_size)?;
+    if rows > 0 {
+        handler.call1((PyMemoryView::from(requests)?, PyMemoryView::from(&responses)?))?;
+    }
+    Ok((responses, held))
 }
