@@ -404,7 +404,8 @@ class BaseDevice:
         except Exception as error:
             if queue.latched is not None:
                 raise
-            self._handler_failed(queue, error, [queue.take_failed()])
+            # Mostly one; two, when memory for an earlier response had gone too.
+            self._handler_failed(queue, error, list(iter(queue.take_failed, None)))
             return BUDGET
         finally:
             self._processing = None
