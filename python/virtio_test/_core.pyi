@@ -617,9 +617,9 @@ class DeviceQueue:
         """Pop chains, call `handler(request)` for each, write its response, push, and notify once at the end.
 
         Up to 32 chains are taken at a time, and completed together when all their handlers were called; nothing is
-        locked while a handler runs. None means a response of 0 bytes. A response longer than the writable part is not written: the chain is
-        completed with 0 and counted as rejected, and so is a request of more than `max_request` bytes, without
-        the handler being asked. When the handler raises, earlier responses stay, the chain is kept
+        locked while a handler runs. None means a response of 0 bytes. A response longer than the writable part is not
+        written: the chain is completed with 0 and counted as rejected, and so is a request of more than `max_request`
+        bytes, without the handler being asked. When the handler raises, earlier responses stay, the chain is kept
         (`take_failed`), later ones are put back, and the exception propagates; so it is with a chain whose memory has
         gone when its response is written (`StaleMemory`), but others of its burst that have none get 0 bytes.
 
