@@ -25,6 +25,9 @@ def test_the_targets_are_listed(run: Run) -> None:
         (("--target", "virtio-test", "--program", "'"), "cannot be taken apart"),
         (("--target", "virtio-test", "--program", ""), "--program is empty"),
         (("--target", "virtio-test", "--program", "/no/such/program"), "/no/such/program: No such file"),
+        (("--target", "virtio-test", "--target", "virtio-test"), "a target is named twice"),
+        (("--target", "virtio-test", "--markdown", "/no/such/page"), "no page can be written there"),
+        (("--target", "virtio-test", "--markdown", "/"), "no page can be written there"),
         (("--target", "virtio-test", "--patience", "0"), "more than 0 seconds"),
     ],
 )

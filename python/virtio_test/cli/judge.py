@@ -7,7 +7,11 @@ processes of this machine; whatever was started is ended.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from virtio_test import judge as judging
@@ -52,19 +56,25 @@ def judge(
         1 when a target died or hung, else 0.
 
     Raises:
-        InvalidArgument: an unknown target or row, a target that is not there or does not serve.
+        InvalidArgument: an unknown target or row, one named twice, a target that is not there or does not serve, a page
+            that cannot be written.
     """
     if programs and len(programs) != len(targets):
         raise InvalidArgument(f"{len(programs)} times --program for {len(targets)} targets: give one for each, or none")
+    if len(set(targets)) != len(targets):
+        raise InvalidArgument("a target is named twice: judge two programs of one kind in two runs")
+    if markdown is not None and (markdown.is_dir() or not markdown.parent.is_dir()):
+        raise InvalidArgument(f"{markdown}: no page can be written there")
     put = judging.chosen(rows)
     given = programs or [None] * len(targets)
     chosen = [judging.named(name).started_by(words) for name, words in zip(targets, given, strict=True)]
     versions = [each.version() for each in chosen]
     tables: dict[str, list[judging.Result]] = {}
-    for target, version in zip(chosen, versions, strict=True):
+    for target, version, words in zip(chosen, versions, given, strict=True):
         title = f"{target.name} {version}"
-        with Progress(title, len(put)) as tick:
-            tables[title] = judging.judge(target, put, patience=patience, done=tick)
+        again = _again(words, patience)
+        with Progress(title, len(put)) as tick, _ended_by_sigterm():
+            tables[title] = judging.judge(target, put, patience=patience, again=again, done=tick)
         if not as_json:
             show(judging.as_lines(title, tables[title], every=bool(rows)))
     everything = [each for results in tables.values() for each in results]
@@ -74,3 +84,28 @@ def judge(
     if markdown is not None:
         markdown.write_text(judging.as_markdown(tables, date=datetime.datetime.now(datetime.UTC).date().isoformat()))
     return int(any(each.verdict in judging.BAD for each in everything))
+
+
+def _again(program: str | None, patience: float) -> str:
+    """The command that repeats a row with the same program and patience, for `judging.judge`."""
+    options = [] if program is None else ["--program", program]
+    options += [] if patience == judging.PATIENCE else ["--patience", f"{patience:g}"]
+    more = shlex.join(options).replace("{", "{{").replace("}", "}}")
+    return f"{judging.AGAIN} {more}".rstrip()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Generator[None]:
+    """Inside, SIGTERM interrupts as SIGINT does: what was started has a session of its own and would stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,12 +6,13 @@ what became of the service: it survives, refuses, ignores, hangs or dies.
 
 from __future__ import annotations
 
-from .run import PATIENCE, Case, chosen, judge
+from .run import AGAIN, PATIENCE, Case, chosen, judge
 from .table import as_json, as_lines, as_markdown
 from .target import TARGETS, Target, named
 from .verdict import BAD, Observation, Result, Verdict
 
 __all__ = [
+    "AGAIN",
     "BAD",
     "PATIENCE",
     "TARGETS",

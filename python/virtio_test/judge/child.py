@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from virtio_test.errors import PeerDisconnected
+from virtio_test.errors import PeerDisconnected, PeerTimeout
 
 __all__ = ["Child"]
 
@@ -31,9 +31,11 @@ _LAST_BYTES: Final = 4096
 class Child:
     """One process in a session of its own, without core dumps, with a bound on its processor time.
 
+    Until `close` it is not reaped, however it ends, so that its id, and that of its group, can be nobody else's.
+
     Args:
         words: program and arguments.
-        folder: where its log is written; also where it runs.
+        folder: where its log is written, and for what it leaves behind while it runs.
         ready: whether it can be spoken to, asked with what it has written so far.
         cpu: processor seconds after which the kernel ends it.
 
@@ -43,6 +45,8 @@ class Child:
 
     def __init__(self, words: Sequence[str], folder: Path, *, ready: Callable[[str], bool], cpu: int = 600) -> None:
         self._log = folder / "log"
+        self._name = words[0]
+        self._pidfd = -1
         with self._log.open("wb") as log:
             try:
                 self._process = subprocess.Popen(  # noqa: S603 - the user's own command, no shell
@@ -51,21 +55,28 @@ class Child:
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    cwd=folder,
+                    # Where DPDK keeps its own, which would stay.
+                    env={**os.environ, "RUNTIME_DIRECTORY": str(folder)},
                     start_new_session=True,
                 )
             except OSError as error:
                 raise PeerDisconnected(f"{words[0]} cannot be started: {error.strerror}") from None
-        self._pidfd = os.pidfd_open(self._process.pid)
-        with contextlib.suppress(ProcessLookupError):
-            resource.prlimit(self._process.pid, resource.RLIMIT_CORE, (0, 0))
-            resource.prlimit(self._process.pid, resource.RLIMIT_CPU, (cpu, cpu))
+        try:
+            self._pidfd = os.pidfd_open(self._process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(self._process.pid, resource.RLIMIT_CORE, (0, 0))
+                resource.prlimit(self._process.pid, resource.RLIMIT_CPU, (cpu, cpu))
+            self._come_up(ready)
+        except BaseException:
+            # Whoever interrupts the wait as well: the session is its own, so nobody else would end it.
+            self.close()
+            raise
+
+    def _come_up(self, ready: Callable[[str], bool]) -> None:
         end = time.monotonic() + _START_SECONDS
         while not ready(self._said()):
             if not self.alive or time.monotonic() > end:
-                words_left = self.last_words()
-                self.close()
-                raise PeerDisconnected(f"{words[0]} does not come up: {words_left or 'it said nothing'}")
+                raise PeerDisconnected(f"{self._name} does not come up: {self.last_words() or 'it said nothing'}")
             time.sleep(_STEP_SECONDS)
 
     def __repr__(self) -> str:
@@ -86,15 +97,24 @@ class Child:
     @property
     def alive(self) -> bool:
         """Whether it runs."""
-        return self._process.poll() is None
+        return self._status() is None
+
+    def _status(self) -> int | None:
+        """As `Popen.returncode`; None while it runs."""
+        if self._pidfd < 0:
+            return self._process.returncode
+        found = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is None:
+            return None
+        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
     def died(self, within: float = 0.0) -> str:
         """How it ended, in words, or empty; waits so many seconds for its end."""
         select.select([self._pidfd], [], [], within)
-        status = self._process.poll()
+        status = self._status()
         if status is None:
             return ""
-        how = f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+        how = f"exit status {status}" if status >= 0 else f"signal {_signal_name(-status)}"
         said = self.last_words()
         return f"{how}: {said}" if said else how
 
@@ -141,12 +161,30 @@ class Child:
             return log.read().decode(errors="replace")
 
     def close(self) -> None:
-        """End it, and all that it has started."""
+        """End it, and all that it has started; harmless a second time.
+
+        Raises:
+            PeerTimeout: the kernel does not end it.
+        """
+        if self._process.returncode is not None:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         if self._process.stdin is not None:
             self._process.stdin.close()
-        self._process.wait(_STOP_SECONDS)
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise PeerTimeout(f"{self._name} does not end within {_STOP_SECONDS:g} s of being killed") from None
+        finally:
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+                self._pidfd = -1
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # Of the real-time signals only the first and the last have a name.
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"

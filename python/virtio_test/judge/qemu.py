@@ -33,6 +33,7 @@ _SLOT: Final = 2
 _VERSION_1: Final = 1 << 32
 _PACKED: Final = 1 << 34
 _LOOK_SECONDS: Final = 0.002
+_START_SECONDS: Final = 30.0
 _READY: Final = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK
 
 
@@ -62,8 +63,9 @@ class QemuTrial:
             raise NotOffered("the memory of a machine stays as it is")
         seen = Observation()
         with QtestMachine(
-            self._target.program, self._words, ram=_RAM, timeout=self._patience, exit_with_parent=False
+            self._target.program, self._words, ram=_RAM, timeout=_START_SECONDS, exit_with_parent=False
         ) as machine:
+            machine.qtest.timeout = self._patience
             memory = GuestMemory()
             with machine.process.ram_path.open("r+b") as file:
                 memory.add_region(0, _LOW, fd=file.fileno(), offset=0)
@@ -80,8 +82,11 @@ class QemuTrial:
                 seen.healed = "same" if self._serves(registers, memory, packed=case.packed) else ""
             except PeerError as error:
                 seen.refused = seen.refused or refusal(error)
+            # Its socket closes a moment before its process ends: `last_words` waits for that.
+            words = machine.process.last_words() if seen.refused else ""
             if not machine.process.running:
-                seen.death = machine.process.last_words() or "it said nothing"
+                words = words or machine.process.last_words() or "it said nothing"
+                seen.death = "".join(each if each.isprintable() else " " for each in words)
         return seen
 
     def _attack(self, registers: Registers, image: Image, case: RingCase, seen: Observation) -> None:
@@ -90,8 +95,9 @@ class QemuTrial:
         kick.notify()
         self._watch(registers, image, seen)
         for _ in image.later():
+            before = used_entry(image)[1]
             kick.notify()
-            self._watch(registers, image, seen)
+            self._watch(registers, image, seen, before)
 
     def _bring_up(self, registers: Registers, config: QueueConfig, features: int, state: QueueState) -> None:
         if state not in (QueueState(0, 0), QueueState(0x8000, 0x8000)):
@@ -110,12 +116,14 @@ class QemuTrial:
         registers.enable_queue(config)
         registers.write_status(_READY | Status.DRIVER_OK)
 
-    def _watch(self, registers: Registers, image: Image, seen: Observation) -> None:
+    def _watch(self, registers: Registers, image: Image, seen: Observation, before: int = 0) -> None:
+        """Until something happens beside the `before` used ones, or nothing for long enough."""
         end = time.monotonic() + self._patience / 4
-        while time.monotonic() < end and not seen.used and not seen.error:
+        while time.monotonic() < end and seen.count == before and not seen.error:
             time.sleep(_LOOK_SECONDS)
-            seen.used, seen.count = used_entry(image)
             seen.error = bool(registers.read_status() & Status.DEVICE_NEEDS_RESET)
+            # After that answer: whoever gave it is no longer in the middle of the ring.
+            seen.used, seen.count = used_entry(image)
 
     def _serves(self, registers: Registers, memory: GuestMemory, *, packed: bool) -> bool:
         target = self._target

@@ -45,12 +45,15 @@ class Image(NamedTuple):
 
     def later(self) -> Iterator[None]:
         """What the driver does once the target has seen the ring, each time as far as the next look of the target."""
+        done = False
         for act in self.scene.case.later:
             if isinstance(act, Change | Add | Publish):
                 self.scene.do(act)
-            else:
+                done = True
+            elif done:
                 yield
-        if self.scene.case.later:
+                done = False
+        if done:
             yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,12 +16,14 @@ from .target import IMAGE_BYTES, Target
 from .verdict import BAD, Observation, Result
 from .vhost import NotOffered, VhostTrial
 
-__all__ = ["PATIENCE", "Case", "chosen", "judge"]
+__all__ = ["AGAIN", "PATIENCE", "Case", "chosen", "judge"]
 
 Case = RingCase | MessageProgram
 
 AGAIN: Final = "virtio-test judge --target {target} --row {row}"
+"""What repeats a row where nobody says how."""
 _FIRST_SECONDS: Final = 5.0
+_MORE: Final = 3
 PATIENCE: Final = 1.0
 """Seconds that any answer may take; the longest that a target is waited for."""
 
@@ -48,32 +49,40 @@ def judge(
         A result for each case that could be put, in their order.
 
     Raises:
-        InvalidArgument: the target does not answer a good request even before anything was done to it.
+        InvalidArgument: the target does not answer a good request even before anything was done to it, or cannot be
+            started any more.
     """
     results: list[Result] = []
     _check_good(target, patience)
     for count, case in enumerate(put, 1):
-        with contextlib.suppress(NotOffered):
+        try:
             results.append(_judged(target, case, patience, again))
+        except NotOffered:
+            pass
+        except PeerError as error:
+            raise InvalidArgument(f"{target.name}: row {case.row} cannot be put to it: {error}") from None
         done(count)
     return results
 
 
 def _judged(target: Target, case: Case, patience: float, again: str) -> Result:
     seen = _trial(target, case, patience)
-    steady = True
+    steady, once = True, ""
     if seen.verdict in BAD:
-        second = _trial(target, case, patience)
+        # With more patience: who is only slow today hangs once and not twice.
+        second = _trial(target, case, patience * _MORE)
         steady = second.verdict == seen.verdict
-        # The milder of two that differ: a verdict that cannot be repeated is no finding.
-        seen = seen if steady or second.verdict in BAD else second
+        if not steady:
+            # What cannot be repeated is told, and is no finding unless the other one is.
+            kept, other = (seen, second) if second.verdict in BAD else (second, seen)
+            seen, once = kept, f"; {other.verdict} the other time: {other.evidence}"
     return Result(
         target=target.name,
         row=case.row,
         title=case.title,
         ring="messages" if isinstance(case, MessageProgram) else "packed" if case.packed else "split",
         verdict=seen.verdict,
-        evidence=seen.evidence,
+        evidence=seen.evidence + once,
         steady=steady,
         ours=_ours(case),
         command=again.format(target=target.name, row=case.row),

@@ -152,8 +152,9 @@ class VhostTrial:
                 if image.memory.epoch != shared:
                     shared = image.memory.epoch
                     front.share(image.memory)
+                before = used_entry(image)[1]
                 ring.kick.notify()
-                self._watch(front, ring, image, seen)
+                self._watch(front, ring, image, seen, before)
         finally:
             if ring is not None:
                 seen.error = bool(select.select([ring.error.fileno()], [], [], 0)[0])
@@ -174,11 +175,11 @@ class VhostTrial:
         memory.fill(layout.desc, 0x1000)
         return QueueConfig.from_layout(layout, index=index, features=(1 << 34) * packed)
 
-    def _watch(self, front: FrontEnd, ring: FrontEndRing, image: Image, seen: Observation) -> None:
-        """Until something happens, or nothing for long enough; then whether it sleeps."""
-        watched = [front.socket.fileno(), ring.call.fileno(), ring.error.fileno(), self._child.fileno()]
+    def _watch(self, front: FrontEnd, ring: FrontEndRing, image: Image, seen: Observation, before: int = 0) -> None:
+        """Until something happens beside the `before` used ones, or nothing for long enough; then whether it sleeps."""
+        watched = [front.socket.fileno(), ring.error.fileno(), self._child.fileno()]
         end = time.monotonic() + self._patience / 2
-        while time.monotonic() < end and not used_entry(image)[1]:
+        while time.monotonic() < end and used_entry(image)[1] == before:
             ready, _, _ = select.select(watched, [], [], _LOOK_SECONDS)
             if self._child.fileno() in ready or ring.error.fileno() in ready:
                 break
@@ -209,7 +210,15 @@ class VhostTrial:
 
     def _heal_new(self, seen: Observation, *, packed: bool) -> None:
         seen.death = self._child.died(_DEATH_SECONDS)
-        if seen.death or seen.healed:
+        if seen.death:
+            return
+        if seen.healed:
+            # It may still die of what the connection has left behind; who answers the next one is over that.
+            answers = False
+            with suppress(PeerError):
+                self._connect(packed=packed).close()
+                answers = True
+            seen.death = self._child.died(0.0 if answers else self._patience)
             return
         # Some take the next one only a while after they have seen that the last has left.
         for wait in (0.0, 0.1, 0.5):

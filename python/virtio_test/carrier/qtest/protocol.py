@@ -36,6 +36,9 @@ class Qtest:
         timeout: real seconds that an answer takes at most.
         on_irq: called with (line, raised) for each change of an intercepted line, from inside of any method.
         last_words: what to add when QEMU is gone: what it said on its standard error.
+
+    Attributes:
+        timeout: as above; it may be changed between two commands.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Qtest:
     ) -> None:
         self._channel = channel
         self._channel.settimeout(timeout)
-        self._timeout = timeout
+        self.timeout = timeout
         self._on_irq = on_irq
         self._last_words = last_words
         self._buffer = b""
@@ -78,9 +81,9 @@ class Qtest:
             PeerError: an answer that is none.
         """
         self._check()
-        end = time.monotonic() + self._timeout
+        end = time.monotonic() + self.timeout
         try:
-            self._channel.settimeout(self._timeout)
+            self._channel.settimeout(self.timeout)
             self._channel.sendall(line.encode() + b"\n")
         except TimeoutError:
             raise self._late(line) from None
@@ -111,7 +114,7 @@ class Qtest:
             with contextlib.suppress(BlockingIOError):
                 self._receive()
         finally:
-            self._channel.settimeout(self._timeout)
+            self._channel.settimeout(self.timeout)
         self._take_lines()
 
     def _take_lines(self) -> None:
@@ -165,7 +168,7 @@ class Qtest:
 
     def _late(self, line: str) -> PeerTimeout:
         self._gone = f"it did not answer {line!r}"
-        return PeerTimeout(f"QEMU did not answer {line!r} within {self._timeout:g} s")
+        return PeerTimeout(f"QEMU did not answer {line!r} within {self.timeout:g} s")
 
     def _text(self) -> str:
         words = self._last_words()
