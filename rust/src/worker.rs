@@ -382,6 +382,8 @@ fn spin(control: &Control, work: &mut impl Work, wait: Wait) -> Option<bool> {
                 std::hint::spin_loop();
             }
         }
+        // Whoever is to give us work may be waiting for this very core.
+        std::thread::yield_now();
     }
 }
 

@@ -1,0 +1,27 @@
+"""The disk and the ping-pong: a quick round in which both sides answer what they are asked; a wrong answer is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benches.pairs import blk, pingpong
+from benches.runner import BenchError, Case
+from tests.benches.smoke import smoke
+
+
+@pytest.mark.timeout(600)  # the driver program may have to be built first
+@pytest.mark.parametrize("case", [*blk.cases(), *pingpong.cases()], ids=lambda case: case.shape)
+def test_both_sides_answer(case: Case) -> None:
+    smoke(case)
+
+
+@pytest.mark.timeout(600)
+def test_a_wrong_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(path: Path) -> None:
+        path.write_bytes(bytes(blk.BYTES))
+
+    monkeypatch.setattr(blk, "fill", empty)
+    with pytest.raises(BenchError, match="status 0, sectors 0 to 0"):
+        smoke(blk.cases()[0])
