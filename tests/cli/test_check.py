@@ -112,7 +112,9 @@ def test_impossible_input_is_one_line(run: Run, dump: Path, arguments: list[str]
     ("text", "words"),
     [
         ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 60_000, "not JSON"),
+        ("[" * 100_000, "more than 65536 bytes"),
+        ('{"size": "' + "9" * 30_000 + '", "desc": 0, "driver": 0, "device": 0}', "size is '9999999"),
         ("[]", "not one JSON object"),
         ('{"sizes": 4}', "'sizes' is none of size, "),
         ('{"size": true}', "no desc"),
@@ -130,6 +132,7 @@ def test_an_impossible_description_is_one_line(run: Run, dump: Path, text: str, 
     assert (result.status, result.out) == (2, "")
     assert result.err.count("\n") == 1
     assert words in result.err
+    assert len(result.err) < 1000
 
 
 def test_what_is_no_dump_is_one_line(run: Run, tmp_path: Path) -> None:

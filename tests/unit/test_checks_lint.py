@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from struct import pack
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -287,3 +289,34 @@ def test_nothing_is_written_and_a_hole_in_the_ring_is_found() -> None:
     assert memory.read(0, 0x40000) == before
     memory.remove_region(0, 0x40000)
     assert [each.rule for each in check_ring(memory, config)] == ["RingUnmapped"] * 3
+
+
+@pytest.mark.parametrize("what", ["heads of one list", "one table for all", "used elements"])
+@pytest.mark.parametrize("size", [512, 32768])
+def test_an_image_cannot_keep_us(what: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a gibi of descriptors in a mebibyte; a ring of usual size is walked all the same."""
+    if size > 512:
+        # The bound itself takes seconds.
+        monkeypatch.setattr("virtio_test.checks.lint.MOST_LOOKS", 1 << 17)
+    memory = GuestMemory([(0, 1 << 23)])
+    layout = RingLayout.contiguous(size, 0x1000)
+    used, indirect = what == "used elements", what == "one table for all"
+    linked = b"".join(pack("<QIHH", 1 << 22, 16, NEXT * (at + 1 < size), (at + 1) % size) for at in range(size))
+    single = pack("<QIHH", 1 << 20, 16 * size, INDIRECT, 0) if indirect else pack("<QIHH", 1 << 22, 16, WRITE, 0)
+    memory.write(1 << 20, linked)
+    memory.write(layout.desc, single * size if used or indirect else linked)
+    memory.write(layout.at("avail.ring"), b"".join(at.to_bytes(2, "little") for at in range(size)))
+    memory.write(layout.at("avail.idx"), size.to_bytes(2, "little"))
+    if used:
+        memory.write(layout.at("used.ring.id"), b"".join(pack("<II", at, 17) for at in range(size)))
+        memory.write(layout.at("used.idx"), size.to_bytes(2, "little"))
+    config = QueueConfig.from_layout(layout, features=INDIRECT_DESC, policy=Policy.strict)
+
+    def check() -> list[QueueViolation]:
+        return check_ring(memory, config, driver_state=QueueState(0) if used else None)
+
+    if size > 512:
+        with pytest.raises(InvalidArgument, match="more than 131072 looks"):
+            check()
+    else:
+        assert len(check()) == (size if used else 0)

@@ -8,6 +8,9 @@ ring is judged with the others in a place that is known to be good, and used ele
 own making (`used.py`). The judge is the core in each case, and the errors are its own; what is read here is only where
 to begin.
 
+An image may have been made to keep whoever looks at it: many heads that lead into one long list are as many lists. So
+the work is bounded by `MOST_LOOKS`, which no ring comes near whose lists share nothing.
+
 Nothing is written: the ends work on a view of the memory that drops what they store. What an image cannot show is not
 judged: an avail idx that went back, what else is in flight, and the used descriptors of a packed ring, which have
 overwritten what they must be compared with.
@@ -26,7 +29,10 @@ from .suppression import check_suppression
 from .used import LONGEST, UsedJudge, moved
 from .view import field, view_of
 
-__all__ = ["check_ring"]
+__all__ = ["MOST_LOOKS", "check_ring"]
+
+MOST_LOOKS: Final = 1 << 22
+"""Times that one run looks at the image, or a second or two to a minute, as the memory is."""
 
 _AREAS: Final = ("desc", "driver", "device")
 _WRAP: Final = 1 << 15
@@ -56,7 +62,8 @@ def check_ring(
         The violations; empty when all is well.
 
     Raises:
-        InvalidArgument: `driver_state` for a packed ring, which does not keep what its used descriptors answer.
+        InvalidArgument: `driver_state` for a packed ring, which does not keep what its used descriptors answer; lists
+            that are too long together to be walked (`MOST_LOOKS`).
     """
     if driver_state is not None and config.packed:
         raise InvalidArgument("a packed ring does not keep what was used: give no driver state")
@@ -83,7 +90,20 @@ class _Lint:
         self.bad: set[str] | None = None
         self._memory = memory
         self._config = config
-        self._view = view_of(memory)
+        self._looks = 0
+        self._view = view_of(memory, self._look)
+
+    def _look(self, address: int, length: int) -> bytes:
+        self._looks += 1
+        return self._memory.read(address, length)
+
+    def _go_on(self) -> None:
+        """Between two chains or elements: whether it has not been too much."""
+        if self._looks > MOST_LOOKS:
+            raise InvalidArgument(
+                f"the ring of {self._config.size} takes more than {MOST_LOOKS} looks at memory: its lists share "
+                "descriptors, or are too long together"
+            )
 
     def size(self) -> bool:
         """Whether there can be a queue of this size."""
@@ -98,7 +118,7 @@ class _Lint:
         """Judge each area for itself; those that are broken and without which no chain is found."""
         size, packed = self._config.size, self._config.packed
         good = RingLayout.contiguous(size, _SCRATCH, packed=packed)
-        view = view_of(self._memory)
+        view = view_of(self._memory, self._look)
         view.add_region(_SCRATCH, -(-(good.end - _SCRATCH) // 4096) * 4096)
         self.bad = {
             name
@@ -142,6 +162,7 @@ class _Lint:
 
     def _pop(self, at: int) -> tuple[int, int] | None:
         """The head of the chain at a ring position, and the position behind it; None when there is no good one."""
+        self._go_on()
         queue = self._begin(self._config, QueueState(at), self._view)
         if queue is None:
             return None
@@ -221,15 +242,19 @@ class _Lint:
         error = judge.take(identity, length) if whole else judge.identity(identity)
         if error is not None:
             self.found.append(moved(error, self._config, position=at, address=layout.at("used.ring.id", slot)))
+            # The judge begins anew, with all that is in flight.
+            self._looks += layout.size * whole
+        self._go_on()
 
     def _writable(self, layout: RingLayout, head: int) -> int:
         """Writable bytes of a chain that was used and not taken, and so still stands in its table."""
+        self._go_on()
         told = {layout.at("avail.idx"): 1, layout.at("avail.ring"): head}
 
         def read(address: int, length: int) -> bytes:
             if length == 2 and address in told:
                 return told[address].to_bytes(2, "little")
-            return self._memory.read(address, length)
+            return self._look(address, length)
 
         try:
             chain = DeviceQueue(view_of(self._memory, read), self._config, state=QueueState(0)).pop()

@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 from virtio_test._core import GuestMemory, Policy, QueueConfig, QueueState
 from virtio_test.checks import Ring
-from virtio_test.console import print_line
+from virtio_test.console import print_line, shown
 from virtio_test.errors import InvalidArgument, QueueViolation
 from virtio_test.features import FeatureSet
 
@@ -27,6 +27,7 @@ _NUMBERS_16: Final = {"index": 16, "avail_from": 16, "taken": 16}
 _NEEDED: Final = ("size", "desc", "driver", "device")
 _BITS: Final = _NUMBERS | _NUMBERS_16
 _KEYS: Final = (*_BITS, "packed", "features", "policy")
+_MOST: Final = 1 << 16
 _PACKED: Final = FeatureSet("RING_PACKED").bits
 
 
@@ -93,14 +94,18 @@ def _mapped(fd: int, dump: Path, at: int) -> GuestMemory:
 
 def _described(path: Path) -> dict[str, Any]:
     try:
-        values: object = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            text = file.read(_MOST + 1)
+        if len(text) > _MOST:
+            raise InvalidArgument(f"{path}: more than {_MOST} bytes, a description of a queue has a few hundred")
+        values: object = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):
         raise InvalidArgument(f"{path}: not one JSON object")
     found = cast("dict[str, Any]", values)
     if unknown := sorted(found.keys() - set(_KEYS)):
-        raise InvalidArgument(f"{path}: {unknown[0]!r} is none of {', '.join(_KEYS)}")
+        raise InvalidArgument(f"{path}: {shown(unknown[0])} is none of {', '.join(_KEYS)}")
     return found
 
 
@@ -109,9 +114,9 @@ def _config(values: Mapping[str, Any]) -> QueueConfig:
         raise InvalidArgument(f"no {missing[0]} of the queue: give --{missing[0]}, or a description with --queue")
     packed, policy = values.get("packed", False), values.get("policy", "strict")
     if not isinstance(packed, bool):
-        raise InvalidArgument(f"packed is {packed!r}: give true or false")
+        raise InvalidArgument(f"packed is {shown(packed)}: give true or false")
     if policy not in ("interop", "strict"):
-        raise InvalidArgument(f"policy is {policy!r}: give interop or strict")
+        raise InvalidArgument(f"policy is {shown(policy)}: give interop or strict")
     return QueueConfig(
         _number(values, "size"),
         desc=_number(values, "desc"),
@@ -129,7 +134,7 @@ def _number(values: Mapping[str, Any], name: str, default: int | None = None) ->
     if isinstance(value, str) and re.fullmatch(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}", value):
         value = int(value, 16 if value[:2] in ("0x", "0X") else 10)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << bits:
-        raise InvalidArgument(f"{option} is {value!r}: give a number below 2**{bits}, decimal or with 0x")
+        raise InvalidArgument(f"{option} is {shown(value)}: give a number below 2**{bits}, decimal or with 0x")
     return value
 
 
