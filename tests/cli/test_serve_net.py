@@ -61,6 +61,8 @@ def test_a_network_device(tmp_path: Path, options: tuple[str, ...], check: Calla
     [
         (("--device", "blk", "--backend", "drop"), "--backend is an option of the device net, not of blk"),
         (("--device", "net", "--image", "x"), "--image is an option of the device blk, not of net"),
+        (("--device", "console", "--native", "busy"), "--native is an option of the device blk, not of console"),
+        (("--device", "rng", "--native", "wild"), "'wild' is not one of 'loop', 'blocking', 'adaptive', 'busy'"),
         (("--device", "net", "--frame-size", "60"), "give --backend generate"),
         (("--device", "net", "--mac", "52:54"), "'52:54' is no MAC address: give one such as 52:54:00:12:34:56"),
         (("--device", "net", "--mac", "01:00:00:00:00:01"), "is no address of 6 bytes that one interface can have"),

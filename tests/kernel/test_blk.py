@@ -26,6 +26,8 @@ TRANSPORTS = {
     "vhost-user": ("pci modern, MSI-X", "vhost-user"),
 }
 MODULES = ("virtio_pci", "virtio_blk")
+# In Python and natively: each transport in one of them for the one kernel, and in the other for the next.
+NATIVE = (("adaptive", None, "blocking"), (None, "loop", None))
 
 
 def _driver(guest: Qemu, name: str) -> str:
@@ -43,8 +45,19 @@ def test_file_systems_keep_what_is_written(serve: Serve, boot: Boot, tmp_path: P
     """Each kernel fills them, reads them after a remount, and the next one, from servers of its own, finds the same."""
     images = {name: disk.make(tmp_path / name) for name in TRANSPORTS}
     sums: dict[str, list[str]] = {}
-    for kernel in (build.debian_kernel(), build.testing_kernel()):
-        asked = {name: ("--device", "blk", "--image", str(image), "--serial", name) for name, image in images.items()}
+    for kernel, how in zip((build.debian_kernel(), build.testing_kernel()), NATIVE, strict=True):
+        asked = {
+            name: (
+                "--device",
+                "blk",
+                "--image",
+                str(image),
+                "--serial",
+                name,
+                *(("--native", native) if native else ()),
+            )
+            for (name, image), native in zip(images.items(), how, strict=True)
+        }
         servers = [
             serve(*FUNCTION, *asked["root bus"], "--queues", "2"),
             serve(*FUNCTION, *asked["express"], "--express", "--features", "-RING_PACKED"),
@@ -68,7 +81,9 @@ def test_file_systems_keep_what_is_written(serve: Serve, boot: Boot, tmp_path: P
             disk.verify(guest, at, sums[name])
             shell(guest, f"umount /{at}")
             transport, carrier = TRANSPORTS[name]
-            checks.ran(guest, device="blk", transport=transport, carrier=carrier, at=_driver(guest, at))
+            native = dict(zip(images, how, strict=True))[name]
+            device = f"blk, native ({native})" if native else "blk"
+            checks.ran(guest, device=device, transport=transport, carrier=carrier, at=_driver(guest, at))
         guest.power_off()
         for server in servers:
             server.wait_for_disconnects(1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from virtio_test.spec.ids import DeviceId
 
 from tests.kernel import checks
 from tests.kernel.guest import Uml
@@ -169,3 +171,25 @@ def test_without_can_print_there_is_no_request_api(serve: Serve, uml: Boot) -> N
     assert any("the device does not offer CAN_PRINT: no request API" in line for line in guest.load())
     assert guest.command("run virtio 10", status=1) == OPEN_FAILED
     guest.command("rmmod virtio_test")
+
+
+@pytest.mark.parametrize("native", [None, "loop", "blocking", "adaptive"])
+def test_linux_own_drivers_of_a_disk_and_of_entropy(
+    serve: Serve, uml: Boot, native: str | None, tmp_path: Path
+) -> None:
+    """Its disk and its source of entropy, each in a guest that has only that."""
+    how = () if native is None else ("--native", native)
+    server = serve("--device", "rng", *how)
+    guest = uml(server, virtio_id=DeviceId.ENTROPY)
+    assert "guest: out: virtio_rng.0" in guest.command("read /sys/class/misc/hw_random/rng_current")
+    guest.power_off()
+    assert server.stop() == 0
+    image = tmp_path / "image"
+    text = b"".join(b"this is line %d of the disk\n" % line for line in range(16))
+    image.write_bytes(text.ljust(512, b"\n"))
+    server = serve("--device", "blk", "--image", str(image), *how)
+    guest = uml(server, virtio_id=DeviceId.BLOCK)
+    seen = guest.command("read /dev/vda")
+    assert [f"guest: out: {line}" for line in text.decode().splitlines()] == seen[:16]
+    guest.power_off()
+    assert server.stop() == 0

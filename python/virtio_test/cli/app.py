@@ -119,6 +119,12 @@ def timer(*, ticks: int, first_after: float, every: float, real_time: bool, as_j
 @click.option("--queues", type=Number(1, 1024), default=None, help="Request queues (blk), or pairs (net).")
 @click.option("--serial", default=None, help="Identification, 20 characters at most (blk).")
 @click.option(
+    "--native",
+    type=click.Choice(["loop", "blocking", "adaptive", "busy"]),
+    default=None,
+    help="Without Python: in the owner loop, or in threads that wait in that way (blk, rng).",
+)
+@click.option(
     "--backend",
     type=click.Choice(["loopback", "drop", "generate"]),
     default=None,

@@ -35,6 +35,7 @@ class Choice:
         frame_size: bytes of each frame that it generates.
         mac: its address, as text.
         mtu: its largest payload.
+        native: served without Python: in the owner loop, or in threads that wait in that way.
     """
 
     device: DeviceName = "test"
@@ -49,12 +50,18 @@ class Choice:
     frame_size: int | None = None
     mac: str | None = None
     mtu: int | None = None
+    native: Literal["loop", "blocking", "adaptive", "busy"] | None = None
+
+    @property
+    def wait(self) -> Literal["blocking", "adaptive", "busy"] | None:
+        """How the threads of a native device wait."""
+        return None if self.native == "loop" else self.native
 
 
 _OWN: Final[dict[DeviceName, frozenset[str]]] = {
     "test": frozenset({"timer", "first_after", "every"}),
-    "blk": frozenset({"image", "read_only", "queues", "serial"}),
-    "rng": frozenset(),
+    "blk": frozenset({"image", "read_only", "queues", "serial", "native"}),
+    "rng": frozenset({"native"}),
     "console": frozenset(),
     "net": frozenset({"queues", "backend", "frame_size", "mac", "mtu"}),
 }
@@ -81,7 +88,7 @@ def make(choice: Choice, *, console: Callable[[str], object]) -> BaseDevice:
     if choice.device == "rng":
         from virtio_test.devices.rng import RngDevice
 
-        return RngDevice()
+        return RngDevice(native=choice.native is not None, wait=choice.wait)
     if choice.device == "console":
         from virtio_test.devices.console import ConsoleDevice
 
@@ -101,9 +108,14 @@ def _blk(choice: Choice) -> BaseDevice:
 
     if choice.image is None:
         raise InvalidArgument("the device blk needs an image: give --image FILE, whose size is a multiple of 512")
-    if choice.serial is None:
-        return BlkDevice(choice.image, read_only=choice.read_only, num_queues=choice.queues or 1)
-    return BlkDevice(choice.image, read_only=choice.read_only, num_queues=choice.queues or 1, serial=choice.serial)
+    return BlkDevice(
+        choice.image,
+        read_only=choice.read_only,
+        num_queues=choice.queues or 1,
+        serial="virtio-test" if choice.serial is None else choice.serial,
+        native=choice.native is not None,
+        wait=choice.wait,
+    )
 
 
 def _net(choice: Choice) -> BaseDevice:
