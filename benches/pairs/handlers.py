@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from functools import partial
 import numpy as np
 from virtio_test._core import DeviceQueue, DriverQueue, GuestMemory, QueueConfig, RingLayout
 
+from benches.build import built
 from benches.peers.plain import Memory, PlainQueue
 from benches.runner import BenchError, Case, Round, turns
 
@@ -178,6 +180,29 @@ def plain(burst: int, fills: int) -> Generator[Callable[[], float]]:
         yield lambda: driver.measure(burst, fills, lambda: queue.process(handler, burst))
 
 
+@contextmanager
+def in_rust(burst: int, fills: int, *, packed: bool) -> Generator[Callable[[], float]]:
+    """The same device end with a handler in Rust: `benches/peers/handler.rs`, in a process that waits for its turn."""
+    arguments = [built("handler"), "packed" if packed else "split", str(burst), str(fills)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        if process.stdin is None or process.stdout is None:
+            raise BenchError("no pipe to the handler in Rust")
+        asked, answered = process.stdin, process.stdout
+
+        def run() -> float:
+            asked.write("\n")
+            asked.flush()
+            nanos, _, answers = answered.readline().rstrip().partition(" ")
+            if answers != b"".join(ANSWERS).hex():
+                raise BenchError(f"wrong answers of the handler in Rust: {answers or 'none'}")
+            return float(nanos)
+
+        try:
+            yield run
+        finally:
+            asked.close()
+
+
 Side = Callable[[int], AbstractContextManager[Callable[[], float]]]
 """Sets one side up for so many fills of the ring in a round; what it gives measures them."""
 
@@ -215,6 +240,7 @@ def _cases(ring: str) -> Iterator[Case]:
 
         yield _pair(f"{many}: plain Python back-end", batch, partial(plain, burst), must, aim)
         yield _pair(f"{many}: numpy on a plain array", batch, numpy)
+    yield _pair(f"{many}: handler in Rust", batch, partial(in_rust, burst, packed=packed), 0.333, 0.556)
 
 
 def cases() -> Sequence[Case]:

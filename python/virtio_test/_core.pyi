@@ -506,21 +506,39 @@ class InflightPart:
 class Batch:
     """Several chains taken at once: requests in one buffer, responses from one buffer, one publication.
 
-    A batch that is dropped before `respond` puts its chains back into the ring, newest first.
+    A batch that is dropped before `respond` puts its chains back into the ring, newest first. An example is
+    `examples/batch_device.py`.
     """
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """The number of rows: of chains, without those that were left out by `requests`; 0 after `respond`."""
     def requests(self, itemsize: int) -> memoryview:
-        """The readable bytes of every chain, `itemsize` each, as a read-only view of shape (len * itemsize,).
+        """The first `itemsize` readable bytes of every chain, as a read-only view of shape (len * itemsize,) of bytes.
 
-        A chain with fewer readable bytes is completed with 0, counted as rejected and left out, so the rows
-        of the view are the batch's chains: read `len(batch)` after this call.
+        A chain with fewer readable bytes is completed with 0 by `respond`, counted as rejected and left out, so the
+        rows of the view are the batch's chains: read `len(batch)` after this call. ``numpy.frombuffer`` and
+        ``memoryview.cast`` read the view in place; it stays valid after `respond`, for it is a copy.
+
+        Raises:
+            StaleChain: the batch was responded to already, or its queue was reset or latched.
+            StaleMemory: a buffer is mapped no more, or the transfer from it failed.
+            InvalidArgument: the rows are more bytes than there can be.
+            QueueViolation: the memory is lost ("MemoryLost"); the queue is then latched.
         """
     def respond(self, responses: Buffer, *, itemsize: int | None = None) -> int:
         """Write row k to chain k, push all and publish once; the number pushed with a response.
 
-        `itemsize` is len(responses) / len(batch) when None. A chain with fewer writable bytes is completed with
-        0 and counted as rejected. The driver is then notified if it wants to be.
+        `responses` is any C-contiguous buffer of len(batch) rows of `itemsize` bytes, which is
+        len(responses) / len(batch) when None. A chain with fewer writable bytes is completed with 0 and counted as
+        rejected. Chains of a queue that was reset or latched meanwhile are dropped. The driver is then notified if it
+        wants to be.
+
+        Raises:
+            InvalidArgument: other than a whole number of rows; the batch is as it was.
+            StaleChain: the batch was responded to already.
+            StaleMemory: buffers that are mapped no more: their chains were completed with 0, all others with their
+                rows, and then it was raised.
+            QueueViolation: the ring is mapped no more, or memory is lost; the queue is then latched.
         """
 
 @final
@@ -640,11 +658,17 @@ class DeviceQueue:
     ) -> int:
         """Pop up to `limit` chains and call `handler(requests, responses)` once: rows of the two given sizes.
 
-        `responses` is writable and zeroed; it is scattered to the chains after the call. Chains that are too
-        short or too small are completed with 0 and counted as rejected. When the handler raises, all are put back.
+        `requests` is read-only, of shape (rows * request_size,) of bytes; `responses` is writable and zeroed, of shape
+        (rows * response_size,). Row k of it is written to the chain of row k after the call; nothing is locked during
+        the call. Chains that are too short or too small have no row: they are completed with 0 and counted as
+        rejected. Without rows the handler is not called. When it raises, all chains are put back.
 
         Returns:
             The number of chains completed.
+
+        Raises:
+            InvalidArgument: a limit that is not 1 to 32768, or rows of more bytes than there can be.
+            StaleMemory, QueueViolation: as `Batch.requests` (all chains are put back) and `Batch.respond`.
         """
     def take_failed(self) -> Chain | None:
         """A chain whose handler raised in `process`, once, newest first; the caller pushes it or puts it back."""

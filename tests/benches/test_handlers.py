@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from benches.build import built
 from benches.pairs import handlers
 from benches.peers.plain import BrokenRing
-from benches.runner import BenchError, Case
+from benches.runner import BenchError, Case, MissingPeer
 from tests.benches.smoke import smoke
 
 
+@pytest.mark.timeout(600)  # the first time, the handler in Rust is compiled
 @pytest.mark.parametrize("case", handlers.cases(), ids=lambda case: case.shape)
 def test_both_sides_do_the_work(case: Case) -> None:
     smoke(case)
@@ -39,6 +43,16 @@ def test_work_that_was_not_done_is_found() -> None:
     driver = handlers.Driver(packed=False)
     with pytest.raises(BenchError, match="0 of 512 requests"):
         driver.measure(32, 1, lambda: 0)
+
+
+def test_a_program_that_cannot_be_built_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    built.cache_clear()
+    with pytest.raises(BenchError, match="could not build nothing"):
+        built("nothing")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(MissingPeer, match="no cargo in PATH"):
+        built("handler")
 
 
 Change = tuple[str, int, bytes]

@@ -12,11 +12,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from virtio_test import DeviceQueue, DriverQueue, GuestMemory
+from virtio_test._core import QueueConfig, RingLayout
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PYTEST = ("test_my_device",)
 """Those that pytest runs."""
-NAMES = ("blk_device", "echo_device", "lying_function", "sum_driver")
+NAMES = ("batch_device", "blk_device", "echo_device", "lying_function", "sum_driver")
 
 
 def load(name: str) -> ModuleType:
@@ -30,6 +32,22 @@ def load(name: str) -> ModuleType:
 
 def test_every_example_is_run_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NAMES, *PYTEST}
+
+
+def test_batch_device(capsys: pytest.CaptureFixture[str]) -> None:
+    example = load("batch_device")
+    text = example.main([])
+    assert text == "[5.0, 3.0, 7.0] and so on, 60 in all, up to 60 at once"
+    assert capsys.readouterr().out == text + "\n"
+    memory = GuestMemory([(0, 0x10000)])
+    config = QueueConfig.from_layout(RingLayout.contiguous(16, 0x1000))
+    driver, queue = DriverQueue(memory, config), DeviceQueue(memory, config)
+    memory.write(0x8000, struct.pack("<3f", 3, 4, 0))
+    tokens = [driver.add([(0x8000, size)], [(0x9000 + size, 4)]) for size in (12, 8)]
+    driver.publish()
+    assert example.answer(queue) == 1
+    assert driver.get_used_many() == [(tokens[0], 4), (tokens[1], 0)]
+    assert memory.read(0x9000 + 12, 4) == struct.pack("<f", 5)
 
 
 def test_blk_device(capsys: pytest.CaptureFixture[str]) -> None:
