@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from benches.pairs.asking import Asking, asking, build, running
+from benches.asking import Asking, asking, build, running
 from benches.runner import Case, MissingPeer, Round, turns
 
 SHARED = Path("/dev/shm")

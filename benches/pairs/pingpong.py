@@ -15,7 +15,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from benches.pairs.asking import Asking, asking, build, running
+from benches.asking import Asking, asking, build, running
 from benches.runner import BenchError, Case, Round, turns
 
 SPIN = 1_000_000

@@ -76,6 +76,13 @@ def test_what_is_printed() -> None:
     assert "3.33 to 3.33" in line
 
 
+def test_every_name_has_shapes_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(set(listed))
+    assert {line.partition(":")[0] for line in listed} == set(command.names())
+
+
 def test_the_command_lists_and_measures(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["handlers", "--list", "--shape", "split"]) == 0
     listed = capsys.readouterr().out.splitlines()

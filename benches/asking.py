@@ -25,7 +25,7 @@ from virtio_test.transport.vhost_user.frontend import FrontEnd
 
 from benches.runner import BenchError, MissingPeer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "target" / "benches"
 PROGRAM = TARGET / "load" / "examples" / "load"
 
