@@ -15,8 +15,8 @@ from .errors import QueueViolation
 
 __all__ = [
     "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DirtyLog", "DriverQueue", "EntropyService", "FileService",
-    "GuestMemory", "InflightArea", "InflightPart", "Missing", "Notifier", "Policy", "Poller", "QueueConfig",
-    "QueueState", "Region", "RingLayout", "Rule", "Service", "Trace", "Worker", "__version__", "build_info",
+    "GuestMemory", "InflightArea", "InflightPart", "Missing", "Notifier", "Player", "Policy", "Poller",
+    "QueueConfig", "QueueState", "Region", "RingLayout", "Rule", "Service", "Trace", "Worker", "__version__", "build_info",
     "need_event", "rules",
 ]  # fmt: skip
 
@@ -406,6 +406,28 @@ class Notifier:
     @property
     def count(self) -> int:
         """How often `notify` was called on this object."""
+
+@final
+class Player:
+    """Plays a `RingCase` at our ends in one call; `virtio_test.strategies` does it where that comes to the same."""
+
+    def __new__(cls, kinds: Sequence[type], *, index: int) -> Player: ...
+    def play(
+        self, memory: GuestMemory, case: object, policy: Policy, *, zeroed: bool = False
+    ) -> (
+        tuple[
+            int,
+            str | None,
+            bool,
+            tuple[tuple[tuple[int, int, bool], ...], ...] | None,
+            tuple[tuple[int, int], ...] | None,
+        ]
+        | None
+    ):
+        """Chains or used buffers, the rule, whether the end was built, segments, used; None for what is unusual.
+
+        `memory` has the regions of the case; the writable ones are zeroed first, unless they are `zeroed`.
+        """
 
 @final
 class Poller:

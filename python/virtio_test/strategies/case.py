@@ -104,6 +104,8 @@ class RingCase:
 
     def __post_init__(self) -> None:
         """Names that nobody knows are refused here, values where they are used."""
+        if self.end in _ENDS and not self.switches and not self.areas:
+            return
         for what, given, known in (
             ("end", (self.end,), _ENDS),
             ("switch", self.switches, _SWITCHES),
@@ -204,8 +206,17 @@ class RingCase:
 
     def run(self, policy: Name = "strict", *, device: MakeDevice | None = None) -> Outcome:
         """What comes of it at our end, or at the device end that `device(memory, config, state)` makes."""
+        found = self._found(policy) if device is None else None
+        if found is not None:
+            return found
         with self.play(policy, device=device) as scene:
             return scene.run()
+
+    def _found(self, policy: Name) -> Outcome | None:
+        """What comes of it at our end, in one call; None where it is unusual, and must be played."""
+        from .scene import STAGE
+
+        return STAGE.outcome(self, self.policy(policy))
 
     def check(self, policy: Name | None = None, *, device: MakeDevice | None = None) -> None:
         """Hold what comes of it against what must, under that policy, or under both.
@@ -215,8 +226,11 @@ class RingCase:
         """
         names: tuple[Name, ...] = ("interop", "strict") if policy is None else (policy,)
         for name in names:
+            found, wanted = self._found(name) if device is None else None, self.outcome(name)
+            if found is not None and (wanted is None or wanted.agrees(found)):
+                continue
             with self.play(name, device=device) as scene:
-                found, wanted = scene.run(), self.outcome(name)
+                found = scene.run() if found is None else found
                 if wanted is not None and not wanted.agrees(found):
                     raise CaseFailed(f"{self} under {name}: {found} came of it, and {wanted} is what must")
 

@@ -8,6 +8,7 @@ an exception the case itself and the script that replays it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Final, Literal, TypeVar
 
 from hypothesis import strategies as st
@@ -41,6 +42,12 @@ _VERSION_1: Final = FeatureSet("VERSION_1")
 _SWITCHES: Final = tuple(name for name in Policy.interop.switches() if name != "max_indirect")
 
 
+@lru_cache(4096)
+def _between(low: int, high: int) -> st.SearchStrategy[int]:
+    """Making a strategy anew takes longer than drawing from it."""
+    return st.integers(low, high)
+
+
 class HypothesisDraw:
     """Decisions of Hypothesis; the plain choice comes first, so that it is what shrinking ends at."""
 
@@ -51,29 +58,34 @@ class HypothesisDraw:
 
     def choice(self, options: Sequence[T], /) -> T:
         """As `Draw` says."""
-        return options[self._draw(st.integers(0, len(options) - 1))]
+        return options[self._draw(_between(0, len(options) - 1))]
 
     def integer(self, low: int, high: int, /) -> int:
         """As `Draw` says."""
-        return self._draw(st.integers(low, high))
+        return self._draw(_between(low, high))
 
     def some(self, options: Sequence[T], /) -> T:
         """As `Draw` says."""
-        return options[self._draw(st.integers(0, len(options) - 1))]
+        return options[self._draw(_between(0, len(options) - 1))]
 
     def vary(self, low: int, high: int, _usual: int, /) -> int:
         """As `Draw` says."""
-        return self._draw(st.integers(low, high))
+        return self._draw(_between(low, high))
+
+
+@st.composite
+def _made(draw: st.DrawFn, generator: Callable[[Draw], T]) -> T:
+    return generator(HypothesisDraw(draw))
+
+
+@st.composite
+def _made_by_one(draw: st.DrawFn, generators: Sequence[Callable[[Draw], T]]) -> T:
+    return draw(st.sampled_from(generators))(HypothesisDraw(draw))
 
 
 def drawn(generator: Callable[[Draw], T]) -> st.SearchStrategy[T]:
     """What a generator makes, as a strategy: `drawn(any_program)`; it takes a `Draw` and nothing else."""
-
-    @st.composite
-    def strategy(draw: st.DrawFn) -> T:
-        return generator(HypothesisDraw(draw))
-
-    return strategy()
+    return _made(generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
@@ -132,7 +144,7 @@ def defects(
     Raises:
         InvalidArgument: no such row, or none that is about rings; `ROWS` has those that are.
     """
-    return st.sampled_from(mutators(row)).flatmap(drawn)
+    return _made_by_one(mutators(row))
 
 
 def chaos(*, end: Literal["device", "driver"] = "device", packed: bool | None = None) -> st.SearchStrategy[RingCase]:

@@ -12,6 +12,7 @@ mod inflight;
 mod layout;
 mod mem;
 mod notify;
+mod play;
 mod poller;
 mod process;
 mod remote;
@@ -66,6 +67,8 @@ mod core_module {
     use super::mem::{PyAccess, PyDirtyLog, PyGuestMemory, PyRegion, PyTrace};
     #[pymodule_export]
     use super::notify::PyNotifier;
+    #[pymodule_export]
+    use super::play::PyPlayer;
     #[pymodule_export]
     use super::poller::PyPoller;
     #[pymodule_export]

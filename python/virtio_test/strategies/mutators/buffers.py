@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from virtio_test.strategies.case import EDGE, HOLE, PAGE, RingCase
+from virtio_test.strategies.case import EDGE, HOLE, PAGE, RAM, RingCase
 from virtio_test.strategies.draft import READ_A, WRITE, Draft, direct, single
 from virtio_test.strategies.draw import Draw
 
@@ -156,8 +156,7 @@ def over_a_border(draw: Draw) -> RingCase:
 @row("B11")
 def over_many_regions(draw: Draw) -> RingCase:
     draft = three(draw)
-    for page in range(MANY):
-        draft.region(BIG + PAGE * page, PAGE)
+    draft.more["regions"] = (*RAM, *((BIG + PAGE * page, PAGE, True) for page in range(MANY)))
     point(draft, 2, BIG + 1, MANY * PAGE - 2)
     return draft.accepted(f"over {MANY} regions")
 

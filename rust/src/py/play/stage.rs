@@ -1,0 +1,286 @@
+//! A case on stage: guest memory, both ends, and each of its acts as a call of the core.
+
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::chain::{Element, Segment};
+use crate::error::{Fault, Misuse, QueueError};
+use crate::mem::{Access, At, GuestMemory, MemoryError};
+use crate::py::guard::{pin, with_memory};
+use crate::queue::{DeviceQueue, DriverQueue, QueueConfig, QueueState};
+use crate::ring::{Field, desc};
+
+/// Why a case ends before its acts do.
+pub(super) enum Stop {
+    /// The judged end found a rule broken.
+    Broken(Fault),
+    /// The driver end has no room left: what there is to take is still taken.
+    Full,
+    /// It is `Scene`'s to say what is wrong.
+    Unusual,
+}
+
+impl From<Fault> for Stop {
+    fn from(fault: Fault) -> Self {
+        Self::Broken(fault)
+    }
+}
+
+impl From<QueueError> for Stop {
+    fn from(error: QueueError) -> Self {
+        match error {
+            QueueError::Violation(fault) => Self::Broken(fault),
+            QueueError::Misuse(Misuse::QueueFull { .. }) => Self::Full,
+            QueueError::Misuse(_) => Self::Unusual,
+        }
+    }
+}
+
+impl From<PyErr> for Stop {
+    fn from(_: PyErr) -> Self {
+        Self::Unusual
+    }
+}
+
+impl From<MemoryError> for Stop {
+    fn from(_: MemoryError) -> Self {
+        Self::Unusual
+    }
+}
+
+type Span = (u64, u64);
+/// Chains or used buffers, the rule, whether the end was built, the segments and the used buffers.
+pub(super) type Outcome<'py> = (
+    usize,
+    Option<&'static str>,
+    bool,
+    Option<Bound<'py, PyTuple>>,
+    Option<Bound<'py, PyTuple>>,
+);
+
+/// What there is of a case in all of its acts.
+pub(super) struct Stage<'a, 'py> {
+    pub(super) py: Python<'py>,
+    pub(super) guest: &'a GuestMemory,
+    pub(super) of_device: bool,
+    pub(super) size: u16,
+    pub(super) fields: [Vec<Field>; 2],
+    pub(super) peer: QueueConfig,
+    pub(super) begin: QueueState,
+    pub(super) driver: Option<DriverQueue>,
+    pub(super) device: Option<DeviceQueue>,
+    pub(super) added: u64,
+    pub(super) chains: Vec<(Element, Vec<Segment>, bool)>,
+    /// What the legal device of a driver's case has taken.
+    pub(super) theirs: Vec<(Element, bool)>,
+    pub(super) used: Vec<(u64, u32)>,
+}
+
+impl Stage<'_, '_> {
+    pub(super) fn write(&self, address: u64, data: &[u8]) -> Result<(), Stop> {
+        let pin = pin(Some(self.py), self.guest)?;
+        Ok(pin.whole().write(At::unresolved(address), 0, data)?)
+    }
+
+    fn field(&self, name: &str) -> Result<Field, Stop> {
+        let (table, name) = match name.strip_prefix("table.") {
+            Some(rest) => (true, rest),
+            None => (false, name),
+        };
+        let [ring, tables] = &self.fields;
+        let known = if table { tables } else { ring };
+        let same = |field: &&Field| match field.name.strip_prefix("desc.") {
+            Some(rest) if table => rest == name,
+            _ => !table && field.name == name,
+        };
+        known.iter().find(same).copied().ok_or(Stop::Unusual)
+    }
+
+    /// Write `value`, then `value + step`, and so on, to `number` places of a field.
+    pub(super) fn put(&self, name: &str, value: u64, step: u64, place: u64, number: u64) -> Result<(), Stop> {
+        let field = self.field(name)?;
+        if place.checked_add(number).is_none_or(|end| end > field.count) {
+            return Err(Stop::Unusual);
+        }
+        let bits = 8 * field.size;
+        let pin = pin(Some(self.py), self.guest)?;
+        for at in 0..number {
+            let value = step
+                .checked_mul(at)
+                .and_then(|more| value.checked_add(more))
+                .filter(|value| bits >= 64 || value >> bits == 0)
+                .ok_or(Stop::Unusual)?;
+            let address = field.address.wrapping_add(field.stride * (place + at));
+            let bytes = value.to_le_bytes();
+            let whole = usize::try_from(field.size).ok().and_then(|size| bytes.get(..size));
+            pin.whole()
+                .write(At::unresolved(address), 0, whole.ok_or(Stop::Unusual)?)?;
+        }
+        Ok(())
+    }
+
+    /// 2.7.6, 2.8.1: a queue that stands at `start` with nothing in flight.
+    pub(super) fn prepare(&self, start: u16) -> Result<(), Stop> {
+        if !self.peer.packed() {
+            self.put("avail.idx", start.into(), 0, 0, 1)?;
+            return self.put("used.idx", start.into(), 0, 0, 1);
+        }
+        let here = start & 0x7fff;
+        let (first, end) = if start >> 15 == 1 { (0, here) } else { (here, self.size) };
+        let number = end.checked_sub(first).ok_or(Stop::Unusual)?;
+        let flags = u64::from(desc::AVAIL | desc::USED);
+        self.put("desc.flags", flags, 0, first.into(), number.into())
+    }
+
+    pub(super) fn add(&mut self, buffer: &Bound<'_, PyAny>) -> Result<(), Stop> {
+        let (readable, writable, indirect, data): (Vec<Span>, Vec<Span>, bool, &[u8]) = buffer.extract()?;
+        let mut data = data;
+        for &(address, length) in &readable {
+            let length = usize::try_from(length).unwrap_or(usize::MAX).min(data.len());
+            let (here, rest) = data.split_at_checked(length).ok_or(Stop::Unusual)?;
+            if !here.is_empty() {
+                self.write(address, here)?;
+            }
+            data = rest;
+        }
+        let short = |spans: Vec<Span>| -> Result<Vec<(u64, u32)>, Stop> {
+            let one = |(address, length)| Ok((address, u32::try_from(length).map_err(|_| Stop::Unusual)?));
+            spans.into_iter().map(one).collect()
+        };
+        let (readable, writable) = (short(readable)?, short(writable)?);
+        let driver = self.driver.as_mut().ok_or(Stop::Unusual)?;
+        let token = with_memory!(Some(self.py), self.guest, |mem| driver
+            .add(mem, &readable, &writable, indirect))?;
+        // Tokens count from 0, so a token is the number of its buffer.
+        if token != self.added {
+            return Err(Stop::Unusual);
+        }
+        self.added += 1;
+        Ok(())
+    }
+
+    pub(super) fn publish(&mut self) -> Result<(), Stop> {
+        let driver = self.driver.as_mut().ok_or(Stop::Unusual)?;
+        with_memory!(Some(self.py), self.guest, |mem| driver.publish(mem))?;
+        Ok(())
+    }
+
+    pub(super) fn pop(&mut self, limit: usize) -> Result<usize, Stop> {
+        let device = self.device.as_mut().ok_or(Stop::Unusual)?;
+        for taken in 0..limit {
+            let mut segments = Vec::new();
+            let popped = with_memory!(Some(self.py), self.guest, |mem| device.pop(mem, &mut segments))?;
+            let Some(element) = popped else { return Ok(taken) };
+            self.chains.push((element, segments, false));
+        }
+        Ok(limit)
+    }
+
+    pub(super) fn push(&mut self, which: usize, written: u64) -> Result<(), Stop> {
+        let device = self.device.as_mut().ok_or(Stop::Unusual)?;
+        let Some((element, _, done)) = self.chains.get_mut(which) else {
+            return Ok(());
+        };
+        if std::mem::replace(done, true) {
+            return Err(Stop::Unusual);
+        }
+        complete(self.py, self.guest, device, element, written)
+    }
+
+    pub(super) fn take(&mut self, limit: usize) -> Result<usize, Stop> {
+        let driver = self.driver.as_mut().ok_or(Stop::Unusual)?;
+        for taken in 0..limit {
+            let Some(used) = with_memory!(Some(self.py), self.guest, |mem| driver.get_used(mem))? else {
+                return Ok(taken);
+            };
+            self.used.push(used);
+        }
+        Ok(limit)
+    }
+
+    /// The legal device takes all there is and completes one; what it finds broken is not the judged end's.
+    pub(super) fn use_one(&mut self, which: usize, written: u64) -> Result<(), Stop> {
+        let mut device = match self.device.take() {
+            Some(device) => device,
+            None => with_memory!(Some(self.py), self.guest, |mem| DeviceQueue::new(
+                mem,
+                self.peer,
+                Some(self.begin)
+            ))?,
+        };
+        let done = self.use_with(&mut device, which, written);
+        self.device = Some(device);
+        match done {
+            Err(Stop::Broken(_)) => Ok(()),
+            done => done,
+        }
+    }
+
+    fn use_with(&mut self, device: &mut DeviceQueue, which: usize, written: u64) -> Result<(), Stop> {
+        let mut segments = Vec::new();
+        while let Some(element) = with_memory!(Some(self.py), self.guest, |mem| device.pop(mem, &mut segments))? {
+            self.theirs.push((element, false));
+        }
+        let Some((element, done)) = self.theirs.get_mut(which) else {
+            return Ok(());
+        };
+        if std::mem::replace(done, true) {
+            return Err(Stop::Unusual);
+        }
+        let written = written.min(element.writable);
+        complete(self.py, self.guest, device, element, written)
+    }
+
+    pub(super) fn look(&mut self) -> Result<(), Stop> {
+        if self.of_device {
+            let device = self.device.as_mut().ok_or(Stop::Unusual)?;
+            with_memory!(Some(self.py), self.guest, |mem| device.has_work(mem));
+        } else {
+            let driver = self.driver.as_mut().ok_or(Stop::Unusual)?;
+            with_memory!(Some(self.py), self.guest, |mem| driver.has_used(mem));
+        }
+        Ok(())
+    }
+
+    /// Twice what the ring has room for is an error of the judged end, which `Scene` reports.
+    pub(super) fn drain(&mut self) -> Result<(), Stop> {
+        let limit = 2 * usize::from(self.size) + 2;
+        let count = if self.of_device {
+            self.pop(limit)
+        } else {
+            self.take(limit)
+        }?;
+        if count == limit { Err(Stop::Unusual) } else { Ok(()) }
+    }
+}
+
+fn complete(
+    py: Python<'_>,
+    guest: &GuestMemory,
+    device: &mut DeviceQueue,
+    element: &Element,
+    written: u64,
+) -> Result<(), Stop> {
+    let ticket = element.ticket();
+    with_memory!(Some(py), guest, |mem| {
+        device.complete(mem, &ticket, written).and_then(|_| {
+            device.publish(mem)?;
+            Ok(())
+        })
+    })?;
+    Ok(())
+}
+
+/// What has come of it.
+pub(super) fn outcome<'py>(stage: &Stage<'_, 'py>, fault: Option<&Fault>, built: bool) -> Result<Outcome<'py>, Stop> {
+    let (py, rule) = (stage.py, fault.map(|fault| fault.rule.name()));
+    if !stage.of_device {
+        let used = PyTuple::new(py, &stage.used)?;
+        return Ok((stage.used.len(), rule, built, None, Some(used)));
+    }
+    let shown = |segment: &Segment| (segment.at.gpa, segment.len, segment.writable);
+    let whole = |(_, segments, _): &(Element, Vec<Segment>, bool)| PyTuple::new(py, segments.iter().map(shown));
+    let segments: Vec<_> = stage.chains.iter().map(whole).collect::<PyResult<_>>()?;
+    let segments = PyTuple::new(py, segments)?;
+    Ok((stage.chains.len(), rule, built, Some(segments), None))
+}
