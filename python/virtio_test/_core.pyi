@@ -16,8 +16,8 @@ from .errors import QueueViolation
 __all__ = [
     "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DirtyLog", "DriverQueue", "EntropyService", "FileService",
     "GuestMemory", "InflightArea", "InflightPart", "Missing", "Notifier", "Player", "Policy", "Poller",
-    "QueueConfig", "QueueState", "Region", "RingLayout", "Rule", "Service", "Trace", "Worker", "__version__", "build_info",
-    "need_event", "rules",
+    "QueueConfig", "QueueState", "Region", "RingLayout", "Rule", "Service", "Trace", "Worker", "__version__",
+    "build_info", "need_event", "rules",
 ]  # fmt: skip
 
 __version__: Final[str]
