@@ -9,7 +9,6 @@ import pytest
 from virtio_test._core import Chain
 from virtio_test.devices.base import BaseDevice, kept
 from virtio_test.devices.console import ConsoleDevice
-from virtio_test.features import FeatureSet
 from virtio_test.status import Status
 
 from .pci_world import COMMAND, DEVICE_ID, LIVE, MASTER_AND_BARS, SIZE, World
@@ -153,36 +152,3 @@ def test_a_completion_into_a_ring_that_has_gone_raises_nowhere_and_breaks_the_de
     world.run()
     assert world.get("device_status") & Status.DEVICE_NEEDS_RESET
     assert world.rules() == {"RingUnmapped": 1}
-
-
-@pytest.mark.row("D17")
-@pytest.mark.parametrize(
-    ("written", "meanwhile", "then"),
-    [
-        pytest.param(LIVE | Status.SUSPEND, LIVE, LIVE & ~Status.DRIVER_OK | Status.SUSPEND, id="suspended"),
-        pytest.param(LIVE | Status.FAILED, LIVE | Status.FAILED, LIVE | Status.FAILED, id="given up"),
-    ],
-)
-def test_a_queue_that_is_to_stop_gives_back_what_it_keeps_when_memory_may_be_used(
-    written: int, meanwhile: int, then: int
-) -> None:
-    chains: list[Chain] = []
-    device = BaseDevice(DEVICE_ID, handlers={0: kept(chains.append)}, queue_sizes=(SIZE,))
-    world = World(device, offered=device.features | FeatureSet("SUSPEND"))
-    queue = world.live()
-    for _ in range(2):
-        world.post(queue)
-    world.run()
-    # The later one is used first, so the other cannot just be taken back.
-    assert device.complete(chains[1], b"second")
-    assert world.answer(queue) == b"second"
-    off(world)
-    before = world.memory.read(0, 1 << 20)
-    world.set("device_status", written)
-    world.run()
-    assert world.memory.read(0, 1 << 20) == before
-    assert world.get("device_status") == meanwhile
-    on(world)
-    assert world.answer(queue) == b""
-    assert world.get("device_status") == then
-    assert device.kept == []

@@ -294,7 +294,7 @@ class RegisterBank(QueueRegisters):
                 self.suspension.suspend()
             elif action is Action.RESUME:
                 self.suspension.resume()
-            elif action is Action.FAILED and not self._held:
+            elif action is Action.FAILED:
                 self.stop_queues()
 
     def _accept_legacy(self) -> None:
@@ -462,11 +462,6 @@ class RegisterBank(QueueRegisters):
 
     # --- memory that moves ----------------------------------------------------------------------------------
 
-    @property
-    def held(self) -> bool:
-        """Whether guest memory must not be used now."""
-        return self._held
-
     def hold(self) -> None:
         """Use no guest memory until `release`; kicks are remembered."""
         self._held = True
@@ -486,11 +481,6 @@ class RegisterBank(QueueRegisters):
             elif slot.started or slot.index in self._waiting:
                 self.kick(slot.index)
         self._waiting.clear()
-        # What stops a queue gives back what is in flight, which may have to be written into its ring.
-        if self.status.moving is Action.SUSPEND:
-            self.suspension.suspend()
-        elif self.status.value & Status.FAILED:
-            self.stop_queues()
 
     # --- configuration space --------------------------------------------------------------------------------
 

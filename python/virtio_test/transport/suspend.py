@@ -99,9 +99,6 @@ class Suspension:
             self._hold_view()
 
     def _drain(self) -> None:
-        if self._bank.held:
-            # What goes back may have to be written into the ring: `RegisterBank.release` asks again.
-            return
         self._bank.stop_queues()
         self._bank.loop.pend((self, "present"), self._present)
 
