@@ -864,6 +864,9 @@ class Worker:
     def deaf(self) -> bool:
         """Whether a kick fd is waited for no longer: its other end is closed, or it is ready and holds nothing."""
     @property
+    def broken(self) -> list[int]:
+        """The queues in which its turns have found a rule broken, by number; `DeviceQueue.latched` says which."""
+    @property
     def turns(self) -> int: ...
     @property
     def chains(self) -> int:

@@ -111,7 +111,7 @@ impl<'a> Iov<'a> {
     }
 
     /// As much of the readable (`Read`) or writable (`Write`) part from `offset` on, `len` bytes at most, as a system call
-    /// can be given at once; empty when it cannot be given what lies at `offset`. The chain is of the present epoch.
+    /// can be given at once; of no bytes when it cannot be given what lies at `offset`. The chain is of the present epoch.
     pub fn vector<'m, A: Access>(&self, mem: &'m A, want: Want, offset: u64, len: u64) -> Vector<'m, A> {
         let mut vector = Vector::new(mem, want);
         let len = usize::try_from(len).unwrap_or(usize::MAX);

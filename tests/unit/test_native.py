@@ -20,12 +20,14 @@ from virtio_test.devices.blk import BlkDevice
 from virtio_test.devices.image import FileImage
 from virtio_test.devices.native import NativeDevice, Threads, WaitStrategy
 from virtio_test.devices.rng import RngDevice
+from virtio_test.driver.base import Driver
 from virtio_test.driver.blk import BlkDriver
 from virtio_test.driver.rng import RngDriver
-from virtio_test.errors import DeviceNeedsReset, InvalidArgument
+from virtio_test.errors import DeviceNeedsReset, InvalidArgument, QueueViolation
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
 from virtio_test.spec.blk import HEADER
+from virtio_test.status import Status
 from virtio_test.transport.vhost_user.frontend import FrontEnd
 from virtio_test.transport.vhost_user.messages import Request
 from virtio_test.transport.vhost_user.payloads import U64
@@ -41,6 +43,7 @@ HOW = pytest.mark.parametrize("wait", [None, "blocking", "adaptive", "busy"])
 THREADED = pytest.mark.parametrize("wait", ["blocking", "adaptive", "busy"])
 RING = pytest.mark.parametrize("ring", ["split", "packed"])
 DISK = bytes(range(256)) * 1024
+PAGE = 4096
 
 
 def wanted(ring: str) -> FeatureSet:
@@ -397,6 +400,99 @@ def test_a_ring_that_breaks_in_a_thread_breaks_the_device() -> None:
     driver.reset()
     driver.initialize()
     assert driver.read(0, 1) == DISK[:512]
+    device.close()
+
+
+@pytest.mark.parametrize("suspend", [False, True])
+def test_what_a_thread_finds_just_before_its_queue_stops_is_told(suspend: bool) -> None:
+    """The thread has found the ring broken, and the queue stops before its owner has heard of it."""
+    device = disk(DISK, native=True, wait="blocking")
+    offered = device.features | FeatureSet("SUSPEND")
+    loopback = Loopback(device, loop=OwnerLoop(clock=MonotonicClock()), offered=offered)
+    driver = BlkDriver(loopback, wanted=offered)
+    driver.initialize()
+    assert driver.read(0, 1) == DISK[:512]
+    queue = loopback.queue(0)
+    driver.submit(0, [HEADER.pack(0, 0, 0)], [513], publish=False)
+    layout = queue.layout()
+    for slot in range(layout.size):
+        loopback.memory.write(layout.at("desc.addr", slot), (1 << 50).to_bytes(8, "little"))
+    driver.flush(0)
+    # No turn of the loop: the worker is woken by hand.
+    device.workers[0].wake()
+    assert eventually(lambda: device.workers[0].broken == [0])
+    if suspend:
+        loopback.write_status(loopback.read_status() | Status.SUSPEND)
+        assert loopback.loop.run(until=lambda: bool(loopback.read_status() & Status.DEVICE_NEEDS_RESET), timeout=5.0)
+    else:
+        loopback.save()
+    assert loopback.read_status() & Status.DEVICE_NEEDS_RESET
+    loopback.loop.run_pending()
+    assert [error.rule for error in loopback.errors if isinstance(error, QueueViolation)] == ["UnmappedAddress"]
+    assert len(loopback.errors) == 1
+    driver.reset()
+    driver.initialize()
+    assert driver.read(0, 1) == DISK[:512]
+    device.close()
+
+
+@THREADED
+def test_memory_that_only_the_owner_reaches_is_the_owners_to_serve(wait: WaitStrategy) -> None:
+    device = RngDevice(native=True, wait=wait, queue_size=SIZE, device_id=DEVICE_ID)
+    world = World(device)
+    store = GuestMemory([(1 << 32, PAGE)])
+    threads = set[int]()
+
+    def write(address: int, data: bytes) -> None:
+        threads.add(threading.get_ident())
+        store.write(address, data)
+
+    queue = world.live()
+    for remote in (False, True, False):
+        if remote:
+            world.memory.add_remote(1 << 32, PAGE, read=store.read, write=write)
+        where = 1 << 32 if remote else 0x80000
+        queue.add([], [(where, 64)])
+        queue.signal()
+        world.notify(0)
+        found: list[tuple[int, int]] = []
+
+        def answered(found: list[tuple[int, int]] = found) -> bool:
+            world.run()
+            found.extend(queue.get_used_many())
+            return bool(found)
+
+        assert eventually(answered)
+        assert [length for _, length in found] == [64]
+        if remote:
+            assert any(store.read(1 << 32, 64))
+            assert device.workers[0].elsewhere
+            world.memory.remove_region(1 << 32, PAGE)
+            # Who changes the table has the device held meanwhile.
+            world.set_config(COMMAND, 2, MASTER_AND_BARS & ~4)
+            world.set_config(COMMAND, 2, MASTER_AND_BARS)
+    assert threads == {threading.get_ident()}
+    assert eventually(lambda: not device.workers[0].elsewhere)
+    device.close()
+
+
+@RING
+def test_a_chain_of_tiny_buffers_is_answered_like_any_other(ring: str) -> None:
+    """More parts than a system call takes, each of one byte or of some: the bytes are in their places."""
+    device = disk(DISK, native=True, queue_size=1024)
+    loopback = Loopback(device)
+    driver = Driver(loopback, wanted=wanted(ring))
+    driver.initialize()
+    for length, count in ((1, 512), (8, 512), (300, 512), (512, 100)):
+        total = length * count // 512 * 512
+        sizes = [length] * (total // length) + ([total % length] if total % length else [])
+        request = driver.submit(0, [HEADER.pack(0, 0, 1)], [*sizes, 1])
+        assert request.wait() == content(device)[512 : 512 + total] + b"\0"
+        data = Random(length).randbytes(total)
+        pieces = [data[at : at + length] for at in range(0, total, length)]
+        request = driver.submit(0, [HEADER.pack(1, 0, 100), *pieces], [1])
+        assert request.wait() == b"\0"
+        assert content(device)[51200 : 51200 + total] == data
     device.close()
 
 

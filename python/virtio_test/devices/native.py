@@ -88,6 +88,7 @@ class _Party:
     number: int
     worker: Worker | None = None
     parked: bool = False
+    deaf: bool = False
     kicks: dict[int, int] = field(default_factory=dict[int, int])
 
     def fds(self) -> list[int]:
@@ -167,6 +168,7 @@ class NativeDevice(ChainDevice):
         if party is None or self.threads is None:
             return False
         party.kicks.pop(queue_index, None)
+        party.deaf = False
         if fd is not None:
             party.kicks[queue_index] = fd
         if party.worker is not None:
@@ -204,11 +206,15 @@ class NativeDevice(ChainDevice):
         queues = self._queues_of(party)
         if queues is None:
             return False
+        worker = party.worker
         try:
             for queue in queues:
-                self._report(queue)
-            if party.worker is not None and party.worker.running and not party.worker.elsewhere:
-                party.worker.wake()
+                self._report(worker, queue)
+            if worker is not None and worker.deaf and not party.deaf:
+                party.deaf = True
+                _log(f"queue {queue_index}: nothing comes on its kick fd any more, and it is not waited for")
+            if worker is not None and worker.running and not worker.elsewhere:
+                worker.wake()
                 return False
             return self._turn(party, queues)
         except QueueViolation as error:
@@ -219,10 +225,18 @@ class NativeDevice(ChainDevice):
 
     def stop_queue(self, queue_index: int) -> None:
         """See `Device.stop_queue`."""
-        party = self._parties.get(queue_index)
+        party, queue = self._parties.get(queue_index), self._queues.get(queue_index)
+        worker = None if party is None else party.worker
         if party is not None:
             self._end(party)
         super().stop_queue(queue_index)
+        if worker is not None and queue is not None:
+            # What its thread found just before it ended would come too late as a kick.
+            try:
+                self._report(worker, queue)
+            except QueueViolation as error:
+                self.bus.broken(error)
+            self.noticed()
 
     def reset(self) -> None:
         """See `Device.reset`."""
@@ -263,25 +277,30 @@ class NativeDevice(ChainDevice):
         running = [queue for queue in queues if queue is not None]
         return running if len(running) == len(queues) else None
 
-    def _report(self, queue: DeviceQueue) -> None:
+    def _report(self, worker: Worker | None, queue: DeviceQueue) -> None:
         """Raise what a worker has found broken, once."""
-        if queue.index not in self._reported and (error := queue.latched) is not None:
-            self._reported.add(queue.index)
+        if worker is None or queue.index not in worker.broken or queue.index in self._reported:
+            return
+        self._reported.add(queue.index)
+        if (error := queue.latched) is not None:
             raise error
 
     def _turn(self, party: _Party, queues: list[DeviceQueue]) -> bool:
         for queue in queues:
             queue.disable_kicks()
-        try:
-            _, more = party.service.turn(queues, limit=BUDGET, max_bytes=WEIGHT)
-        except QueueViolation as error:
-            self._reported.update(queue.index for queue in queues if queue.index == error.queue)
-            raise
+        _, more = party.service.turn(queues, limit=BUDGET, max_bytes=WEIGHT)
         found = [queue.enable_kicks() for queue in queues]
         return more or any(found)
 
     def _end(self, party: _Party) -> None:
         worker, party.worker = party.worker, None
-        party.parked = False
+        party.parked = party.deaf = False
         if worker is not None:
             worker.stop()
+
+
+def _log(line: str) -> None:
+    # Loaded only here: importing the package must stay cheap.
+    import logging
+
+    logging.getLogger("virtio_test.device").info(line)

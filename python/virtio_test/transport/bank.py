@@ -408,11 +408,11 @@ class RegisterBank(QueueRegisters):
                 self._start(slot)
 
     def stop_queues(self) -> None:
-        """Stop every queue; marks of kicks, which a queue that starts again gets anyway, are forgotten."""
+        """Stop every queue; marks of kicks, threads' last too, are forgotten: one that starts again is looked at."""
         self._waiting.clear()
         for slot in self._slots:
-            self._loop.unpend((self, "kick", slot.index))
             self._stop(slot)
+            self._loop.unpend((self, "kick", slot.index))
 
     def _start(self, slot: QueueSlot) -> None:
         if slot.queue is None:

@@ -16,6 +16,8 @@ use super::{Access, At, Want};
 
 /// Parts of one system call at most.
 const MOST_PARTS: usize = 64;
+/// Bytes that a full vector has at least: a chain of many tiny buffers is copied, rather than looked through for each 64.
+const WORTH: usize = 16 << 10;
 
 /// Buffers in guest memory for one system call.
 #[derive(Debug)]
@@ -48,16 +50,10 @@ impl<'a, A: Access> Vector<'a, A> {
         true
     }
 
-    /// Bytes in all.
+    /// Whether a system call with it is worth its price: it has bytes, and not many small parts that are followed by more.
     #[must_use]
-    pub const fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether it has no bytes.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.len == 0
+    pub fn is_worth_it(&self) -> bool {
+        self.len > 0 && (self.parts.len() < MOST_PARTS || self.len >= WORTH)
     }
 
     /// Fill it from `offset` of a file on; how many bytes that were, 0 at the file's end. Of a vector to be written.

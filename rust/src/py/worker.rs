@@ -5,7 +5,7 @@
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -34,6 +34,7 @@ struct Seen {
     deaf: AtomicBool,
     turns: AtomicU64,
     chains: AtomicU64,
+    broken: Mutex<Vec<u16>>,
 }
 
 struct Served {
@@ -74,6 +75,7 @@ impl Work for Served {
         }
         let Ok(turn) = done.turn else {
             // The queue has kept what it was latched with. The others go on.
+            broken(&self.seen).extend(done.broken);
             self.tell();
             return Turned::More;
         };
@@ -124,6 +126,11 @@ impl Work for Served {
         self.seen.deaf.store(true, Ordering::Release);
         self.tell();
     }
+}
+
+fn broken(seen: &Seen) -> MutexGuard<'_, Vec<u16>> {
+    // A list of numbers is whole at every moment.
+    seen.broken.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The queues of a worker, and what tells its owner.
@@ -256,6 +263,11 @@ impl PyWorker {
     #[getter]
     fn deaf(&self) -> bool {
         self.seen.deaf.load(Ordering::Acquire)
+    }
+
+    #[getter]
+    fn broken(&self) -> Vec<u16> {
+        broken(&self.seen).clone()
     }
 
     #[getter]

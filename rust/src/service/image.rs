@@ -60,10 +60,10 @@ impl Image {
         while done < len {
             let at = place.checked_add(done).ok_or(Errno::IO)?;
             let vector = iov.vector(mem, Want::Write, done, len - done);
-            let count = if vector.is_empty() {
-                Err(Errno::FAULT)
-            } else {
+            let count = if vector.is_worth_it() {
                 retry_on_intr(|| vector.read_from(self.file.as_fd(), at))
+            } else {
+                Err(Errno::FAULT)
             };
             let count = match count {
                 Err(Errno::FAULT) => self.read_copied(mem, iov, at, done, len - done)?,
@@ -107,10 +107,10 @@ impl Image {
         while done < len {
             let at = place.checked_add(done).ok_or(Errno::IO)?;
             let vector = iov.vector(mem, Want::Read, skip.saturating_add(done), len - done);
-            let count = if vector.is_empty() {
-                Err(Errno::FAULT)
-            } else {
+            let count = if vector.is_worth_it() {
                 retry_on_intr(|| vector.write_to(self.file.as_fd(), at))
+            } else {
+                Err(Errno::FAULT)
             };
             let count = match count {
                 Err(Errno::FAULT) => {

@@ -101,13 +101,16 @@ pub struct Done {
     pub turn: Result<Turn, Fault>,
     /// Who is to be woken, by queue; when pin and locks are free again.
     pub wakes: SmallVec<[Wake; 2]>,
+    /// The numbers of the queues that were found broken in it.
+    pub broken: SmallVec<[u16; 2]>,
 }
 
 /// One turn of `service`, and its publication.
 pub fn run<S: Service, A: Access>(service: &mut S, mem: &A, queues: &mut [&mut DeviceQueue], bounds: Bounds) -> Done {
+    let sound: SmallVec<[bool; 2]> = queues.iter().map(|queue| !queue.broken()).collect();
     let mut turn = service.turn(mem, queues, bounds);
-    let mut wakes = SmallVec::new();
-    for queue in queues {
+    let (mut wakes, mut broken) = (SmallVec::new(), SmallVec::new());
+    for (queue, sound) in queues.iter_mut().zip(sound) {
         let call = queue.publish(mem).and_then(|()| queue.wants_call(mem));
         // Told each time: the translation that it waited for may have come and gone again.
         let miss = queue.waits_anew() || queue.waits().is_some();
@@ -118,8 +121,11 @@ pub fn run<S: Service, A: Access>(service: &mut S, mem: &A, queues: &mut [&mut D
         if let (Ok(_), Err(fault)) = (&turn, call) {
             turn = Err(fault);
         }
+        if sound && queue.broken() {
+            broken.push(queue.config().index);
+        }
     }
-    Done { turn, wakes }
+    Done { turn, wakes, broken }
 }
 
 /// Chains popped at once, in memory that is used again.
