@@ -413,7 +413,7 @@ class Player:
 
     def __new__(cls, kinds: Sequence[type], *, index: int) -> Player: ...
     def play(
-        self, memory: GuestMemory, case: object, policy: Policy, *, zeroed: bool = False
+        self, memory: GuestMemory, case: object, policy: Policy
     ) -> (
         tuple[
             int,
@@ -426,7 +426,7 @@ class Player:
     ):
         """Chains or used buffers, the rule, whether the end was built, segments, used; None for what is unusual.
 
-        `memory` has the regions of the case; the writable ones are zeroed first, unless they are `zeroed`.
+        `memory` has the regions of the case, and is zeros, now and afterwards.
         """
 
 @final

@@ -96,6 +96,18 @@ def test_a_full_ring_is_drained_all_the_same() -> None:
     )
 
 
+def test_memory_is_zeros_again_after_each_case() -> None:
+    stage, random = Stage(), Random(7)
+    for case in (*cases(), *(case for _ in range(50) for case in any_cases(random))):
+        if sum(size for _, size, _ in case.regions) > 1 << 20:
+            continue
+        stage.outcome(case, Policy.interop)
+        memory, _ = stage._clean.get(case.regions, (None, 0))  # pyright: ignore[reportPrivateUsage]
+        for address, size, _ in case.regions if memory is not None else ():
+            assert memory is not None
+            assert not any(memory.read(address, size)), f"{case} leaves something at {address:#x}"
+
+
 def test_memory_is_zeros_again_and_one_that_was_changed_is_not_used_again() -> None:
     stage = Stage()
     dirty: tuple[Act, ...] = (Write(0x8000, b"\xff" * 0x1000), Put("avail.flags", 1), Unmap(EDGE, PAGE))

@@ -45,7 +45,7 @@ class Buffer(NamedTuple):
     @property
     def segments(self) -> tuple[tuple[int, int, bool], ...]:
         """(address, length, device-writable), as `Chain.segments` has them."""
-        return (*((at, n, False) for at, n in self.readable), *((at, n, True) for at, n in self.writable))
+        return tuple([(at, n, False) for at, n in self.readable] + [(at, n, True) for at, n in self.writable])
 
 
 class Put(NamedTuple):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, cast
 
 from virtio_test._core import Policy, QueueConfig, QueueState, RingLayout
@@ -28,7 +29,7 @@ from .acts import Act, Add, Buffer, Change, Race
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from .scene import MakeDevice, Scene
+    from .scene import MakeDevice, Scene, Stage
 
 __all__ = ["EDGE", "HOLE", "LOW", "PAGE", "RAM", "RING", "TABLES", "CaseFailed", "Outcome", "RingCase"]
 
@@ -76,6 +77,13 @@ class Outcome(NamedTuple):
 
 class CaseFailed(AssertionError):
     """Something else came of a case than what must."""
+
+
+@cache
+def _stage() -> Stage:
+    from .scene import STAGE
+
+    return STAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,9 +222,7 @@ class RingCase:
 
     def _found(self, policy: Name) -> Outcome | None:
         """What comes of it at our end, in one call; None where it is unusual, and must be played."""
-        from .scene import STAGE
-
-        return STAGE.outcome(self, self.policy(policy))
+        return _stage().outcome(self, self.policy(policy))
 
     def check(self, policy: Name | None = None, *, device: MakeDevice | None = None) -> None:
         """Hold what comes of it against what must, under that policy, or under both.

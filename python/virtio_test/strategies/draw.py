@@ -42,23 +42,23 @@ class RandomDraw:
     __slots__ = ("_random",)
 
     def __init__(self, random: Random) -> None:
-        self._random = random
+        self._random = random.random
 
     def choice(self, options: Sequence[T], /) -> T:
         """As `Draw` says."""
-        return options[int(self._random.random() * len(options))]
+        return options[int(self._random() * len(options))]
 
     def integer(self, low: int, high: int, /) -> int:
         """As `Draw` says."""
-        return low + int(self._random.random() * (high - low + 1))
+        return low + int(self._random() * (high - low + 1))
 
     def some(self, options: Sequence[T], /) -> T:
         """As `Draw` says."""
-        return options[int(self._random.random() * len(options))]
+        return options[int(self._random() * len(options))]
 
     def vary(self, low: int, high: int, _usual: int, /) -> int:
         """As `Draw` says."""
-        return low + int(self._random.random() * (high - low + 1))
+        return low + int(self._random() * (high - low + 1))
 
 
 class _Path:

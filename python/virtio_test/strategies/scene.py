@@ -50,6 +50,8 @@ __all__ = ["DeviceEnd", "Scene", "Stage"]
 
 _SMALL: Final = 1 << 20
 """Bytes of a memory that is worth zeroing and keeping."""
+_MOST: Final = 1024
+"""Memories that are kept of each kind."""
 
 
 class DeviceEnd(Protocol):
@@ -80,12 +82,13 @@ class Stage:
     """Memories that are zeroed and used again, one for each map that was asked for."""
 
     def __init__(self) -> None:
-        self._memories: dict[tuple[object, bool], tuple[GuestMemory, int]] = {}
+        self._memories: dict[tuple[object, bool], GuestMemory] = {}
+        self._clean: dict[tuple[tuple[int, int, bool], ...], tuple[GuestMemory, int]] = {}
 
     def memory(self, case: RingCase, *, traced: bool = False) -> GuestMemory:
         """Zeros in the regions of the case."""
         traced = traced or case.traced
-        memory, _ = self._memories.pop((case.regions, traced), (None, 0))
+        memory = self._memories.pop((case.regions, traced), None)
         if memory is None:
             return _fresh(case, traced=traced)
         if memory.trace is not None:
@@ -99,23 +102,23 @@ class Stage:
         """Keep it for the next one, if it is small and as it was."""
         regions = tuple(sorted((each.address, each.size, each.writable) for each in memory.regions))
         if regions == tuple(sorted(case.regions)) and sum(size for _, size, _ in regions) <= _SMALL:
-            self._memories[case.regions, memory.trace is not None] = memory, memory.epoch
+            if len(self._memories) == _MOST:
+                del self._memories[next(iter(self._memories))]
+            self._memories[case.regions, memory.trace is not None] = memory
 
     def outcome(self, case: RingCase, policy: Policy) -> Outcome | None:
         """What comes of the case at our end, found in one call; None where a `Scene` has to play it."""
-        key = case.regions, False
-        kept = self._memories.get(key)
+        clean = self._clean
+        kept = clean.get(case.regions)
         if kept is None:
+            if len(clean) == _MOST:
+                del clean[next(iter(clean))]
             memory = _fresh(case, traced=False)
-            epoch = memory.epoch
-            found = _PLAYER.play(memory, case, policy, zeroed=True)
-            if memory.epoch == epoch and sum(size for _, size, _ in case.regions) <= _SMALL:
-                self._memories[key] = memory, epoch
-        else:
-            memory, epoch = kept
-            found = _PLAYER.play(memory, case, policy)
-            if memory.epoch != epoch:
-                del self._memories[key]
+            clean[case.regions] = kept = memory, memory.epoch
+        memory, epoch = kept
+        found = _PLAYER.play(memory, case, policy)
+        if memory.epoch != epoch:
+            del clean[case.regions]
         return None if found is None else Outcome(*found)
 
 

@@ -3,8 +3,9 @@
 //! # Theory
 //!
 //! `Scene` of the strategies plays a case by calls that anybody could make, which costs several times what the calls do.
-//! This plays the same case by the same calls of the core, without an object between them: memory is zeroed, the legal peer
-//! makes the ring, the changes are made, the judged end is built and does what follows, and then takes all there is.
+//! This plays the same case by the same calls of the core, without an object between them: the legal peer makes the ring, the
+//! changes are made, the judged end is built and does what follows, and then takes all there is. Memory is zeros before; at
+//! the end there are zeros again wherever something was written, which is much less than all of it.
 //!
 //! It knows nothing that `Scene` does not. Whatever is unusual (a field that is not there, memory that cannot be
 //! written, a chain completed twice, accesses that change memory) ends it with nothing said, and `Scene` plays the case anew
@@ -21,10 +22,10 @@ use super::guard::{pin, with_memory};
 use super::layout::PyPolicy;
 use super::mem::PyGuestMemory;
 use crate::error::Fault;
-use crate::mem::{Access, At, GuestMemory};
+use crate::mem::GuestMemory;
 use crate::policy::Policy;
 use crate::queue::{DeviceQueue, DriverQueue, IndirectArea, QueueConfig, QueueState, feature};
-use crate::ring::{MAX_SIZE, RingLayout};
+use crate::ring::{MAX_SIZE, RingLayout, desc};
 use stage::{Outcome, Stage, Stop, outcome};
 
 /// Descriptors of all indirect tables together, seen as one table.
@@ -32,18 +33,6 @@ const TABLE: u16 = MAX_SIZE;
 
 fn tuple<'py>(case: &Bound<'py, PyAny>, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyTuple>> {
     Ok(case.getattr(name)?.cast_into::<PyTuple>()?)
-}
-
-/// Zeros in the writable regions of a case.
-fn zero(py: Python<'_>, guest: &GuestMemory, case: &Bound<'_, PyAny>) -> Result<(), Stop> {
-    for region in tuple(case, intern!(py, "regions"))? {
-        let (address, size, writable): (u64, u64, bool) = region.extract()?;
-        if writable {
-            let pin = pin(Some(py), guest)?;
-            pin.whole().fill(At::unresolved(address), 0, size, 0)?;
-        }
-    }
-    Ok(())
 }
 
 /// Plays cases; made of the classes of their acts, in the order of [`KINDS`].
@@ -106,6 +95,7 @@ impl PyPlayer {
             }
             Kind::Copy => {
                 let (destination, source, length) = act.extract()?;
+                stage.dirty.push((destination, length));
                 let pin = pin(Some(stage.py), stage.guest)?;
                 Ok(pin.whole().copy_within(destination, source, length)?)
             }
@@ -222,18 +212,36 @@ impl PyPlayer {
             chains: Vec::new(),
             theirs: Vec::new(),
             used: Vec::new(),
+            dirty: layout.spans().to_vec(),
         };
-        if let Err(fault) = self.build(&mut stage, case, judged, resumed, !areas.is_empty() || resume.is_some())? {
-            return outcome(&stage, Some(&fault), false);
+        if let Ok(other) = judged.layout() {
+            stage.dirty.extend(other.spans());
         }
-        let later = tuple(case, intern!(py, "later"))?;
-        let done = match self.acts(&mut stage, &later) {
+        let elsewhere = !areas.is_empty() || resume.is_some();
+        let done = self.played(&mut stage, case, judged, resumed, elsewhere);
+        stage.clean()?;
+        done
+    }
+
+    fn played<'py>(
+        &self,
+        stage: &mut Stage<'_, 'py>,
+        case: &Bound<'_, PyAny>,
+        judged: QueueConfig,
+        resumed: QueueState,
+        elsewhere: bool,
+    ) -> Result<Outcome<'py>, Stop> {
+        if let Err(fault) = self.build(stage, case, judged, resumed, elsewhere)? {
+            return outcome(stage, Some(&fault), false);
+        }
+        let later = tuple(case, intern!(case.py(), "later"))?;
+        let done = match self.acts(stage, &later) {
             Ok(()) | Err(Stop::Full) => stage.drain(),
             stopped => stopped,
         };
         match done {
-            Ok(()) => outcome(&stage, None, true),
-            Err(Stop::Broken(fault)) => outcome(&stage, Some(&fault), true),
+            Ok(()) => outcome(stage, None, true),
+            Err(Stop::Broken(fault)) => outcome(stage, Some(&fault), true),
             Err(stop) => Err(stop),
         }
     }
@@ -291,6 +299,8 @@ impl PyPlayer {
             if entries == 0 || address % 16 != 0 {
                 return Err(Stop::Unusual);
             }
+            let bytes = desc::BYTES * u64::from(entries) * u64::from(stage.size);
+            stage.dirty.push((address, bytes));
             Some(IndirectArea { address, entries })
         } else {
             None
@@ -335,20 +345,16 @@ impl PyPlayer {
         }
     }
 
-    /// What comes of `case` in `memory`, whose regions are those of the case; None where it is unusual.
-    #[pyo3(signature = (memory, case, policy, *, zeroed = false))]
+    /// What comes of `case` in `memory`, which is zeros in the regions of the case, now and afterwards; None where it is
+    /// unusual.
     fn play<'py>(
         &self,
         py: Python<'py>,
         memory: &Bound<'_, PyGuestMemory>,
         case: &Bound<'_, PyAny>,
         policy: PyPolicy,
-        zeroed: bool,
     ) -> Option<Outcome<'py>> {
         let guest = memory.get().inner().clone();
-        if !zeroed {
-            zero(py, &guest, case).ok()?;
-        }
         self.whole(py, &guest, case, policy.0).ok()
     }
 }

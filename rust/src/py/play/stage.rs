@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
+use smallvec::SmallVec;
 
 use crate::chain::{Element, Segment};
 use crate::error::{Fault, Misuse, QueueError};
@@ -74,10 +75,13 @@ pub(super) struct Stage<'a, 'py> {
     /// What the legal device of a driver's case has taken.
     pub(super) theirs: Vec<(Element, bool)>,
     pub(super) used: Vec<(u64, u32)>,
+    /// (address, bytes) of all that was written but by the ends, and of what they write.
+    pub(super) dirty: Vec<Span>,
 }
 
 impl Stage<'_, '_> {
-    pub(super) fn write(&self, address: u64, data: &[u8]) -> Result<(), Stop> {
+    pub(super) fn write(&mut self, address: u64, data: &[u8]) -> Result<(), Stop> {
+        self.dirty.push((address, data.len() as u64));
         let pin = pin(Some(self.py), self.guest)?;
         Ok(pin.whole().write(At::unresolved(address), 0, data)?)
     }
@@ -97,30 +101,43 @@ impl Stage<'_, '_> {
     }
 
     /// Write `value`, then `value + step`, and so on, to `number` places of a field.
-    pub(super) fn put(&self, name: &str, value: u64, step: u64, place: u64, number: u64) -> Result<(), Stop> {
+    pub(super) fn put(&mut self, name: &str, value: u64, step: u64, place: u64, number: u64) -> Result<(), Stop> {
         let field = self.field(name)?;
         if place.checked_add(number).is_none_or(|end| end > field.count) {
             return Err(Stop::Unusual);
         }
-        let bits = 8 * field.size;
+        let Some(more) = number.checked_sub(1) else {
+            return Ok(());
+        };
+        let first = field.address.wrapping_add(field.stride * place);
+        let length = field.stride * more + field.size;
+        self.dirty.push((first, length));
+        let (bits, size) = (8 * field.size, usize::try_from(field.size).unwrap_or(usize::MAX));
+        let (stride, length) = (usize::try_from(field.stride), usize::try_from(length));
+        let (Ok(stride), Ok(length)) = (stride, length) else {
+            return Err(Stop::Unusual);
+        };
         let pin = pin(Some(self.py), self.guest)?;
-        for at in 0..number {
+        let mut whole: SmallVec<[u8; 64]> = SmallVec::from_elem(0, length);
+        if more > 0 {
+            // What lies between the places stays.
+            pin.whole().read(At::unresolved(first), 0, &mut whole)?;
+        }
+        for (at, cell) in (0..number).zip(whole.chunks_mut(stride.max(1))) {
             let value = step
                 .checked_mul(at)
                 .and_then(|more| value.checked_add(more))
                 .filter(|value| bits >= 64 || value >> bits == 0)
                 .ok_or(Stop::Unusual)?;
-            let address = field.address.wrapping_add(field.stride * (place + at));
             let bytes = value.to_le_bytes();
-            let whole = usize::try_from(field.size).ok().and_then(|size| bytes.get(..size));
-            pin.whole()
-                .write(At::unresolved(address), 0, whole.ok_or(Stop::Unusual)?)?;
+            let (cell, bytes) = cell.get_mut(..size).zip(bytes.get(..size)).ok_or(Stop::Unusual)?;
+            cell.copy_from_slice(bytes);
         }
-        Ok(())
+        Ok(pin.whole().write(At::unresolved(first), 0, &whole)?)
     }
 
     /// 2.7.6, 2.8.1: a queue that stands at `start` with nothing in flight.
-    pub(super) fn prepare(&self, start: u16) -> Result<(), Stop> {
+    pub(super) fn prepare(&mut self, start: u16) -> Result<(), Stop> {
         if !self.peer.packed() {
             self.put("avail.idx", start.into(), 0, 0, 1)?;
             return self.put("used.idx", start.into(), 0, 0, 1);
@@ -238,6 +255,16 @@ impl Stage<'_, '_> {
         } else {
             let driver = self.driver.as_mut().ok_or(Stop::Unusual)?;
             with_memory!(Some(self.py), self.guest, |mem| driver.has_used(mem));
+        }
+        Ok(())
+    }
+
+    /// Zeros in all that is dirty. What is gone by now needs none.
+    pub(super) fn clean(&mut self) -> PyResult<()> {
+        let pin = pin(Some(self.py), self.guest)?;
+        let memory = pin.whole();
+        for (address, length) in self.dirty.drain(..) {
+            let _ = memory.fill(At::unresolved(address), 0, length, 0);
         }
         Ok(())
     }
