@@ -17,7 +17,7 @@ use super::guard::{Gil, Guarded, detached, with_queue};
 use crate::chain::{Element, Segment};
 use crate::error::{Misuse, QueueError};
 use crate::iov::Iov;
-use crate::mem::{Access, GuestMemory, Pin};
+use crate::mem::{Access, At, GuestMemory, Pin, any_lost};
 use crate::queue::{DeviceQueue, Ticket};
 
 /// A device queue and its memory, shared with the chains that were popped from it. Holds nothing of Python's but what
@@ -297,18 +297,31 @@ impl PyChain {
 }
 
 /// Copies between the chains of one batch and rows of one buffer.
+///
+/// Mostly a row lies in one segment, whose address is known: that is copied as it is, and only if it may have been lost
+/// meanwhile, once more as all others are.
 pub(crate) struct Rows<'a> {
     pub(crate) segments: &'a [Segment],
     pub(crate) itemsize: usize,
 }
 
-impl Rows<'_> {
-    fn iov(&self, element: &Element) -> Iov<'_> {
+impl<'a> Rows<'a> {
+    #[inline]
+    fn own(&self, element: &Element) -> &'a [Segment] {
         let segments = self.segments.get(element.first..).unwrap_or_default();
-        Iov::new(segments.get(..element.count).unwrap_or_default(), element.epoch)
+        segments.get(..element.count).unwrap_or_default()
+    }
+
+    /// The segment that has the whole row of a chain, if its address still holds.
+    #[inline]
+    fn single<A: Access>(&self, mem: &A, own: &'a [Segment], epoch: u64, writable: bool) -> Option<At> {
+        let first = own.iter().find(|segment| segment.writable == writable)?;
+        let whole = self.itemsize > 0 && first.len as usize >= self.itemsize;
+        (whole && mem.epoch() == epoch).then_some(first.at)
     }
 
     /// Gather the first `itemsize` readable bytes of `element` into row `row` of `target`.
+    #[inline]
     pub(crate) fn gather<A: Access>(
         &self,
         mem: &A,
@@ -321,12 +334,21 @@ impl Rows<'_> {
             return Err(Misuse::StaleChain.into());
         }
         let target = target.row(row, self.itemsize).ok_or_else(|| too_few_rows(row))?;
-        // SAFETY: `row` proved that the row lies inside the caller's buffer, which is held (M6).
-        let copied = unsafe { self.iov(element).gather(mem, 0, target.ptr, target.len) };
+        let own = self.own(element);
+        if let Some(at) = self.single(mem, own, element.epoch, false) {
+            // SAFETY: `row` proved that the row lies inside the caller's buffer, which is held (M6).
+            let copied = unsafe { mem.read_raw(at, 0, target.ptr, target.len) };
+            if copied.is_err() || !any_lost() {
+                return queue.copied(copied);
+            }
+        }
+        // SAFETY: as above.
+        let copied = unsafe { Iov::new(own, element.epoch).gather(mem, 0, target.ptr, target.len) };
         queue.copied(copied.map(drop))
     }
 
     /// Scatter row `row` of `source` into the writable part of `element`.
+    #[inline]
     pub(crate) fn scatter<A: Access>(
         &self,
         mem: &A,
@@ -336,12 +358,21 @@ impl Rows<'_> {
         row: usize,
     ) -> Result<(), QueueError> {
         let source = source.row(row, self.itemsize).ok_or_else(|| too_few_rows(row))?;
+        let own = self.own(element);
+        if let Some(at) = self.single(mem, own, element.epoch, true) {
+            // SAFETY: as in `gather`.
+            let copied = unsafe { mem.write_raw(at, 0, source.ptr, source.len) };
+            if copied.is_err() || !any_lost() {
+                return queue.copied(copied);
+            }
+        }
         // SAFETY: as in `gather`.
-        let copied = unsafe { self.iov(element).scatter(mem, 0, source.ptr, source.len) };
+        let copied = unsafe { Iov::new(own, element.epoch).scatter(mem, 0, source.ptr, source.len) };
         queue.copied(copied.map(drop))
     }
 }
 
+#[cold]
 fn too_few_rows(row: usize) -> Misuse {
     Misuse::Invalid(format!("the buffer has no row {row}"))
 }
