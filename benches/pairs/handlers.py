@@ -44,14 +44,15 @@ def handler(request: bytes) -> bytes:
     return ANSWER.pack(arg1 + 100 & 0xFFFFFFFF, arg2 + 100 & 0xFFFFFFFF, arg3 + 100 & 0xFFFFFFFF)
 
 
-HUNDRED = np.uint32(100)
+WORD = np.dtype("<u4")
+HUNDRED = WORD.type(100)
 
 
 def batch_handler(requests: memoryview, responses: memoryview) -> None:
     """The same for a whole batch, in numpy: three columns of the requests, and all of the responses."""
     rows = len(responses) // ANSWER.size
-    words = np.ndarray((rows, 3), "<u4", requests, offset=4, strides=(REQUEST.size, 4))
-    np.add(words, HUNDRED, out=np.ndarray((rows, 3), "<u4", responses))
+    words = np.ndarray((rows, 3), WORD, requests, 4, (48, 4))
+    np.add(words, HUNDRED, np.ndarray((rows, 3), WORD, responses))
 
 
 REQUESTS = [REQUEST.pack(i, i + 1, 0xFFFFFFFF - i, 7 * i, b"hello back end!") for i in range(SIZE // 2)]
