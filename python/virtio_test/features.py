@@ -160,28 +160,28 @@ class FeatureSet:
         return self._bits
 
     def __or__(self, other: FeatureSet) -> FeatureSet:
-        return self._combined(other, self._bits | other._bits)
+        return NotImplemented if _is_no_set(other) else self._combined(other, self._bits | other._bits)
 
     def __and__(self, other: FeatureSet) -> FeatureSet:
-        return self._combined(other, self._bits & other._bits)
+        return NotImplemented if _is_no_set(other) else self._combined(other, self._bits & other._bits)
 
     def __sub__(self, other: FeatureSet) -> FeatureSet:
-        return self._combined(other, self._bits & ~other._bits)
+        return NotImplemented if _is_no_set(other) else self._combined(other, self._bits & ~other._bits)
 
     def __xor__(self, other: FeatureSet) -> FeatureSet:
-        return self._combined(other, self._bits ^ other._bits)
+        return NotImplemented if _is_no_set(other) else self._combined(other, self._bits ^ other._bits)
 
     def __le__(self, other: FeatureSet) -> bool:
-        return not self._bits & ~other._bits
+        return NotImplemented if _is_no_set(other) else not self._bits & ~other._bits
 
     def __lt__(self, other: FeatureSet) -> bool:
-        return self <= other and self._bits != other._bits
+        return NotImplemented if _is_no_set(other) else self <= other and self._bits != other._bits
 
     def __ge__(self, other: FeatureSet) -> bool:
-        return other <= self
+        return NotImplemented if _is_no_set(other) else other <= self
 
     def __gt__(self, other: FeatureSet) -> bool:
-        return other < self
+        return NotImplemented if _is_no_set(other) else other < self
 
     def __eq__(self, other: object) -> bool:
         return self._bits == other._bits if isinstance(other, FeatureSet) else NotImplemented
@@ -361,6 +361,11 @@ def negotiate(
         hint = "not offered" if missing.isdisjoint(offered) else "not offered in a form that can be accepted"
         raise StatusViolation("RequiredFeatureMissing", "2.2.1", f"the driver cannot do without {missing}: {hint}")
     return able
+
+
+def _is_no_set(other: object) -> bool:
+    """Whether an operator of sets has nothing to say about it: Python then makes the TypeError."""
+    return not isinstance(other, FeatureSet)
 
 
 def _rebuild(bits: int, device: dict[str, int]) -> FeatureSet:

@@ -91,6 +91,13 @@ def test_words_are_what_registers_show(bits: int, select: int, value: int) -> No
         assert features.with_word(beyond, value) == features
 
 
+@pytest.mark.parametrize(
+    "operator", ["__or__", "__and__", "__sub__", "__xor__", "__le__", "__lt__", "__ge__", "__gt__"]
+)
+def test_operators_are_for_sets_of_features(operator: str) -> None:
+    assert getattr(FeatureSet("VERSION_1"), operator)(1 << 32) is NotImplemented
+
+
 def test_names_word_for_word() -> None:
     features = FeatureSet("VERSION_1", "virtio_f_ring_packed", "can_print", 57, "BIT_5", device={"CAN_PRINT": 0})
     assert list(features) == ["CAN_PRINT", "BIT_5", "VERSION_1", "RING_PACKED", "BIT_57"]
