@@ -15,7 +15,7 @@ from .errors import QueueViolation
 
 __all__ = [
     "Access", "Batch", "Chain", "Counters", "DeviceQueue", "DirtyLog", "DriverQueue", "EntropyService", "FileService",
-    "GuestMemory", "InflightArea", "InflightPart", "Missing", "Notifier", "Player", "Policy", "Poller",
+    "GuestMemory", "InflightArea", "InflightPart", "Missing", "Notifier", "PacketService", "Player", "Policy", "Poller",
     "QueueConfig", "QueueState", "Region", "RingLayout", "Rule", "Service", "Trace", "Worker", "__version__",
     "build_info", "need_event", "rules",
 ]  # fmt: skip
@@ -732,6 +732,12 @@ class Service:
             QueueViolation: the driver broke a rule; that queue is latched. What was answered before is visible.
             InvalidArgument: another number of queues than `queues`, one twice, or of several memories.
         """
+    def arm(self, queues: Sequence[DeviceQueue]) -> bool:
+        """Ask for the kicks that the service wants; True when there is work already, so that none may come for it.
+
+        Raises:
+            QueueViolation, InvalidArgument: as `turn`.
+        """
 
 @final
 class EntropyService(Service):
@@ -800,6 +806,55 @@ class FileService(Service):
     @property
     def counters(self) -> dict[str, int]:
         """The fields of `devices.blk.BlkCounters`."""
+
+@final
+class PacketService(Service):
+    """The packet loop of a network device (VIRTIO 1.4, 5.1): one pair of queues, receive and transmit, in this order.
+
+    Args:
+        mode: ``loopback``: frames come back on the same pair; ``drop``: they go nowhere; ``generate``: so do they, and
+            receive buffers are filled with frames that are made here.
+        count: how many are made; without end when None.
+    """
+
+    def __new__(cls, mode: Literal["loopback", "drop", "generate"], *, count: int | None = None) -> PacketService: ...
+    def set_up(
+        self,
+        *,
+        header: int = 12,
+        mergeable: bool = False,
+        checksum: bool = False,
+        guest_checksum: bool = False,
+        longest: int = 65553,
+        usable: bool = True,
+        frame: bytes | None = None,
+        number_at: int | None = None,
+    ) -> None:
+        """What was negotiated and is so from the next turn on; before the first call nothing is passed on.
+
+        Args:
+            header: bytes before each frame, 10 or 12.
+            mergeable: a frame may be spread over several receive buffers.
+            checksum: the driver may leave a checksum out.
+            guest_checksum: it takes such a frame; else the checksum is completed.
+            longest: bytes of the longest frame.
+            usable: there is a link, and the pair is in use; else frames are dropped.
+            frame: what is made.
+            number_at: where in it its number goes, 8 big-endian bytes; nowhere when None.
+
+        Raises:
+            InvalidArgument: a size that cannot be.
+        """
+    @property
+    def generated(self) -> int:
+        """Frames made so far, which is the number of the next."""
+    @generated.setter
+    def generated(self, number: int) -> None: ...
+    @property
+    def counters(self) -> dict[str, int]:
+        """``sent`` and ``received`` frames, ``sent_bytes`` and ``received_bytes``, ``dropped`` and ``broken`` ones."""
+    def take_findings(self) -> list[tuple[str, str, str, int, int]]:
+        """What the driver did wrong since the last call, 1000 at most: rule, clause, message, queue, head."""
 
 @final
 class Worker:

@@ -71,6 +71,14 @@ impl<'a> Iov<'a> {
         Ok(done)
     }
 
+    /// Ask the processor to fetch the start of the first segment, which is about to be copied.
+    #[inline]
+    pub fn prefetch<A: Access>(&self, mem: &A) {
+        if let Some(segment) = self.segments.first() {
+            mem.prefetch(segment.at, if segment.writable { Want::Write } else { Want::Read });
+        }
+    }
+
     /// In a newer epoch: whether all that a copy into the writable part would touch can still be written, so
     /// that what vanished is found before the first byte is written. In the chain's own epoch it all can.
     #[inline]

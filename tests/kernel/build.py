@@ -30,7 +30,7 @@ from tests.kernel.kernels import (
     uml_kernel,
 )
 
-PROGRAMS = ("init", "virtio", "attack")
+PROGRAMS = ("init", "virtio", "attack", "frame")
 QEMU_LEAST = (10, 2)
 """The first QEMU whose vhost-user-test-device-pci can be created by its user."""
 
@@ -178,6 +178,11 @@ def attack_files(kernel: Kernel) -> dict[str, bytes]:
         "bin/attack": (programs() / "attack").read_bytes(),
         "lib/modules/virtio_attack.ko": (module(kernel, "virtio_attack") / "virtio_attack.ko").read_bytes(),
     }
+
+
+def net_files() -> dict[str, bytes]:
+    """What a guest with a network has besides: the program that sends frames and waits for them."""
+    return {"bin/frame": (programs() / "frame").read_bytes()}
 
 
 def main(arguments: Sequence[str]) -> int:

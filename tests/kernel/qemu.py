@@ -50,6 +50,13 @@ def vhost_user_test(
     return ["-chardev", f"socket,id=c,path={socket}", "-device", ",".join([name, *words])]
 
 
+def vhost_user_net(socket: Path, *, pairs: int = 1, properties: Words = ()) -> list[str]:
+    """QEMU's own virtio-net front-end, whose control queue is QEMU's, before the back-end at ``socket``."""
+    backend = f"vhost-user,id=n,chardev=n,queues={pairs}"
+    words = ["virtio-net-pci", "netdev=n", f"mq={'on' if pairs > 1 else 'off'}", "romfile=", *properties]
+    return ["-chardev", f"socket,id=n,path={socket}", "-netdev", backend, "-device", ",".join(words)]
+
+
 def vhost_user_blk(
     socket: Path, *, queues: int = 1, properties: Words = (), reconnect_ms: int | None = None
 ) -> list[str]:

@@ -80,10 +80,10 @@ class Testpmd:
         return cls(f"net_vhost0,iface={path}", prefix="be", **options)  # type: ignore[arg-type]
 
     @classmethod
-    def driver(cls, path: Path, *, packed: bool, **options: object) -> Testpmd:
-        """virtio-user in front of what listens at `path`."""
+    def driver(cls, path: Path, *, packed: bool, name: str = "", **options: object) -> Testpmd:
+        """virtio-user in front of what listens at `path`; `name` tells it from others of ours."""
         device = f"net_virtio_user0,path={path},queue_size=256,queues=1,packed_vq={int(packed)}"
-        return cls(device, prefix="fe", **options)  # type: ignore[arg-type]
+        return cls(device, prefix=f"fe{name}", **options)  # type: ignore[arg-type]
 
     def __enter__(self) -> Self:
         try:

@@ -37,6 +37,7 @@ def _raised() -> Named:
         "driver/pci/capabilities.py:StatusViolation",
         "checks/suppression.py:_violation",
         "checks/used.py:QueueViolation",
+        "devices/net.py:RequestViolation",
     }
     for entry in SUPPRESSION_ENTRIES:
         found.names.setdefault(entry.name, set()).add("checks/suppression.py")

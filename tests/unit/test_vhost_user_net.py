@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from virtio_test._core import QueueConfig
+from virtio_test._core import DriverQueue, GuestMemory, QueueConfig, RingLayout
 from virtio_test.device import RING_FEATURES
 from virtio_test.devices.net import NetDevice
 from virtio_test.driver.net import NetDriver
 from virtio_test.features import FeatureSet
 from virtio_test.spec.ids import DeviceId
 from virtio_test.spec.net import FEATURE_NAMES
+from virtio_test.transport.vhost_user.frontend import FrontEnd
 from virtio_test.transport.vhost_user.messages import ProtocolFeature
 from virtio_test.transport.vhost_user.network import not_ours_to_take
 from virtio_test.transport.vhost_user.registers import VhostUserRegisters
 
 from .vhost_user_world import serving
-from .world import PATIENCE
+from .world import PATIENCE, eventually
 
 F = ProtocolFeature
 USUAL = F.MQ | F.CONFIG | F.REPLY_ACK | F.STATUS
@@ -97,3 +98,27 @@ def test_without_a_control_queue_every_pair_that_runs_is_in_use(tmp_path: Path, 
             driver.submit(2 * pair + 1, [bytes(12) + b"pair %d" % pair]).wait()
             got = driver.receive() if into is None else into.wait()[12:]
             assert got == b"pair %d" % pair
+
+
+def test_a_front_end_keeps_the_control_queue_and_negotiates_the_rest(tmp_path: Path) -> None:
+    """QEMU accepts what the control queue is needed for, and not the queue."""
+    device = NetDevice(pairs=2)
+    accepted = bits("MQ", "GUEST_ANNOUNCE", "MRG_RXBUF", "MAC", "VERSION_1")
+    with serving(tmp_path / "s", device) as server, FrontEnd(server.path, timeout=PATIENCE) as front:
+        assert front.negotiate(accepted, protocol_features=USUAL) == accepted
+        memory = GuestMemory([(0, 1 << 20)])
+        front.share(memory)
+        rings = [RingLayout.contiguous(8, 0x1000 * (index + 1)) for index in range(4)]
+        queues = [DriverQueue(memory, QueueConfig.from_layout(layout, index=n)) for n, layout in enumerate(rings)]
+        running = [front.setup_ring(queue.config) for queue in queues]
+        for index in range(4):
+            front.enable(index)
+        queues[2].add([], [(0x20000, 100)])
+        memory.write(0x30000, bytes(12) + b"second pair")
+        queues[3].add([(0x30000, 23)], [])
+        for index in (2, 3):
+            queues[index].publish()
+            running[index].kick.notify()
+        assert eventually(queues[2].has_used)
+        assert memory.read(0x20000 + 12, 11) == b"second pair"
+        assert (device.control_queue, device.pairs_in_use) == (None, 2)

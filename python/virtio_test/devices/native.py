@@ -289,8 +289,7 @@ class NativeDevice(ChainDevice):
         for queue in queues:
             queue.disable_kicks()
         _, more = party.service.turn(queues, limit=BUDGET, max_bytes=WEIGHT)
-        found = [queue.enable_kicks() for queue in queues]
-        return more or any(found)
+        return party.service.arm(queues) or more
 
     def _end(self, party: _Party) -> None:
         worker, party.worker = party.worker, None

@@ -20,16 +20,19 @@ accepts this so, and is completed for everybody else. There is no other offload.
 behind the first one without. Where that queue runs, a driver uses as many pairs as it asks for (5.1.9.5.5); where it is
 somebody else's, as behind vhost-user, every pair whose queues run is in use. What the other commands say (`control`) is
 kept and changes nothing of what is received: filters may be imperfect, and this one lets everything pass (5.1.9.5.2).
+
+**Native**, every pair is served by a `_core.PacketService`, which does the same without Python, in the owner loop or in
+a thread for each pair.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
-from virtio_test._core import Chain, DeviceQueue
+from virtio_test._core import Chain, DeviceQueue, PacketService
 from virtio_test.config import ConfigLayout, ConfigSpace
 from virtio_test.errors import (
     HandlerError,
@@ -38,6 +41,7 @@ from virtio_test.errors import (
     RequestViolation,
     SavedStateError,
     StaleMemory,
+    StateError,
 )
 from virtio_test.features import FeatureSet
 from virtio_test.spec.ids import DeviceId
@@ -57,7 +61,8 @@ from virtio_test.spec.net import (
 )
 
 from .base import BUDGET, OnHandlerError
-from .chains import ChainDevice, DirectHandler
+from .chains import DirectHandler
+from .native import NativeDevice, WaitStrategy, threads
 from .netcontrol import Control
 from .netframes import LONGEST, Backend, Frame, Generate
 
@@ -76,7 +81,7 @@ _QUEUE_SIZE: Final = 256
 _FORBIDDEN: Final = HeaderFlags.DATA_VALID | HeaderFlags.RSC_INFO
 
 
-class NetDevice(ChainDevice):
+class NetDevice(NativeDevice):
     """The network device.
 
     Args:
@@ -92,15 +97,17 @@ class NetDevice(ChainDevice):
         device_id: virtio device id.
         transitional: serve a driver without VERSION_1 too.
         on_handler_error: what becomes of a frame when the callable raises; see `BaseDevice`.
+        native: serve the pairs without Python; not with a callable.
+        wait: how the threads of a native device wait, one for each pair; None serves in the owner loop.
+        spin: microseconds that an ``adaptive`` one looks at its rings.
+        cpus: the CPUs that the threads run on; any, when None.
 
     Attributes:
         control: what the driver's commands have set.
-        findings: rules that the driver broke, the first `MAX_FINDINGS`.
-        counters: ``sent`` by the driver, ``received`` by it, and bytes of both; ``dropped`` (no buffer, no such pair,
-            no link) and ``broken`` (frames that broke a rule).
 
     Raises:
-        InvalidArgument: a value that the configuration space cannot show, or MQ without a control queue.
+        InvalidArgument: a value that the configuration space cannot show, MQ without a control queue, or a native
+            device with a callable.
     """
 
     def __init__(
@@ -117,7 +124,13 @@ class NetDevice(ChainDevice):
         device_id: int = DeviceId.NET,
         transitional: bool = True,
         on_handler_error: OnHandlerError = "broken",
+        native: bool = False,
+        wait: WaitStrategy | None = None,
+        spin: float = 50.0,
+        cpus: Sequence[int] | None = None,
     ) -> None:
+        if native and callable(backend):
+            raise InvalidArgument("a native device calls no function: its back-end is loopback, drop or a Generate")
         if isinstance(backend, str) and backend not in ("loopback", "drop"):
             raise InvalidArgument(f"back-end {backend!r}: say 'loopback', 'drop', a Generate, or give a callable")
         if len(mac) != 6 or mac[0] & 1:
@@ -139,8 +152,11 @@ class NetDevice(ChainDevice):
             ("GUEST_CSUM", checksum),
             *((name, control) for name in commands),
         ]
+        self._services = [_service(backend) for _ in range(pairs)] if native else []
         super().__init__(
             device_id,
+            services={(2 * pair, 2 * pair + 1): service for pair, service in enumerate(self._services)},
+            threads=threads(native=native, wait=wait, spin=spin, cpus=cpus),
             chains={},
             queue_sizes=(queue_size,) * (2 * pairs + control),
             features=FeatureSet(*(name for name, offer in offered if offer), device=FEATURE_NAMES),
@@ -159,8 +175,8 @@ class NetDevice(ChainDevice):
         self.backend: Backend = backend
         self.pairs = pairs
         self.control = Control(self, mac)
-        self.findings: list[RequestViolation] = []
-        self.counters: Counter[str] = Counter()
+        self._findings: list[RequestViolation] = []
+        self._counters: Counter[str] = Counter()
         self._mac = mac
         self._mtu = mtu
         self._header = HEADER.size
@@ -168,6 +184,8 @@ class NetDevice(ChainDevice):
         self._generated: Counter[int] = Counter()
         # Receive queues whose driver has not been told yet.
         self._unsignalled: set[int] = set()
+        # Without MQ the third queue is none of a pair's.
+        self._pairs_parties = dict(self._parties)
 
     # --- what a transport calls -----------------------------------------------------------------------------
 
@@ -176,23 +194,37 @@ class NetDevice(ChainDevice):
         super().activate(features)
         new = "VERSION_1" in features or "MRG_RXBUF" in features
         self._header = HEADER.size if new else HEADER_LEGACY.size
-        handlers: dict[int, DirectHandler] = {
-            2 * pair + 1: partial(self._transmit, pair) for pair in range(self.known_pairs)
-        }
+        known = range(self.known_pairs)
+        handlers: dict[int, DirectHandler] = {}
+        if not self._services:
+            handlers = {2 * pair + 1: partial(self._transmit, pair) for pair in known}
+        self._parties = {index: party for index, party in self._pairs_parties.items() if index // 2 in known}
         if self.control_queue is not None:
             handlers[self.control_queue] = self.control.obey
         self._chains = handlers
         self._settle_mac()
+        self.changed()
 
     def start_queue(self, queue: DeviceQueue) -> None:
         """See `Device.start_queue`."""
         super().start_queue(queue)
+        if queue.index == self.control_queue:
+            self.changed()
+        if self._services:
+            return
         # A receive buffer that arrives is looked at when there is something to put in.
         if self._pair_of(queue.index) is not None and not isinstance(self.backend, Generate):
             queue.disable_kicks()
 
+    def take_kick(self, queue_index: int, fd: int | None) -> bool:
+        """See `Threaded.take_kick`; before anything was negotiated nobody knows whose the third queue is."""
+        sure = self.active or queue_index < 2
+        return super().take_kick(queue_index, fd if sure else None) and sure
+
     def kicked(self, queue_index: int) -> bool:
         """See `Device.kicked`."""
+        if queue_index in self._parties:
+            return super().kicked(queue_index)
         if queue_index in self._chains:
             try:
                 return super().kicked(queue_index)
@@ -206,9 +238,12 @@ class NetDevice(ChainDevice):
     def reset(self) -> None:
         """See `Device.reset`; the address, the link's ANNOUNCE and what commands have set are the first ones again."""
         super().reset()
+        self._parties = dict(self._pairs_parties)
         self._chains = {}
         self._unsignalled.clear()
         self._generated.clear()
+        for service in self._services:
+            service.generated = 0
         self.control.reset()
         self.quietly(mac=self._mac, status=self.config.status & LinkStatus.LINK_UP)
 
@@ -239,10 +274,30 @@ class NetDevice(ChainDevice):
         """Whether there is a link."""
         return bool(self.config.status & LinkStatus.LINK_UP)
 
+    @property
+    def findings(self) -> list[RequestViolation]:
+        """Rules that the driver broke, the first `MAX_FINDINGS`."""
+        for service in self._services:
+            for rule, clause, message, queue, head in service.take_findings():
+                self.note(RequestViolation(rule, clause, message, queue=queue, head=head))
+        return self._findings
+
+    @property
+    def counters(self) -> Counter[str]:
+        """Frames ``sent`` by the driver, ``received`` by it, and bytes of both; ``dropped`` and ``broken`` ones.
+
+        Dropped is what found no buffer, no such pair, or no link, and broken what broke a rule.
+        """
+        total = Counter(self._counters)
+        for service in self._services:
+            total.update(service.counters)
+        return +total
+
     def set_link(self, *, up: bool) -> None:
         """The link comes or goes; a driver with STATUS is told."""
         status = self.config.status & ~LinkStatus.LINK_UP
         self.config.update(status=status | LinkStatus.LINK_UP if up else status)
+        self.changed()
 
     def announce(self) -> bool:
         """Ask the driver to make itself known to the network (5.1.9.5.4); False if it has not GUEST_ANNOUNCE."""
@@ -256,7 +311,10 @@ class NetDevice(ChainDevice):
 
         Raises:
             InvalidArgument: it is empty, or longer than can be.
+            StateError: the device is native, and its receive queues are not Python's.
         """
+        if self._services:
+            raise StateError("a native device takes no frames from elsewhere")
         data = bytes(frame)
         if not 1 <= len(data) <= LONGEST:
             raise InvalidArgument(f"a frame of {len(data)} bytes; 1 to {LONGEST} are possible")
@@ -283,6 +341,28 @@ class NetDevice(ChainDevice):
             self.quietly(mac=self.control.mac)
         else:
             self.control.mac = self.config.mac
+        self.changed()
+
+    def changed(self) -> None:
+        """Link, pairs in use or address may be others now: a generator may have something to do."""
+        for pair, service in enumerate(self._services):
+            self._set_up(pair, service)
+        if isinstance(self.backend, Generate) and self._bus is not None:
+            for pair in range(self.pairs_in_use):
+                self._bus.kick(2 * pair)
+
+    def _set_up(self, pair: int, service: PacketService) -> None:
+        backend = self.backend
+        service.set_up(
+            header=self._header,
+            mergeable="MRG_RXBUF" in self.negotiated,
+            checksum="CSUM" in self.negotiated,
+            guest_checksum="GUEST_CSUM" in self.negotiated,
+            longest=self._longest,
+            usable=self.link_up and pair < self.pairs_in_use,
+            frame=backend.frame(self.control.mac, 0) if isinstance(backend, Generate) else None,
+            number_at=backend.number_at if isinstance(backend, Generate) else None,
+        )
 
     def _pair_of(self, queue_index: int) -> int | None:
         """The pair whose receive queue this is."""
@@ -310,13 +390,13 @@ class NetDevice(ChainDevice):
         try:
             frame = self._judge(chain)
         except RequestViolation as violation:
-            self.counters["broken"] += 1
+            self._counters["broken"] += 1
             self.note(violation)
             return 0
-        self.counters["sent"] += 1
-        self.counters["sent_bytes"] += len(frame.data)
+        self._counters["sent"] += 1
+        self._counters["sent_bytes"] += len(frame.data)
         if not self.link_up or pair >= self.pairs_in_use:
-            self.counters["dropped"] += 1
+            self._counters["dropped"] += 1
         elif self.backend == "loopback":
             self._pass(pair, frame)
         elif callable(self.backend):
@@ -362,8 +442,8 @@ class NetDevice(ChainDevice):
 
     def note(self, violation: RequestViolation) -> None:
         """Keep what the driver did wrong."""
-        if len(self.findings) < MAX_FINDINGS:
-            self.findings.append(violation)
+        if len(self._findings) < MAX_FINDINGS:
+            self._findings.append(violation)
 
     # --- to the driver --------------------------------------------------------------------------------------
 
@@ -379,11 +459,15 @@ class NetDevice(ChainDevice):
                     return False
                 if not queue.has_work() and not queue.enable_kicks():
                     return False
-                frame = backend.frame(self.control.mac, self._generated[pair])
-                if not self._receive(pair, Frame(frame)):
-                    # It does not fit: the next kick brings other buffers, or none.
-                    return queue.enable_kicks() and False
+                frame = Frame(backend.frame(self.control.mac, self._generated[pair]))
+                if not self._place(queue, frame):
+                    # A buffer that comes from now on brings a kick; one that came meanwhile is there.
+                    queue.enable_kicks()
+                    if not self._place(queue, frame):
+                        return False
                 self._generated[pair] += 1
+                self._counters["received"] += 1
+                self._counters["received_bytes"] += len(frame.data)
         except QueueViolation as error:
             self.bus.broken(error)
             return False
@@ -396,9 +480,9 @@ class NetDevice(ChainDevice):
         queue = self._queues.get(2 * pair)
         usable = self.link_up and 0 <= pair < self.pairs_in_use and len(frame.data) <= self._longest
         done = queue is not None and usable and self._place(queue, frame)
-        self.counters["received" if done else "dropped"] += 1
+        self._counters["received" if done else "dropped"] += 1
         if done:
-            self.counters["received_bytes"] += len(frame.data)
+            self._counters["received_bytes"] += len(frame.data)
         return done
 
     def _place(self, queue: DeviceQueue, frame: Frame) -> bool:
@@ -450,6 +534,8 @@ class NetDevice(ChainDevice):
     def save(self) -> dict[str, object]:
         """The base's state, what the commands have set, and how many frames were generated by pair."""
         generated = [self._generated[pair] for pair in range(self.pairs)]
+        if self._services:
+            generated = [service.generated for service in self._services]
         return {**super().save(), "control": self.control.save(), "generated": generated}
 
     def check_state(self, state: Mapping[str, object]) -> None:
@@ -467,14 +553,26 @@ class NetDevice(ChainDevice):
         """See `BaseDevice.apply_state`."""
         super().apply_state(state)
         self.control.restore(state["control"])
-        self._generated = Counter(dict(enumerate(self._checked(state["generated"]))))
+        generated = self._checked(state["generated"])
+        self._generated = Counter(dict(enumerate(generated)))
+        for service, number in zip(self._services, generated, strict=False):
+            service.generated = number
 
     def _checked(self, saved: object) -> list[int]:
         numbers = cast("list[object]", saved) if isinstance(saved, list) else []
-        checked = [each for each in numbers if isinstance(each, int) and not isinstance(each, bool) and each >= 0]
+        checked = [
+            each for each in numbers if isinstance(each, int) and not isinstance(each, bool) and 0 <= each < 1 << 64
+        ]
         if len(checked) != self.pairs or len(numbers) != self.pairs:
             raise SavedStateError(f"generated is not a count for each of {self.pairs} pairs")
         return checked
+
+
+def _service(backend: Backend) -> PacketService:
+    if isinstance(backend, Generate):
+        return PacketService("generate", count=backend.count)
+    assert not callable(backend)
+    return PacketService(backend)
 
 
 def _fault(chain: Chain, rule: str, clause: str, message: str) -> RequestViolation:

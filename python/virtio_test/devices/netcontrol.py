@@ -65,6 +65,10 @@ class Owner(Protocol):
         """Keep what the driver did wrong."""
         ...
 
+    def changed(self) -> None:
+        """Link, pairs in use or address may be others now."""
+        ...
+
     @property
     def link_up(self) -> bool:
         """Whether there is a link."""
@@ -169,6 +173,7 @@ class Control:
             return False
         self.mac = data
         self._device.quietly(mac=data)
+        self._device.changed()
         return True
 
     def _set_vlan(self, command: int, data: bytes) -> bool:
@@ -192,6 +197,7 @@ class Control:
         if len(data) != 2 or not 1 <= number <= self._device.known_pairs:
             return False
         self.pairs = number
+        self._device.changed()
         return True
 
     # --- saved state ----------------------------------------------------------------------------------------

@@ -40,13 +40,18 @@ class Generate:
     def __post_init__(self) -> None:
         if not ETHERNET_HEADER <= self.size <= LONGEST:
             raise InvalidArgument(f"frames of {self.size} bytes; {ETHERNET_HEADER} to {LONGEST} are possible")
-        if self.count is not None and self.count < 0:
+        if self.count is not None and not 0 <= self.count < 1 << 64:
             raise InvalidArgument(f"{self.count} frames cannot be generated")
+
+    @property
+    def number_at(self) -> int | None:
+        """Where in a frame its number goes."""
+        return ETHERNET_HEADER if self.size >= ETHERNET_HEADER + _TAG else None
 
     def frame(self, mac: bytes, number: int) -> bytes:
         """Frame `number` for the address `mac`."""
         tag = (number & (1 << 8 * _TAG) - 1).to_bytes(_TAG, "big")
-        body = tag if self.size >= ETHERNET_HEADER + _TAG else b""
+        body = b"" if self.number_at is None else tag
         return (mac + _SOURCE + _LOCAL_EXPERIMENT + body).ljust(self.size, b"\0")
 
 

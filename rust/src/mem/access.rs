@@ -92,6 +92,9 @@ pub trait Access {
     /// `Untranslated`. A `len` of 0 can be resolved at any address.
     fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError>;
 
+    /// Say that the first bytes at `at` are about to be accessed; nothing more than a hint.
+    fn prefetch(&self, _at: At, _want: Want) {}
+
     /// Check that what was accessed of `len` bytes at `gpa` was their file's own: asked after accesses, and before anything
     /// is made of what they brought.
     ///

@@ -7,10 +7,16 @@
 //! other is translated. Words are atomics. An acquire load is a relaxed load and an acquire fence, because a ring may
 //! lie in memory that is mapped for reading only, where only relaxed atomic loads are defined.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::table::Table;
 use super::{Access, At, MemoryError, Want, any_lost, host_size};
+
+/// Bytes of a cache line.
+#[cfg(target_arch = "x86_64")]
+const LINE: usize = 64;
 
 /// A pinned view of guest memory; see the module's head.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +104,23 @@ impl Access for Mapped<'_> {
     #[inline]
     fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError> {
         self.0.resolve(gpa, len, want)
+    }
+
+    #[inline]
+    fn prefetch(&self, at: At, want: Want) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(ptr) = self.direct(at, 0, 1, want) {
+            for line in [ptr, ptr.wrapping_add(LINE)] {
+                let line = line.cast_const().cast();
+                if want == Want::Write {
+                    // SAFETY: a hint accesses nothing as the language sees it, and faults at no address (M2).
+                    unsafe { _mm_prefetch::<_MM_HINT_ET0>(line) };
+                } else {
+                    // SAFETY: as above.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+                }
+            }
+        }
     }
 
     #[inline]

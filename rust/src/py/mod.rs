@@ -12,6 +12,7 @@ mod inflight;
 mod layout;
 mod mem;
 mod notify;
+mod packet;
 mod play;
 mod poller;
 mod process;
@@ -67,6 +68,8 @@ mod core_module {
     use super::mem::{PyAccess, PyDirtyLog, PyGuestMemory, PyRegion, PyTrace};
     #[pymodule_export]
     use super::notify::PyNotifier;
+    #[pymodule_export]
+    use super::packet::PyPacketService;
     #[pymodule_export]
     use super::play::PyPlayer;
     #[pymodule_export]

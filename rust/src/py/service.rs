@@ -19,7 +19,7 @@ use super::remote;
 use crate::mem::{GuestMemory, with_access};
 use crate::queue::DeviceQueue;
 use crate::service::{
-    Bounds, Done, Entropy, EntropyCounters, File, FileCounters, Native, Service, Terms, Traits, run, term,
+    Bounds, Done, Entropy, EntropyCounters, File, FileCounters, Native, Service, Terms, Traits, arm, run, term,
 };
 
 /// Queues of one memory that a service works on at once.
@@ -174,6 +174,17 @@ impl PyService {
             (Err(error), Ok(())) | (Ok(_), Err(error)) => Err(error),
             (Err(first), Err(second)) => Err(remote::pressing(py, first, second)),
         }
+    }
+
+    #[allow(clippy::needless_pass_by_value, reason = "what Python's sequences are extracted to")]
+    fn arm(&self, py: Python<'_>, queues: Vec<PyRef<'_, PyDeviceQueue>>) -> PyResult<bool> {
+        let service = &self.0;
+        let party = Party::new(&*lock(Some(py), service)?, &queues)?;
+        let found = py.detach(|| {
+            let service = lock(None, service)?;
+            party.enter(None, |pin, queues| with_access!(pin, |mem| arm(&*service, mem, queues)))
+        })?;
+        found.map_err(|fault| raise(py, &fault))
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {

@@ -20,7 +20,7 @@ use super::service::{Outcome, Party, PyService, bounds};
 use crate::mem::with_access;
 use crate::notify::Notifier;
 use crate::queue::DeviceQueue;
-use crate::service::{Bounds, Native};
+use crate::service::{Bounds, Native, Service, arm};
 use crate::worker::{Kick, Turned, Wait, Work, Worker, WorkerError};
 
 /// The longest time that a worker spins, in microseconds.
@@ -87,9 +87,15 @@ impl Work for Served {
     }
 
     fn look(&mut self) -> bool {
+        let Ok(service) = lock(None, &self.service) else {
+            return true;
+        };
         let looked = self.party.enter(None, |pin, queues| {
+            let mut each = queues.iter_mut().enumerate();
             let remote = pin.table().has_remote();
-            remote || with_access!(pin, |mem| queues.iter_mut().any(|queue| queue.has_work(mem)))
+            remote
+                || with_access!(pin, |mem| each
+                    .any(|(index, queue)| service.looks(index) && queue.has_work(mem)))
         });
         looked.unwrap_or(true)
     }
@@ -99,15 +105,12 @@ impl Work for Served {
     }
 
     fn arm(&mut self) -> bool {
+        let Ok(service) = lock(None, &self.service) else {
+            return false;
+        };
         let armed = self.party.enter(None, |pin, queues| {
-            let mut found = false;
-            if !pin.table().has_remote() {
-                with_access!(pin, |mem| for queue in queues {
-                    // A ring that broke in between is told of by the turn after.
-                    found |= queue.enable_kicks(mem).unwrap_or(true);
-                });
-            }
-            found
+            // A ring that broke in between is told of by the turn after.
+            !pin.table().has_remote() && with_access!(pin, |mem| arm(&*service, mem, queues)).unwrap_or(true)
         });
         armed.unwrap_or(false)
     }

@@ -13,9 +13,11 @@
 mod entropy;
 mod file;
 mod image;
+pub mod packet;
 
 pub use entropy::{Entropy, EntropyCounters};
 pub use file::{File, FileCounters, Terms, Traits, term};
+use packet::Packets;
 use smallvec::SmallVec;
 
 use crate::chain::{Element, Segment};
@@ -52,6 +54,16 @@ pub trait Service {
     /// How many queues it works on.
     fn queues(&self) -> usize;
 
+    /// Whether what is available in the queue of this number is work; else it is room, which is looked at when it is needed.
+    fn looks(&self, _queue: usize) -> bool {
+        true
+    }
+
+    /// Whether the driver is to kick for what it makes available there.
+    fn kicked(&self, _queue: usize) -> bool {
+        true
+    }
+
     /// One turn over `queues`, of which there are as many as [`Service::queues`] says. What it completes it need not
     /// publish.
     ///
@@ -67,21 +79,35 @@ pub enum Native {
     Entropy(Entropy),
     /// Block requests, answered from a file.
     File(File),
+    /// The packet loop.
+    Packets(Packets),
+}
+
+macro_rules! native {
+    ($native:expr, $service:ident => $does:expr) => {
+        match $native {
+            Native::Entropy($service) => $does,
+            Native::File($service) => $does,
+            Native::Packets($service) => $does,
+        }
+    };
 }
 
 impl Service for Native {
     fn queues(&self) -> usize {
-        match self {
-            Self::Entropy(service) => service.queues(),
-            Self::File(service) => service.queues(),
-        }
+        native!(self, service => service.queues())
+    }
+
+    fn looks(&self, queue: usize) -> bool {
+        native!(self, service => service.looks(queue))
+    }
+
+    fn kicked(&self, queue: usize) -> bool {
+        native!(self, service => service.kicked(queue))
     }
 
     fn turn<A: Access>(&mut self, mem: &A, queues: &mut [&mut DeviceQueue], bounds: Bounds) -> Result<Turn, Fault> {
-        match self {
-            Self::Entropy(service) => service.turn(mem, queues, bounds),
-            Self::File(service) => service.turn(mem, queues, bounds),
-        }
+        native!(self, service => service.turn(mem, queues, bounds))
     }
 }
 
@@ -126,6 +152,20 @@ pub fn run<S: Service, A: Access>(service: &mut S, mem: &A, queues: &mut [&mut D
         }
     }
     Done { turn, wakes, broken }
+}
+
+/// Ask for the kicks that `service` wants; whether there is work already, for which none may come.
+///
+/// # Errors
+/// As [`DeviceQueue::enable_kicks`].
+pub fn arm<S: Service, A: Access>(service: &S, mem: &A, queues: &mut [&mut DeviceQueue]) -> Result<bool, Fault> {
+    let mut found = false;
+    for (index, queue) in queues.iter_mut().enumerate() {
+        if service.kicked(index) {
+            found |= queue.enable_kicks(mem)? && service.looks(index);
+        }
+    }
+    Ok(found)
 }
 
 /// Chains popped at once, in memory that is used again.

@@ -5,15 +5,20 @@ answer its commands themselves, and back-ends such as DPDK's offer CTRL_VQ for t
 ours that accepted it would set up a queue that nobody serves. A back-end has one if it says how many pairs there are
 (CONFIG) and has a queue behind the last of them, as ours. Nor can a driver use what the configuration space tells where
 the protocol carries none.
+
+Likewise a front-end negotiates with our back-end what it uses, and not the control queue that it keeps for itself: QEMU
+accepts GUEST_ANNOUNCE and MQ without CTRL_VQ, which the driver that it serves has accepted from it.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+from virtio_test.features import Requirements
+from virtio_test.spec.ids import DeviceId
 from virtio_test.spec.net import FEATURE_NAMES, REQUIRES
 
-__all__ = ["PAIRS_FIELD", "not_ours_to_take"]
+__all__ = ["PAIRS_FIELD", "not_ours_to_take", "required_of_a_front_end"]
 
 PAIRS_FIELD: Final = (8, 2)
 """Offset and length of `max_virtqueue_pairs` (VIRTIO 1.4, 5.1.4)."""
@@ -40,3 +45,10 @@ def not_ours_to_take(*, queues: int, pairs: int | None) -> int:
     if pairs is None or queues <= 2 * pairs:
         hidden += _COMMANDED
     return sum(1 << FEATURE_NAMES[name] for name in set(hidden))
+
+
+def required_of_a_front_end(device_id: int, requires: Requirements) -> Requirements:
+    """What features require of those that a front-end accepts, where `requires` says it for drivers."""
+    if device_id != DeviceId.NET:
+        return requires
+    return {name: tuple(need for need in needs if need != "CTRL_VQ") for name, needs in requires.items()}

@@ -36,6 +36,7 @@ from .messages import (
     ProtocolFeature,
     Request,
 )
+from .network import required_of_a_front_end
 from .payloads import U64, Config, Inflight, Iotlb, Log, MemoryTable, Payload, SingleRegion, VringAddress, VringState
 from .records import Records, new_region
 from .rings import Kick, Ring, checked_notifier
@@ -220,7 +221,10 @@ class Session:
         # No features at all may be a driver that has not come that far; a ring that runs judges it (`RingSet`).
         device = self.rings.device
         found = judge_accepted(
-            self.offered, accepted, requires=device.requires, legacy=device.transitional or not accepted
+            self.offered,
+            accepted,
+            requires=required_of_a_front_end(device.device_id, device.requires),
+            legacy=device.transitional or not accepted,
         )
         if found is not None:
             rule = "FeatureNotOffered" if found.rule == "FeatureNotOffered" else "FeaturesRefused"

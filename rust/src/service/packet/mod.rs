@@ -1,0 +1,450 @@
+//! The packet loop (VIRTIO 1.4, 5.1): one pair of queues of a network device, without a network.
+//!
+//! # Theory
+//!
+//! Frames that are sent come back on the same pair, or go nowhere; or receive buffers are filled with frames that are made
+//! here. It does what the network device does in Python, check by check, and a test compares the two.
+//!
+//! **A frame is read once**, header and all, into a buffer of ours that stays hot, and is judged there: what the driver
+//! changes meanwhile changes nothing of what was judged. The header before it is then ours, so that one copy puts both
+//! into a receive buffer.
+//!
+//! **All buffers of a frame are taken, then written, then completed**, and what was taken for a frame that does not fit is
+//! there for the next. Receive buffers are taken in bursts, as many as there are frames waiting; what is left at the end
+//! of a turn goes back to the ring.
+//!
+//! The receive queue is looked at when there is something to put into it, and its driver is asked for no kicks, unless
+//! frames are made here: then work is what there is room for.
+
+mod frame;
+mod receive;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use frame::{Header, judge};
+use receive::{Placed, Receive};
+
+use super::{BURST, Bounds, Burst, Service, Turn, complete};
+use crate::chain::Element;
+use crate::error::{Fault, QueueError};
+use crate::iov::Iov;
+use crate::mem::Access;
+use crate::queue::DeviceQueue;
+
+/// Bytes of the longest header.
+pub const MOST_HEADER: usize = 12;
+/// Bytes of the longest frame: 65535 and an Ethernet header with a VLAN tag.
+pub const LONGEST: usize = 0xFFFF + 18;
+/// Findings that are kept until somebody takes them.
+const MAX_FINDINGS: usize = 1000;
+
+/// What becomes of frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// They come back.
+    Loopback,
+    /// They go nowhere.
+    Discard,
+    /// They go nowhere, and others are made, so many.
+    Generate(u64),
+}
+
+/// What was negotiated, and what is so now.
+#[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "three feature bits and a state")]
+pub struct Setup {
+    /// Bytes of the header: 10 or 12 (5.1.9.1).
+    pub header: usize,
+    /// MRG_RXBUF.
+    pub mergeable: bool,
+    /// CSUM: the driver may leave a checksum out.
+    pub checksum: bool,
+    /// GUEST_CSUM: it takes such a frame.
+    pub guest_checksum: bool,
+    /// Bytes of the longest frame, at most [`LONGEST`].
+    pub longest: usize,
+    /// Whether there is a link, and the pair is in use.
+    pub usable: bool,
+    /// The frame that is made.
+    pub frame: Vec<u8>,
+    /// Where in it its number goes, in 8 big-endian bytes.
+    pub number_at: Option<usize>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            header: MOST_HEADER,
+            mergeable: false,
+            checksum: false,
+            guest_checksum: false,
+            longest: LONGEST,
+            usable: false,
+            frame: Vec::new(),
+            number_at: None,
+        }
+    }
+}
+
+/// A rule that the driver broke, with which the queue goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Its name.
+    pub rule: &'static str,
+    /// Its clause.
+    pub clause: &'static str,
+    /// What was found.
+    pub message: String,
+    /// Index of the queue.
+    pub queue: u16,
+    /// Head or id of the chain.
+    pub head: u16,
+}
+
+/// What it has met since it was made; may be read meanwhile.
+#[derive(Debug, Default)]
+pub struct Told {
+    /// Frames that the driver has sent, and their bytes.
+    pub sent: [AtomicU64; 2],
+    /// Frames that it was given, and their bytes.
+    pub received: [AtomicU64; 2],
+    /// Frames that found no buffer, no link or no pair.
+    pub dropped: AtomicU64,
+    /// Frames that broke a rule.
+    pub broken: AtomicU64,
+    findings: Mutex<Vec<Finding>>,
+}
+
+impl Told {
+    /// What was found since this was asked last.
+    pub fn take_findings(&self) -> Vec<Finding> {
+        std::mem::take(&mut *self.findings.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    #[cold]
+    fn note(&self, finding: Finding) {
+        let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
+        if findings.len() < MAX_FINDINGS {
+            findings.push(finding);
+        }
+    }
+}
+
+/// Counts of one turn.
+#[derive(Debug, Default)]
+struct Tally {
+    sent: [u64; 2],
+    received: [u64; 2],
+    dropped: u64,
+    broken: u64,
+}
+
+impl Tally {
+    fn tell(&self, told: &Told) {
+        let counters = [&told.sent[0], &told.sent[1], &told.received[0], &told.received[1]];
+        let counted = [self.sent[0], self.sent[1], self.received[0], self.received[1]];
+        let rest = [(&told.dropped, self.dropped), (&told.broken, self.broken)];
+        for (counter, count) in counters.into_iter().zip(counted).chain(rest) {
+            if count > 0 {
+                counter.fetch_add(count, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// The service; its queues are the receive and the transmit queue of a pair. See the module's head.
+#[derive(Debug)]
+pub struct Packets {
+    mode: Mode,
+    setup: Setup,
+    told: Arc<Told>,
+    sent: Burst,
+    receive: Receive,
+    /// Header and frame; as long as the longest of both.
+    bytes: Box<[u8]>,
+    generated: u64,
+    /// Whether what is made did not fit, so that only another buffer can change that.
+    stuck: bool,
+}
+
+impl Packets {
+    /// One that does nothing until it is set up.
+    #[must_use]
+    pub fn new(mode: Mode) -> Self {
+        Self {
+            mode,
+            setup: Setup::default(),
+            told: Arc::default(),
+            sent: Burst::default(),
+            receive: Receive::default(),
+            bytes: vec![0; MOST_HEADER + LONGEST].into_boxed_slice(),
+            generated: 0,
+            stuck: false,
+        }
+    }
+
+    /// What it has met.
+    #[must_use]
+    pub const fn told(&self) -> &Arc<Told> {
+        &self.told
+    }
+
+    /// From now on it is so.
+    pub fn set_up(&mut self, setup: Setup) {
+        self.setup = setup;
+        self.stuck = false;
+    }
+
+    /// Frames made so far.
+    #[must_use]
+    pub const fn generated(&self) -> u64 {
+        self.generated
+    }
+
+    /// Go on with this number.
+    pub const fn set_generated(&mut self, number: u64) {
+        self.generated = number;
+    }
+
+    /// Whether there are frames to be made.
+    const fn makes(&self) -> bool {
+        matches!(self.mode, Mode::Generate(count) if self.setup.usable && self.generated < count)
+    }
+
+    /// Fill receive buffers with frames of ours.
+    fn make<A: Access>(
+        &mut self,
+        mem: &A,
+        queue: &mut DeviceQueue,
+        bounds: Bounds,
+        tally: &mut Tally,
+    ) -> Result<Turn, Fault> {
+        let mut turn = Turn::default();
+        let (mut bytes, length) = (0_u64, self.setup.frame.len());
+        self.stuck = false;
+        while self.makes() {
+            turn.more = turn.done >= bounds.chains || bytes >= bounds.bytes;
+            if turn.more {
+                break;
+            }
+            let Self {
+                setup,
+                receive,
+                bytes: buffer,
+                told,
+                generated,
+                ..
+            } = self;
+            let Some(whole) = buffer.get_mut(..setup.header + length) else {
+                break;
+            };
+            let Some((header, frame)) = whole.split_at_mut_checked(setup.header) else {
+                break;
+            };
+            header.fill(0);
+            frame.copy_from_slice(&setup.frame);
+            if let Some(place) = setup.number_at.and_then(|at| frame.get_mut(at..at + 8)) {
+                place.copy_from_slice(&generated.to_be_bytes());
+            }
+            let ahead = bounds.chains.saturating_sub(turn.done).min(BURST);
+            match receive.place(mem, queue, setup, whole, ahead, told)? {
+                Placed::Done => {}
+                Placed::Empty => break,
+                Placed::Few | Placed::Small => {
+                    // A buffer that comes from now on brings a kick; one that came meanwhile is there.
+                    queue.enable_kicks(mem)?;
+                    if receive.place(mem, queue, setup, whole, ahead, told)? != Placed::Done {
+                        self.stuck = true;
+                        break;
+                    }
+                }
+            }
+            self.generated += 1;
+            tally.received[0] += 1;
+            tally.received[1] += length as u64;
+            turn.done += 1;
+            bytes = bytes.saturating_add(length as u64);
+            if turn.done % BURST == 0 {
+                queue.publish(mem)?;
+            }
+        }
+        Ok(turn)
+    }
+
+    /// Take what the driver has sent.
+    fn take<A: Access>(
+        &mut self,
+        mem: &A,
+        queues: (&mut DeviceQueue, &mut DeviceQueue),
+        bounds: Bounds,
+        tally: &mut Tally,
+    ) -> Result<Turn, Fault> {
+        let (rx, tx) = queues;
+        let mut turn = Turn::default();
+        let mut bytes = 0_u64;
+        loop {
+            let room = bounds.chains.saturating_sub(turn.done);
+            turn.more = room == 0 || bytes >= bounds.bytes;
+            if turn.more {
+                break;
+            }
+            let Self {
+                setup,
+                mode,
+                receive,
+                bytes: buffer,
+                told,
+                sent,
+                ..
+            } = self;
+            let count = match sent.pop(mem, tx, room.min(BURST)) {
+                Ok(0) => break,
+                Ok(count) => count,
+                Err(fault) => return Err(fault),
+            };
+            for index in 0..count {
+                if let Some((_, iov)) = sent.get(index) {
+                    iov.prefetch(mem);
+                }
+            }
+            let mut index = 0;
+            while let Some((element, iov)) = sent.get(index) {
+                if bytes >= bounds.bytes {
+                    sent.put_back(tx, index);
+                    break;
+                }
+                let found = read(mem, tx, element, iov, setup, buffer, told)?;
+                let length = found.as_ref().map_or(0, |header| header.length);
+                match found {
+                    Read::Frame(header) => {
+                        tally.sent[0] += 1;
+                        tally.sent[1] += length as u64;
+                        if !setup.usable {
+                            tally.dropped += 1;
+                        } else if *mode == Mode::Loopback {
+                            let whole = header.prepare(buffer, setup);
+                            match receive.place(mem, rx, setup, whole, count - index, told) {
+                                Ok(Placed::Done) => {
+                                    tally.received[0] += 1;
+                                    tally.received[1] += length as u64;
+                                }
+                                Ok(_) => tally.dropped += 1,
+                                Err(fault) => {
+                                    // The transmit queue is not to blame, and its chain is answered.
+                                    tally.dropped += 1;
+                                    complete(mem, tx, element, 0)?;
+                                    sent.put_back(tx, index + 1);
+                                    return Err(fault);
+                                }
+                            }
+                        }
+                    }
+                    Read::Broken => tally.broken += 1,
+                    Read::Gone => {}
+                }
+                complete(mem, tx, element, 0)?;
+                let moved = element.readable.saturating_add(element.writable);
+                bytes = bytes.saturating_add(moved).saturating_add(length as u64);
+                index += 1;
+            }
+            turn.done += index;
+            tx.publish(mem)?;
+            rx.publish(mem)?;
+        }
+        Ok(turn)
+    }
+}
+
+/// What came of a chain that was sent.
+enum Read {
+    /// A frame; it lies behind its header.
+    Frame(Header),
+    /// One that breaks a rule.
+    Broken,
+    /// Its memory could not be read.
+    Gone,
+}
+
+impl Read {
+    fn as_ref(&self) -> Option<&Header> {
+        match self {
+            Self::Frame(header) => Some(header),
+            Self::Broken | Self::Gone => None,
+        }
+    }
+}
+
+/// Read a chain and judge it. What is not passed on is read as well: whoever discards a frame has received it.
+fn read<A: Access>(
+    mem: &A,
+    queue: &mut DeviceQueue,
+    element: &Element,
+    iov: Iov<'_>,
+    setup: &Setup,
+    buffer: &mut [u8],
+    told: &Told,
+) -> Result<Read, Fault> {
+    let length = usize::try_from(element.readable).unwrap_or(usize::MAX);
+    let broken = match frame::fits(length, setup) {
+        Ok(()) => {
+            let Some(whole) = buffer.get_mut(..length) else {
+                return Ok(Read::Gone);
+            };
+            match queue.copied(iov.read(mem, 0, whole)) {
+                Ok(_) => {}
+                Err(QueueError::Violation(fault)) => return Err(fault),
+                // A transfer of remote memory that failed.
+                Err(QueueError::Misuse(_)) => return Ok(Read::Gone),
+            }
+            match judge(whole, setup) {
+                Ok(header) => return Ok(Read::Frame(header)),
+                Err(broken) => broken,
+            }
+        }
+        Err(broken) => broken,
+    };
+    told.note(Finding {
+        rule: broken.rule,
+        clause: broken.clause,
+        message: broken.message,
+        queue: queue.config().index,
+        head: element.head,
+    });
+    Ok(Read::Broken)
+}
+
+impl Service for Packets {
+    fn queues(&self) -> usize {
+        2
+    }
+
+    fn looks(&self, queue: usize) -> bool {
+        queue != 0 || (self.makes() && !self.stuck)
+    }
+
+    fn kicked(&self, queue: usize) -> bool {
+        // What did not fit has asked for a kick behind the last buffer; asked for once more, behind those that went back,
+        // the driver would have passed that place already.
+        queue != 0 || (self.makes() && !self.stuck)
+    }
+
+    fn turn<A: Access>(&mut self, mem: &A, queues: &mut [&mut DeviceQueue], bounds: Bounds) -> Result<Turn, Fault> {
+        let [rx, tx] = queues else { return Ok(Turn::default()) };
+        let mut tally = Tally::default();
+        let made = if matches!(self.mode, Mode::Generate(_)) {
+            self.make(mem, rx, bounds, &mut tally)
+        } else {
+            Ok(Turn::default())
+        };
+        let taken = self.take(mem, (rx, tx), bounds, &mut tally);
+        self.receive.put_back(rx);
+        tally.tell(&self.told);
+        let (made, taken) = (made?, taken?);
+        Ok(Turn {
+            done: made.done + taken.done,
+            more: made.more || taken.more,
+            notable: false,
+        })
+    }
+}

@@ -1,0 +1,160 @@
+//! Putting frames into receive buffers (VIRTIO 1.4, 5.1.9.3, 5.1.9.4).
+
+use super::{Finding, Setup, Told};
+use crate::chain::{Element, Segment};
+use crate::error::{Fault, QueueError};
+use crate::iov::Iov;
+use crate::mem::Access;
+use crate::queue::DeviceQueue;
+use crate::service::complete;
+
+/// What became of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Placed {
+    /// It is in receive buffers, completed and not yet published.
+    Done,
+    /// There are none.
+    Empty,
+    /// There are too few of them, or their memory cannot be written.
+    Few,
+    /// It does not fit into the next one.
+    Small,
+}
+
+/// Receive buffers that were taken and not yet used: those from `next` on.
+#[derive(Debug, Default)]
+pub(super) struct Receive {
+    segments: Vec<Segment>,
+    elements: Vec<Element>,
+    next: usize,
+}
+
+impl Receive {
+    /// Put a header and its frame into the next buffers, all of them or none; take `ahead` when there are no more.
+    ///
+    /// # Errors
+    /// The rule that the driver broke; the queue is latched, and what was taken is gone with it.
+    #[inline]
+    pub(super) fn place<A: Access>(
+        &mut self,
+        mem: &A,
+        queue: &mut DeviceQueue,
+        setup: &Setup,
+        whole: &mut [u8],
+        ahead: usize,
+        told: &Told,
+    ) -> Result<Placed, Fault> {
+        if self.next == self.elements.len() {
+            self.segments.clear();
+            self.elements.clear();
+            self.next = 0;
+        }
+        let total = whole.len() as u64;
+        let (first, mut room, mut count) = (self.next, 0_u64, 0_usize);
+        while room < total && (count == 0 || setup.mergeable) {
+            if first + count == self.elements.len() && !self.take(mem, queue, ahead)? {
+                break;
+            }
+            let writable = self.elements.get(first + count).map_or(0, |element| element.writable);
+            count += 1;
+            // 5.1.9.3.1: the first buffer holds the header at least.
+            if count == 1 && writable < setup.header as u64 {
+                break;
+            }
+            room = room.saturating_add(writable);
+        }
+        if room < total {
+            if count > 0 && (room == 0 || !setup.mergeable) {
+                self.too_small(first, queue, setup, whole.len(), told);
+                return Ok(Placed::Small);
+            }
+            return Ok(if count == 0 { Placed::Empty } else { Placed::Few });
+        }
+        // 5.1.9.3.2: num_buffers counts them, and is 1 without MRG_RXBUF.
+        if let Some(field) = whole.get_mut(10..setup.header).filter(|field| field.len() == 2) {
+            let number = u16::try_from(count).unwrap_or(u16::MAX);
+            field.copy_from_slice(&number.to_le_bytes());
+        }
+        if !self.write(mem, queue, first, count, whole)? {
+            return Ok(Placed::Few);
+        }
+        let mut left = total;
+        for element in self.elements.get(first..first + count).unwrap_or_default() {
+            let used = left.min(element.writable);
+            complete(mem, queue, element, used)?;
+            left -= used;
+        }
+        self.next = first + count;
+        Ok(Placed::Done)
+    }
+
+    /// Take up to `ahead` buffers; whether there are any.
+    #[inline]
+    fn take<A: Access>(&mut self, mem: &A, queue: &mut DeviceQueue, ahead: usize) -> Result<bool, Fault> {
+        let before = self.elements.len();
+        queue.pop_many(mem, ahead.max(1), &mut self.segments, &mut self.elements)?;
+        for element in self.elements.get(before..).unwrap_or_default() {
+            self.iov(element).prefetch(mem);
+        }
+        Ok(self.elements.len() > before)
+    }
+
+    fn iov(&self, element: &Element) -> Iov<'_> {
+        let segments = self.segments.get(element.first..).unwrap_or_default();
+        Iov::new(segments.get(..element.count).unwrap_or_default(), element.epoch)
+    }
+
+    /// Write all of it before the first buffer is shown (CVE-2021-3748); all but the last are full. False when the
+    /// memory of one of them cannot be written.
+    #[inline]
+    fn write<A: Access>(
+        &self,
+        mem: &A,
+        queue: &mut DeviceQueue,
+        first: usize,
+        count: usize,
+        whole: &[u8],
+    ) -> Result<bool, Fault> {
+        let mut rest = whole;
+        for element in self.elements.get(first..first + count).unwrap_or_default() {
+            let size = usize::try_from(element.writable).unwrap_or(usize::MAX).min(rest.len());
+            let (own, others) = rest.split_at_checked(size).unwrap_or((rest, &[]));
+            match queue.copied(self.iov(element).write(mem, 0, own)) {
+                Ok(_) => rest = others,
+                Err(QueueError::Violation(fault)) => return Err(fault),
+                Err(QueueError::Misuse(_)) => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    #[cold]
+    fn too_small(&self, first: usize, queue: &DeviceQueue, setup: &Setup, total: usize, told: &Told) {
+        let Some(element) = self.elements.get(first) else {
+            return;
+        };
+        let length = total.saturating_sub(setup.header);
+        told.note(Finding {
+            rule: "BufferTooSmall",
+            clause: "5.1.9.3.1",
+            message: format!(
+                "{} bytes for a header of {} and a frame of {length}",
+                element.writable, setup.header
+            ),
+            queue: queue.config().index,
+            head: element.head,
+        });
+    }
+
+    /// Put back what was not used, newest first.
+    pub(super) fn put_back(&mut self, queue: &mut DeviceQueue) {
+        while self.elements.len() > self.next {
+            let Some(element) = self.elements.pop() else { break };
+            let segments = self.segments.get(element.first..).unwrap_or_default();
+            queue.put_back(&element, segments.get(..element.count).unwrap_or_default());
+        }
+        self.segments.clear();
+        self.elements.clear();
+        self.next = 0;
+    }
+}
