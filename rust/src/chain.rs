@@ -12,7 +12,7 @@
 //! Σ lengths is bounded by 2^32 (2.7.5.2), so sums fit a `u64` with room to spare.
 
 use crate::error::{Fault, Missing, Violation};
-use crate::mem::{Access, At, MemoryError, Want};
+use crate::mem::{Access, At, Descs, MemoryError, Want};
 use crate::policy::Policy;
 use crate::queue::Ticket;
 use crate::ring::desc::{self, Desc};
@@ -76,6 +76,103 @@ impl Element {
     }
 }
 
+/// Where elements go; the newest can still be looked at, and taken away.
+pub(crate) trait Elements {
+    fn put(&mut self, element: Element);
+    /// The newest `count`, oldest first.
+    fn newest(&mut self, count: usize) -> &mut [Element];
+    fn drop_newest(&mut self, count: usize);
+}
+
+impl Elements for Vec<Element> {
+    #[inline(always)]
+    fn put(&mut self, element: Element) {
+        self.push(element);
+    }
+
+    fn newest(&mut self, count: usize) -> &mut [Element] {
+        let start = self.len().saturating_sub(count);
+        self.get_mut(start..).unwrap_or_default()
+    }
+
+    fn drop_newest(&mut self, count: usize) {
+        self.truncate(self.len().saturating_sub(count));
+    }
+}
+
+/// One at a time.
+impl Elements for Option<Element> {
+    #[inline(always)]
+    fn put(&mut self, element: Element) {
+        *self = Some(element);
+    }
+
+    fn newest(&mut self, count: usize) -> &mut [Element] {
+        self.as_mut_slice().get_mut(..count).unwrap_or_default()
+    }
+
+    fn drop_newest(&mut self, count: usize) {
+        if count > 0 {
+            *self = None;
+        }
+    }
+}
+
+/// What its queue gives an element: number and generation.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Stamp {
+    pub(crate) seq: u64,
+    pub(crate) generation: u64,
+}
+
+impl Stamp {
+    /// Of the chain that comes `count` later.
+    #[inline(always)]
+    pub(crate) const fn later(self, count: u64) -> Self {
+        Self {
+            seq: self.seq.wrapping_add(count),
+            generation: self.generation,
+        }
+    }
+}
+
+/// What ended a burst of pops.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// Its limit, or very many segments, or there may be more elsewhere.
+    More,
+    /// Nothing is available.
+    Empty,
+    Fault(Fault),
+}
+
+/// How far a burst may go: chains, and segments in the arena.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    pub(crate) chains: u64,
+    pub(crate) segments: usize,
+}
+
+/// Pop until nothing is found or a bound is reached; how many, and what ended it. A macro, since a closure would
+/// be called.
+macro_rules! burst {
+    ($bounds:expr, $segments:expr, $count:ident => $pop:expr) => {{
+        let bounds: $crate::chain::Bounds = $bounds;
+        let mut $count: u64 = 0;
+        loop {
+            if $count >= bounds.chains || $segments.len() >= bounds.segments {
+                break ($count, $crate::chain::End::More);
+            }
+            match $pop {
+                Ok(true) => $count += 1,
+                Ok(false) => break ($count, $crate::chain::End::Empty),
+                Err(fault) => break ($count, $crate::chain::End::Fault(fault)),
+            }
+        }
+    }};
+}
+pub(crate) use burst;
+
 /// What the walk of one queue needs to know.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ChainRules {
@@ -111,6 +208,36 @@ impl ChainRules {
             missing: None,
         })
     }
+
+    /// A fault of a chain: position, head and descriptor.
+    #[cold]
+    fn fault_at(&self, rule: Rule, place: (u16, u16, u32), address: Option<u64>, message: String) -> Fault {
+        let mut fault = self.fault(rule, message);
+        fault.position = Some(place.0);
+        fault.head = Some(place.1);
+        fault.descriptor = Some(place.2);
+        fault.address = address;
+        fault
+    }
+
+    /// The buffer of a descriptor, address and length, cannot be used.
+    #[cold]
+    fn unresolved(&self, place: (u16, u16, u32), buffer: (u64, u32), error: MemoryError) -> Fault {
+        let rule = match error {
+            MemoryError::Wraps { .. } => Rule::AddressWraps,
+            MemoryError::ReadOnly { .. } => Rule::ReadOnlyAddress,
+            MemoryError::Lost { .. } => Rule::MemoryLost,
+            MemoryError::Unmapped { .. }
+            | MemoryError::Untranslated { .. }
+            | MemoryError::Misaligned { .. }
+            | MemoryError::Transfer { .. } => Rule::UnmappedAddress,
+        };
+        let (addr, len) = buffer;
+        let message = format!("a buffer of {len} bytes: {error}");
+        let mut fault = self.fault_at(rule, place, Some(error.address()), message);
+        fault.missing = missing(addr, u64::from(len), error);
+        fault
+    }
 }
 
 /// An indirect table that was found good.
@@ -120,7 +247,8 @@ pub(crate) struct Table {
     pub(crate) entries: u32,
 }
 
-/// The state of one walk.
+/// The state of one walk. It goes from hand to hand by value, and what is cold gets copies of its fields: so it lives in
+/// registers.
 pub(crate) struct Walk<'a, A> {
     mem: &'a A,
     rules: &'a ChainRules,
@@ -129,13 +257,14 @@ pub(crate) struct Walk<'a, A> {
     position: u16,
     head: u16,
     descriptors: u32,
-    readable: u64,
+    /// Bytes of either kind, and of the writable one.
+    total: u64,
     writable: u64,
     seen_writable: bool,
 }
 
 impl<'a, A: Access> Walk<'a, A> {
-    #[inline]
+    #[inline(always)]
     pub(crate) fn new(
         mem: &'a A,
         rules: &'a ChainRules,
@@ -152,38 +281,45 @@ impl<'a, A: Access> Walk<'a, A> {
             position,
             head,
             descriptors: 0,
-            readable: 0,
+            total: 0,
             writable: 0,
             seen_writable: false,
         }
     }
 
     /// A fault at descriptor `index` of this chain; the arena is cut back.
-    #[cold]
+    #[inline(always)]
     pub(crate) fn fault(&mut self, rule: Rule, index: u32, address: Option<u64>, message: String) -> Fault {
         self.segments.truncate(self.first);
-        let mut fault = self.rules.fault(rule, message);
-        fault.position = Some(self.position);
-        fault.head = Some(self.head);
-        fault.descriptor = Some(index);
-        fault.address = address;
-        fault
+        self.rules
+            .fault_at(rule, (self.position, self.head, index), address, message)
     }
 
     /// The descriptor table or ring itself vanished while we walk.
-    #[cold]
+    #[inline(always)]
     pub(crate) fn ring_fault(&mut self, index: u32, error: MemoryError) -> Fault {
-        let rule = Rule::RingUnmapped.of_memory(&error);
-        self.fault(rule, index, Some(error.address()), error.to_string())
+        self.memory_fault(Rule::RingUnmapped.of_memory(&error), index, error)
+    }
+
+    #[inline(always)]
+    fn memory_fault(&mut self, rule: Rule, index: u32, error: MemoryError) -> Fault {
+        self.fault(rule, index, Some(error.address()), describe(&error))
     }
 
     /// The id of a packed chain is known only from its last descriptor (2.8.1).
+    #[inline(always)]
     pub(crate) fn set_head(&mut self, head: u16) {
         self.head = head;
     }
 
+    /// Give the segments back.
+    #[inline(always)]
+    pub(crate) fn cut(self) {
+        self.segments.truncate(self.first);
+    }
+
     /// Take one data descriptor: order, length, sum, translation.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn take(&mut self, index: u32, addr: u64, len: u32, flags: u16) -> Result<(), Fault> {
         self.descriptors += 1;
         let writable = flags & desc::WRITE != 0;
@@ -199,50 +335,28 @@ impl<'a, A: Access> Walk<'a, A> {
             if self.rules.policy.zero_length {
                 return Ok(());
             }
-            return Err(self.fault(
-                Rule::ZeroLength,
-                index,
-                Some(addr),
-                "the descriptor has length 0".to_owned(),
-            ));
+            let message = "the descriptor has length 0".to_owned();
+            return Err(self.fault(Rule::ZeroLength, index, Some(addr), message));
         }
-        let sum = if writable {
-            &mut self.writable
-        } else {
-            &mut self.readable
-        };
-        *sum += u64::from(len);
+        self.total += u64::from(len);
+        if writable {
+            self.writable += u64::from(len);
+        }
         // 2.7.5.2: no chain is longer than 2^32 bytes in total.
-        let total = self.readable + self.writable;
-        if total > MAX_BYTES {
-            let message = format!("the chain describes {total} bytes so far, more than 2^32");
-            return Err(self.fault(Rule::ChainTooBig, index, Some(addr), message));
+        if self.total > MAX_BYTES {
+            return Err(self.fault(Rule::ChainTooBig, index, Some(addr), too_big(self.total)));
         }
         let want = if writable { Want::Write } else { Want::Read };
-        match self.mem.resolve(addr, u64::from(len), want) {
-            Ok(at) => {
-                self.segments.push(Segment { at, len, writable });
-                Ok(())
-            }
-            Err(error) => Err(self.unresolved(index, addr, len, error)),
+        if let Some(at) = self.mem.resolve_at_once(addr, u64::from(len), want) {
+            self.segments.push(Segment { at, len, writable });
+            return Ok(());
         }
-    }
-
-    #[cold]
-    fn unresolved(&mut self, index: u32, addr: u64, len: u32, error: MemoryError) -> Fault {
-        let rule = match error {
-            MemoryError::Wraps { .. } => Rule::AddressWraps,
-            MemoryError::ReadOnly { .. } => Rule::ReadOnlyAddress,
-            MemoryError::Lost { .. } => Rule::MemoryLost,
-            MemoryError::Unmapped { .. }
-            | MemoryError::Untranslated { .. }
-            | MemoryError::Misaligned { .. }
-            | MemoryError::Transfer { .. } => Rule::UnmappedAddress,
-        };
-        let message = format!("a buffer of {len} bytes: {error}");
-        let mut fault = self.fault(rule, index, Some(error.address()), message);
-        fault.missing = missing(addr, u64::from(len), error);
-        fault
+        let resolved = resolve(self.mem, self.segments, (addr, len), want);
+        resolved.map_err(|error| {
+            self.segments.truncate(self.first);
+            let place = (self.position, self.head, index);
+            self.rules.unresolved(place, (addr, len), error)
+        })
     }
 
     /// Check an INDIRECT descriptor and find its table (2.7.5.3, 2.8.7).
@@ -270,6 +384,9 @@ impl<'a, A: Access> Walk<'a, A> {
             return Err(self.fault(Rule::IndirectTooLong, index, Some(addr), message));
         }
         let bytes = u64::from(entries) * desc::BYTES;
+        if let Some(at) = self.mem.resolve_at_once(addr, bytes, Want::Read) {
+            return Ok(Table { at, entries });
+        }
         match self.mem.resolve(addr, bytes, Want::Read) {
             Ok(at) => Ok(Table { at, entries }),
             Err(error) => {
@@ -281,31 +398,41 @@ impl<'a, A: Access> Walk<'a, A> {
         }
     }
 
-    /// Entry `index` of an indirect table.
-    #[inline]
-    pub(crate) fn load_entry(&mut self, table: Table, index: u32) -> Result<Desc, Fault> {
-        match Desc::load_entry(self.mem, table.at, index) {
-            Ok(desc) => Ok(desc),
-            Err(error) => Err(self.fault(Rule::IndirectUnmapped, index, Some(error.address()), error.to_string())),
-        }
+    /// Entry `index` of an indirect table, which `words` may reach directly: two relaxed 8-byte loads.
+    #[inline(always)]
+    pub(crate) fn load_entry(&mut self, table: &Table, words: Descs<'_>, index: u32) -> Result<Desc, Fault> {
+        let (addr, rest) = if let Some(words) = words.split(index) {
+            words
+        } else {
+            match load_entry(self.mem, table, index) {
+                Ok(both) => desc::halves(both),
+                Err(error) => return Err(self.memory_fault(Rule::IndirectUnmapped, index, error)),
+            }
+        };
+        Ok(Desc::from_words(addr, rest))
     }
 
-    /// What became of a table that was `walked`: nothing, if it lies in memory that is lost.
-    #[inline]
-    pub(crate) fn read_from(&mut self, table: Table, walked: Result<(), Fault>) -> Result<(), Fault> {
+    /// The words of a table.
+    #[inline(always)]
+    pub(crate) fn words(&self, table: &Table) -> Descs<'a> {
+        self.mem.descs(table.at)
+    }
+
+    /// Whether a table that was walked lies in memory that is lost: then nothing is made of it.
+    #[inline(always)]
+    pub(crate) fn read_from(&mut self, table: &Table) -> Result<(), Fault> {
         let bytes = u64::from(table.entries) * desc::BYTES;
         self.mem.intact(table.at.gpa, bytes).map_err(|error| {
             let text = format!("an indirect table of {bytes} bytes: {error}");
             self.fault(Rule::MemoryLost, 0, Some(error.address()), text)
-        })?;
-        walked
+        })
     }
 
     /// Entry `index` of a packed indirect table: address, length, id, flags (2.8.13); the id is reserved here.
-    #[inline]
-    pub(crate) fn load_packed_entry(&mut self, table: Table, index: u32) -> Result<Desc, Fault> {
+    #[inline(always)]
+    pub(crate) fn load_packed_entry(&mut self, table: &Table, words: Descs<'_>, index: u32) -> Result<Desc, Fault> {
         // Both formats are two 8-byte words that differ only in which half-word holds the flags.
-        let entry = self.load_entry(table, index)?;
+        let entry = self.load_entry(table, words, index)?;
         Ok(Desc {
             flags: entry.next,
             next: entry.flags,
@@ -314,33 +441,65 @@ impl<'a, A: Access> Walk<'a, A> {
     }
 
     /// Whether a table may make the chain longer than the queue.
+    #[inline(always)]
     pub(crate) const fn beyond_queue(&self) -> bool {
         self.rules.policy.indirect_beyond_queue
     }
 
     /// Descriptors taken so far.
+    #[inline(always)]
     pub(crate) const fn descriptors(&self) -> u32 {
         self.descriptors
     }
 
-    /// The finished chain; `seq` is the queue's to give.
-    #[inline]
-    pub(crate) fn finish(self, slots: u16) -> Element {
+    /// The finished chain.
+    #[inline(always)]
+    pub(crate) fn finish(self, slots: u16, stamp: Stamp) -> Element {
         Element {
             head: self.head,
             position: self.position,
             slots,
             descriptors: self.descriptors,
-            readable: self.readable,
+            readable: self.total.wrapping_sub(self.writable),
             writable: self.writable,
             first: self.first,
-            count: self.segments.len() - self.first,
+            count: self.segments.len().wrapping_sub(self.first),
             epoch: self.mem.epoch(),
-            seq: 0,
-            generation: 0,
+            seq: stamp.seq,
+            generation: stamp.generation,
             entry: 0,
         }
     }
+}
+
+/// Append the segment of a buffer that was not found at once.
+#[cold]
+fn resolve<A: Access>(
+    mem: &A,
+    segments: &mut Vec<Segment>,
+    (addr, len): (u64, u32),
+    want: Want,
+) -> Result<(), MemoryError> {
+    let at = mem.resolve(addr, u64::from(len), want)?;
+    let writable = want == Want::Write;
+    segments.push(Segment { at, len, writable });
+    Ok(())
+}
+
+/// An entry of a table that words do not reach: it need not be aligned at all (2.7.5.3 asks for none).
+#[cold]
+fn load_entry<A: Access>(mem: &A, table: &Table, index: u32) -> Result<u128, MemoryError> {
+    Desc::load_entry(mem, table.at, index).map(desc::whole)
+}
+
+#[cold]
+fn describe(error: &MemoryError) -> String {
+    error.to_string()
+}
+
+#[cold]
+fn too_big(total: u64) -> String {
+    format!("the chain describes {total} bytes so far, more than 2^32")
 }
 
 /// What of `len` bytes at `addr` is missing, if that is what went wrong.

@@ -17,7 +17,7 @@
 //! Values are little endian in memory (VIRTIO 1.4, 2.7 and 2.8: `le16`, `le32`, `le64`); the words that
 //! this trait returns and takes are in the host's order.
 
-use super::MemoryError;
+use super::{Descs, Heads, MemoryError, Words};
 
 /// A resolved guest address: where one region holds the whole range, the way to its bytes; else only the address,
 /// and each access is translated anew.
@@ -95,6 +95,13 @@ pub trait Access {
     /// Say that the first bytes at `at` are about to be accessed; nothing more than a hint.
     fn prefetch(&self, _at: At, _want: Want) {}
 
+    /// As [`Access::resolve`] where it takes no search: None says nothing.
+    #[inline(always)]
+    fn resolve_at_once(&self, gpa: u64, len: u64, want: Want) -> Option<At> {
+        let _ = (gpa, len, want);
+        None
+    }
+
     /// Check that what was accessed of `len` bytes at `gpa` was their file's own: asked after accesses, and before anything
     /// is made of what they brought.
     ///
@@ -157,6 +164,98 @@ pub trait Access {
     /// # Errors
     /// When the word is not mapped, not writable or misaligned.
     fn store_u64(&self, at: At, off: u64, value: u64) -> Result<(), MemoryError>;
+
+    /// The descriptors at `at`, to be read many times: none, where each has to be asked for.
+    #[inline(always)]
+    fn descs(&self, at: At) -> Descs<'_> {
+        let _ = at;
+        Words::none()
+    }
+
+    /// The entries of the avail ring at `at`, to be read many times: none, where each has to be asked for.
+    #[inline(always)]
+    fn heads(&self, at: At) -> Heads<'_> {
+        let _ = at;
+        Words::none()
+    }
+
+    /// A split descriptor: two relaxed 64-bit loads, at `off` and 8 bytes on.
+    ///
+    /// # Errors
+    /// As [`Access::load_u64`].
+    #[inline]
+    fn load_desc(&self, at: At, off: u64) -> Result<(u64, u64), MemoryError> {
+        Ok((self.load_u64(at, off)?, self.load_u64(at, off + 8)?))
+    }
+
+    /// A packed descriptor without its flags: relaxed loads of 64, 32 and 16 bits, one after the other.
+    ///
+    /// # Errors
+    /// As [`Access::load_u64`].
+    #[inline]
+    fn load_packed_desc(&self, at: At, off: u64) -> Result<(u64, u32, u16), MemoryError> {
+        let (addr, len) = (self.load_u64(at, off)?, self.load_u32(at, off + 8)?);
+        Ok((addr, len, self.load_u16(at, off + 12)?))
+    }
+
+    /// Length and id of a used packed descriptor: relaxed loads of 32 and 16 bits, at `off` and 4 bytes on.
+    ///
+    /// # Errors
+    /// As [`Access::load_u32`].
+    #[inline]
+    fn load_packed_used(&self, at: At, off: u64) -> Result<(u32, u16), MemoryError> {
+        Ok((self.load_u32(at, off)?, self.load_u16(at, off + 4)?))
+    }
+
+    /// A used entry: two relaxed 32-bit loads, at `off` and 4 bytes on.
+    ///
+    /// # Errors
+    /// As [`Access::load_u32`].
+    #[inline]
+    fn load_used(&self, at: At, off: u64) -> Result<(u32, u32), MemoryError> {
+        Ok((self.load_u32(at, off)?, self.load_u32(at, off + 4)?))
+    }
+
+    /// A split descriptor: two relaxed 64-bit stores, at `off` and 8 bytes on.
+    ///
+    /// # Errors
+    /// As [`Access::store_u64`].
+    #[inline]
+    fn store_desc(&self, at: At, off: u64, desc: (u64, u64)) -> Result<(), MemoryError> {
+        self.store_u64(at, off, desc.0)?;
+        self.store_u64(at, off + 8, desc.1)
+    }
+
+    /// A packed descriptor without its flags: relaxed stores of 64, 32 and 16 bits, one after the other.
+    ///
+    /// # Errors
+    /// As [`Access::store_u64`].
+    #[inline]
+    fn store_packed_desc(&self, at: At, off: u64, desc: (u64, u32, u16)) -> Result<(), MemoryError> {
+        self.store_u64(at, off, desc.0)?;
+        self.store_u32(at, off + 8, desc.1)?;
+        self.store_u16(at, off + 12, desc.2)
+    }
+
+    /// Length and id of a used packed descriptor: relaxed stores of 32 and 16 bits, at `off` and 4 bytes on.
+    ///
+    /// # Errors
+    /// As [`Access::store_u32`].
+    #[inline]
+    fn store_packed_used(&self, at: At, off: u64, used: (u32, u16)) -> Result<(), MemoryError> {
+        self.store_u32(at, off, used.0)?;
+        self.store_u16(at, off + 4, used.1)
+    }
+
+    /// A used entry: two relaxed 32-bit stores, at `off` and 4 bytes on.
+    ///
+    /// # Errors
+    /// As [`Access::store_u32`].
+    #[inline]
+    fn store_used(&self, at: At, off: u64, entry: (u32, u32)) -> Result<(), MemoryError> {
+        self.store_u32(at, off, entry.0)?;
+        self.store_u32(at, off + 4, entry.1)
+    }
 
     /// Sequentially consistent fence: orders a store of ours before a load of ours (notify and arm).
     fn fence(&self);

@@ -12,7 +12,7 @@ use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::table::Table;
-use super::{Access, At, MemoryError, Want, any_lost, host_size};
+use super::{Access, At, Descs, Heads, MemoryError, Want, Words, any_lost, host_size};
 
 /// Bytes of a cache line.
 #[cfg(target_arch = "x86_64")]
@@ -33,7 +33,7 @@ impl<'a> Mapped<'a> {
     /// Host address of `len` bytes at `at + off`, if `at` gives it directly.
     ///
     /// M2: what this returns is valid for `len` bytes (for writes too if `want` is `Write`) while the table lives.
-    #[inline]
+    #[inline(always)]
     pub(super) fn direct(self, at: At, off: u64, len: u64, want: Want) -> Option<*mut u8> {
         let stamp = if want == Want::Write { at.stamp } else { at.stamp | 1 };
         let fits = at.len.checked_sub(off).is_some_and(|left| left >= len);
@@ -41,17 +41,25 @@ impl<'a> Mapped<'a> {
     }
 
     /// Host address of the word of `size` bytes (2, 4 or 8) at `at + off`, aligned to its size.
-    #[inline]
+    #[inline(always)]
     fn word(self, at: At, off: u64, size: u64, want: Want) -> Result<*mut u8, MemoryError> {
-        match self.direct(at, off, size, want) {
-            Some(ptr) if ptr.addr() & host_size(size - 1) == 0 => Ok(ptr),
-            _ => self.word_anew(at, off, size, want),
+        match self.words(at, off, size, size, want) {
+            Some(ptr) => Ok(ptr),
+            None => self.word_anew(at.gpa, off, size, want),
         }
     }
 
+    /// Host address of several words of `len` bytes together at `at + off`, the first of them aligned to `align`, if `at`
+    /// gives it directly.
+    #[inline(always)]
+    fn words(self, at: At, off: u64, len: u64, align: u64, want: Want) -> Option<*mut u8> {
+        self.direct(at, off, len, want)
+            .filter(|ptr| ptr.addr() & host_size(align - 1) == 0)
+    }
+
     #[cold]
-    fn word_anew(self, at: At, off: u64, size: u64, want: Want) -> Result<*mut u8, MemoryError> {
-        let gpa = address(at, off)?;
+    fn word_anew(self, gpa: u64, off: u64, size: u64, want: Want) -> Result<*mut u8, MemoryError> {
+        let gpa = address(At::unresolved(gpa), off)?;
         if gpa & (size - 1) != 0 {
             return Err(MemoryError::Misaligned { gpa, align: size });
         }
@@ -70,7 +78,7 @@ pub(super) fn address(at: At, off: u64) -> Result<u64, MemoryError> {
 
 macro_rules! load {
     ($name:ident, $atomic:ty, $word:ty) => {
-        #[inline]
+        #[inline(always)]
         fn $name(&self, at: At, off: u64) -> Result<$word, MemoryError> {
             let ptr = self.word(at, off, size_of::<$word>() as u64, Want::Read)?;
             // SAFETY: `word` gave an aligned address, valid while the table lives (M2, M3); all accesses to ring
@@ -83,7 +91,7 @@ macro_rules! load {
 
 macro_rules! store {
     ($name:ident, $atomic:ty, $word:ty, $order:ident) => {
-        #[inline]
+        #[inline(always)]
         fn $name(&self, at: At, off: u64, value: $word) -> Result<(), MemoryError> {
             let ptr = self.word(at, off, size_of::<$word>() as u64, Want::Write)?;
             // SAFETY: `word` gave an aligned and writable address, valid while the table lives (M2, M3); all
@@ -95,6 +103,98 @@ macro_rules! store {
     };
 }
 
+/// Words that lie side by side, each accessed on its own, but found and judged as one.
+macro_rules! load_all {
+    ($name:ident, $len:literal, $align:literal, $one:ident, ($($atomic:ty, $word:ident, $at:literal);+)) => {
+        #[inline(always)]
+        fn $name(&self, at: At, off: u64) -> Result<($($word,)+), MemoryError> {
+            if let Some(ptr) = self.words(at, off, $len, $align, Want::Read) {
+                return Ok(($({
+                    // SAFETY: `words` gave an address aligned for the first word and valid for all of them while the
+                    // table lives (M2, M3), and the others lie at multiples of their size from there.
+                    let atom = unsafe { <$atomic>::from_ptr(ptr.wrapping_add($at).cast()) };
+                    $word::from_le(atom.load(Ordering::Relaxed))
+                },)+));
+            }
+            self.$one(at.gpa, off)
+        }
+    };
+}
+
+macro_rules! store_all {
+    ($name:ident, $len:literal, $align:literal, $one:ident, ($($atomic:ty, $word:ident, $at:literal, $field:tt);+)) => {
+        #[inline(always)]
+        fn $name(&self, at: At, off: u64, words: ($($word,)+)) -> Result<(), MemoryError> {
+            if let Some(ptr) = self.words(at, off, $len, $align, Want::Write) {
+                $({
+                    // SAFETY: `words` gave an address aligned for the first word, valid and writable for all of them
+                    // while the table lives (M2, M3), and the others lie at multiples of their size from there.
+                    let atom = unsafe { <$atomic>::from_ptr(ptr.wrapping_add($at).cast()) };
+                    atom.store(words.$field.to_le(), Ordering::Relaxed);
+                })+
+                return Ok(());
+            }
+            self.$one(at.gpa, off, words)
+        }
+    };
+}
+
+impl Mapped<'_> {
+    #[cold]
+    fn desc_anew(self, gpa: u64, off: u64) -> Result<(u64, u64), MemoryError> {
+        let at = At::unresolved(gpa);
+        Ok((self.load_u64(at, off)?, self.load_u64(at, off + 8)?))
+    }
+
+    #[cold]
+    fn packed_desc_anew(self, gpa: u64, off: u64) -> Result<(u64, u32, u16), MemoryError> {
+        let at = At::unresolved(gpa);
+        let (addr, len) = (self.load_u64(at, off)?, self.load_u32(at, off + 8)?);
+        Ok((addr, len, self.load_u16(at, off + 12)?))
+    }
+
+    #[cold]
+    fn used_anew(self, gpa: u64, off: u64) -> Result<(u32, u32), MemoryError> {
+        let at = At::unresolved(gpa);
+        Ok((self.load_u32(at, off)?, self.load_u32(at, off + 4)?))
+    }
+
+    #[cold]
+    fn packed_used_anew(self, gpa: u64, off: u64) -> Result<(u32, u16), MemoryError> {
+        let at = At::unresolved(gpa);
+        Ok((self.load_u32(at, off)?, self.load_u16(at, off + 4)?))
+    }
+
+    #[cold]
+    fn store_packed_used_anew(self, gpa: u64, off: u64, used: (u32, u16)) -> Result<(), MemoryError> {
+        let at = At::unresolved(gpa);
+        self.store_u32(at, off, used.0)?;
+        self.store_u16(at, off + 4, used.1)
+    }
+
+    #[cold]
+    fn store_desc_anew(self, gpa: u64, off: u64, desc: (u64, u64)) -> Result<(), MemoryError> {
+        let at = At::unresolved(gpa);
+        self.store_u64(at, off, desc.0)?;
+        self.store_u64(at, off + 8, desc.1)
+    }
+
+    #[cold]
+    fn store_packed_desc_anew(self, gpa: u64, off: u64, desc: (u64, u32, u16)) -> Result<(), MemoryError> {
+        let at = At::unresolved(gpa);
+        self.store_u64(at, off, desc.0)?;
+        self.store_u32(at, off + 8, desc.1)?;
+        self.store_u16(at, off + 12, desc.2)
+    }
+
+    #[cold]
+    fn store_used_anew(self, gpa: u64, off: u64, entry: (u32, u32)) -> Result<(), MemoryError> {
+        let at = At::unresolved(gpa);
+        self.store_u32(at, off, entry.0)?;
+        self.store_u32(at, off + 4, entry.1)
+    }
+}
+
 impl Access for Mapped<'_> {
     #[inline]
     fn epoch(&self) -> u64 {
@@ -104,6 +204,11 @@ impl Access for Mapped<'_> {
     #[inline]
     fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError> {
         self.0.resolve(gpa, len, want)
+    }
+
+    #[inline(always)]
+    fn resolve_at_once(&self, gpa: u64, len: u64, want: Want) -> Option<At> {
+        self.0.resolve_at_once(gpa, len, want)
     }
 
     #[inline]
@@ -133,6 +238,25 @@ impl Access for Mapped<'_> {
         Mapped::direct(*self, at, off, len, want)
     }
 
+    #[inline(always)]
+    fn descs(&self, at: At) -> Descs<'_> {
+        match self.words(at, 0, at.len, 8, Want::Read) {
+            // SAFETY: `words` gave an address that is valid for `at.len` bytes while the table lives (M2), which `self`
+            // borrows, and aligned to 8.
+            Some(base) => unsafe { Words::new(base, at.len) },
+            None => Words::none(),
+        }
+    }
+
+    #[inline(always)]
+    fn heads(&self, at: At) -> Heads<'_> {
+        match self.words(at, 0, at.len, 2, Want::Read) {
+            // SAFETY: as above, aligned to 2.
+            Some(base) => unsafe { Words::new(base, at.len) },
+            None => Words::none(),
+        }
+    }
+
     load!(load_u16, AtomicU16, u16);
     load!(load_u32, AtomicU32, u32);
     load!(load_u64, AtomicU64, u64);
@@ -140,8 +264,16 @@ impl Access for Mapped<'_> {
     store!(store_u16_release, AtomicU16, u16, Release);
     store!(store_u32, AtomicU32, u32, Relaxed);
     store!(store_u64, AtomicU64, u64, Relaxed);
+    load_all!(load_desc, 16, 8, desc_anew, (AtomicU64, u64, 0; AtomicU64, u64, 8));
+    load_all!(load_packed_desc, 14, 8, packed_desc_anew, (AtomicU64, u64, 0; AtomicU32, u32, 8; AtomicU16, u16, 12));
+    load_all!(load_used, 8, 4, used_anew, (AtomicU32, u32, 0; AtomicU32, u32, 4));
+    load_all!(load_packed_used, 6, 4, packed_used_anew, (AtomicU32, u32, 0; AtomicU16, u16, 4));
+    store_all!(store_packed_used, 6, 4, store_packed_used_anew, (AtomicU32, u32, 0, 0; AtomicU16, u16, 4, 1));
+    store_all!(store_desc, 16, 8, store_desc_anew, (AtomicU64, u64, 0, 0; AtomicU64, u64, 8, 1));
+    store_all!(store_packed_desc, 14, 8, store_packed_desc_anew, (AtomicU64, u64, 0, 0; AtomicU32, u32, 8, 1; AtomicU16, u16, 12, 2));
+    store_all!(store_used, 8, 4, store_used_anew, (AtomicU32, u32, 0, 0; AtomicU32, u32, 4, 1));
 
-    #[inline]
+    #[inline(always)]
     fn load_u16_acquire(&self, at: At, off: u64) -> Result<u16, MemoryError> {
         let value = self.load_u16(at, off)?;
         fence(Ordering::Acquire);

@@ -17,6 +17,7 @@ mod tests;
 mod traced;
 mod transfer;
 mod vector;
+mod words;
 
 pub use access::{Access, At, Want};
 // Only the Python face does not know at compile time what kind of memory it has.
@@ -32,6 +33,7 @@ pub use table::{MAX_REGIONS, MAX_TRANSLATIONS, Table};
 pub use traced::{AccessKind, Record, Trace};
 pub use transfer::{MAX_TRANSFER, Transfer, TransferFailed, transferring};
 pub use vector::Vector;
+pub use words::{Descs, Heads, Words};
 
 /// A number of bytes as the host counts them.
 #[expect(

@@ -43,12 +43,40 @@ pub(super) struct Slot {
     pub(super) gpa: u64,
     pub(super) size: u64,
     pub(super) ptr: *mut u8,
+    /// What an address gets that is resolved here to read and to write (see the module's head); 0 where that is not
+    /// allowed.
+    stamps: [u64; 2],
     pub(super) readable: bool,
     pub(super) writable: bool,
 }
 
 impl Slot {
-    #[inline]
+    #[inline(always)]
+    const fn holds(&self, gpa: u64) -> bool {
+        gpa.wrapping_sub(self.gpa) < self.size
+    }
+
+    /// The way to `len` bytes at `gpa`, which it holds, if it holds all of them and allows what is wanted.
+    #[inline(always)]
+    const fn resolve(&self, gpa: u64, len: u64, want: Want) -> Option<At> {
+        let skip = gpa.wrapping_sub(self.gpa);
+        let [read, write] = self.stamps;
+        let stamp = match want {
+            Want::Read => read,
+            Want::Write => write,
+        };
+        if len > self.size.wrapping_sub(skip) || stamp == 0 {
+            return None;
+        }
+        Some(At {
+            gpa,
+            ptr: self.ptr.wrapping_add(host_size(skip)),
+            len,
+            stamp,
+        })
+    }
+
+    #[inline(always)]
     pub(super) const fn allows(&self, want: Want) -> bool {
         match want {
             Want::Read => self.readable,
@@ -104,6 +132,8 @@ pub struct Table {
     epoch: u64,
     stamp: u64,
     slots: Vec<Slot>,
+    /// Whether they are searched rather than scanned.
+    many: bool,
     remotes: Vec<Remote>,
     regions: Vec<Arc<Region>>,
     translated: bool,
@@ -131,12 +161,21 @@ impl Table {
                 });
             }
         }
+        let stamp = NEXT_STAMP.fetch_add(2, Ordering::Relaxed);
         let slot = |region: &Arc<Region>| {
             let (mapping, skip) = region.mapping()?;
             Some(Slot {
                 gpa: region.gpa(),
                 size: region.size(),
                 ptr: mapping.ptr().wrapping_add(skip),
+                stamps: [
+                    if region.readable() {
+                        stamp & !u64::from(!region.writable())
+                    } else {
+                        0
+                    },
+                    if region.writable() { stamp } else { 0 },
+                ],
                 readable: region.readable(),
                 writable: region.writable(),
             })
@@ -150,13 +189,13 @@ impl Table {
                 transfer: Arc::clone(region.remote()?),
             })
         };
-        let slots = regions.iter().filter_map(slot).collect();
+        let slots: Vec<Slot> = regions.iter().filter_map(slot).collect();
         let remotes: Vec<Remote> = regions.iter().filter_map(remote).collect();
-        let stamp = NEXT_STAMP.fetch_add(2, Ordering::Relaxed);
         let mediated = !remotes.is_empty();
         Ok(Self {
             epoch,
             stamp,
+            many: slots.len() > SCAN_LIMIT,
             slots,
             remotes,
             regions,
@@ -283,32 +322,35 @@ impl Table {
     /// The mapped region that holds `gpa`.
     #[inline]
     pub(super) fn find(&self, gpa: u64) -> Option<&Slot> {
-        if self.slots.len() <= SCAN_LIMIT {
-            self.slots.iter().find(|slot| gpa.wrapping_sub(slot.gpa) < slot.size)
-        } else {
+        if self.many {
             let next = self.slots.partition_point(|slot| slot.gpa <= gpa);
-            self.slots
-                .get(next.checked_sub(1)?)
-                .filter(|slot| gpa.wrapping_sub(slot.gpa) < slot.size)
+            self.slots.get(next.checked_sub(1)?).filter(|slot| slot.holds(gpa))
+        } else {
+            self.slots.iter().find(|slot| slot.holds(gpa))
         }
     }
 
     /// Resolve `len` bytes at `gpa` as one operation; see `Access::resolve`.
-    #[inline]
     pub(super) fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError> {
-        if let Some(slot) = self.find(gpa) {
-            let skip = gpa.wrapping_sub(slot.gpa);
-            if len <= slot.size.wrapping_sub(skip) && slot.allows(want) {
-                let stamp = self.stamp & !u64::from(!slot.writable);
-                return Ok(At {
-                    gpa,
-                    ptr: slot.ptr.wrapping_add(host_size(skip)),
-                    len,
-                    stamp,
-                });
-            }
+        let slot = self.find(gpa);
+        if let Some(at) = slot.and_then(|slot| slot.resolve(gpa, len, want)) {
+            return Ok(at);
         }
         self.check(gpa, len, want).map(|()| At::unresolved(gpa))
+    }
+
+    /// See `Access::resolve_at_once`: in one of few regions.
+    #[inline(always)]
+    pub(super) fn resolve_at_once(&self, gpa: u64, len: u64, want: Want) -> Option<At> {
+        if self.many {
+            return None;
+        }
+        for slot in &self.slots {
+            if slot.holds(gpa) {
+                return slot.resolve(gpa, len, want);
+            }
+        }
+        None
     }
 
     /// Check that all `len` bytes at `gpa` are mapped, and writable if so wanted; names the first that is not.

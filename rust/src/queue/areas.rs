@@ -1,6 +1,6 @@
 //! What a driver writes beside its rings' own steps: fresh areas and indirect tables.
 
-use super::Buffer;
+use super::Parts;
 use crate::mem::{Access, At, MemoryError, Want};
 use crate::ring::{RingLayout, desc};
 
@@ -31,19 +31,27 @@ pub(super) fn zero<A: Access>(mem: &A, layout: &RingLayout) -> Result<(), Memory
 }
 
 /// Write an indirect table at `at` and give its address (2.7.5.3: linked by `next`; 2.8.7: one after another).
-pub(super) fn write_table<A: Access>(mem: &A, at: At, packed: bool, buffers: &[Buffer]) -> Result<u64, MemoryError> {
-    for (i, buffer) in (0u16..).zip(buffers) {
-        let off = desc::BYTES * u64::from(i);
-        let more = usize::from(i) + 1 < buffers.len();
-        let rest = if packed {
-            desc::Desc::rest(buffer.len, 0, buffer.flags)
-        } else if more {
-            desc::Desc::rest(buffer.len, buffer.flags | desc::NEXT, i + 1)
-        } else {
-            desc::Desc::rest(buffer.len, buffer.flags, 0)
-        };
-        mem.store_u64(at, off, buffer.addr)?;
-        mem.store_u64(at, off + 8, rest)?;
+pub(super) fn write_table<A: Access>(
+    mem: &A,
+    at: At,
+    packed: bool,
+    (count, parts): (u16, Parts<'_, 2>),
+) -> Result<u64, MemoryError> {
+    let mut index = 0u16;
+    for (buffers, flags) in parts {
+        for &(addr, len) in buffers {
+            let off = desc::BYTES * u64::from(index);
+            let next = index.saturating_add(1);
+            let rest = if packed {
+                desc::Desc::rest(len, 0, flags)
+            } else if next < count {
+                desc::Desc::rest(len, flags | desc::NEXT, next)
+            } else {
+                desc::Desc::rest(len, flags, 0)
+            };
+            mem.store_desc(at, off, (addr, rest))?;
+            index = next;
+        }
     }
     Ok(at.gpa)
 }

@@ -1,5 +1,6 @@
 //! The device end of a virtqueue.
 
+mod pop;
 mod recorded;
 mod returned;
 
@@ -12,7 +13,7 @@ use returned::Returned;
 use super::heads::HeadSet;
 use super::waits::Waits;
 use super::{Counters, Life, QueueConfig, QueueState, feature};
-use crate::chain::{ChainRules, Element, Segment};
+use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse, QueueError};
 use crate::mem::{Access, MemoryError, any_lost};
 use crate::ring::RingLayout;
@@ -249,159 +250,6 @@ impl DeviceQueue {
         Ok(true)
     }
 
-    /// Pop the next chain; its segments are appended to `segments`.
-    ///
-    /// A pop that comes to the end of the ring asks the driver for a kick, unless kicks are disabled. One that lacks a
-    /// translation gives None, and `waits` says which.
-    ///
-    /// # Errors
-    /// The rule that the driver broke; the queue is then latched.
-    #[inline]
-    pub fn pop<A: Access>(&mut self, mem: &A, segments: &mut Vec<Segment>) -> Result<Option<Element>, Fault> {
-        if !matches!(self.life, Life::Running) {
-            return Ok(None);
-        }
-        let first = segments.len();
-        let popped = self.pop_or_arm(mem, segments);
-        let popped = self.waits.judge(mem.epoch(), popped);
-        if any_lost() {
-            if let Ok(Some(element)) = &popped {
-                self.withdraw(mem, segments, first, std::slice::from_ref(element))?;
-            }
-            self.check_intact(mem)?;
-        }
-        popped.map_err(|fault| self.latched_by(fault))
-    }
-
-    /// What was just popped was perhaps read from lost memory: then it goes back, and the queue is latched.
-    #[cold]
-    fn withdraw<A: Access>(
-        &mut self,
-        mem: &A,
-        segments: &mut Vec<Segment>,
-        first: usize,
-        popped: &[Element],
-    ) -> Result<(), Fault> {
-        let Err(fault) = self.intact(mem) else { return Ok(()) };
-        for element in popped.iter().rev() {
-            let own = segments.get(element.first..).unwrap_or_default();
-            self.put_back(element, own.get(..element.count).unwrap_or_default());
-        }
-        segments.truncate(first);
-        Err(self.latched_by(fault))
-    }
-
-    /// Pop up to `limit` chains, fewer when they have very many segments together; their number. A broken chain
-    /// behind good ones is left for the next call; of memory that is lost, none is good.
-    ///
-    /// # Errors
-    /// As [`DeviceQueue::pop`], when the first chain is broken.
-    pub fn pop_many<A: Access>(
-        &mut self,
-        mem: &A,
-        limit: usize,
-        segments: &mut Vec<Segment>,
-        elements: &mut Vec<Element>,
-    ) -> Result<usize, Fault> {
-        let (start, first) = (elements.len(), segments.len());
-        let full = first.saturating_add(MAX_SEGMENTS);
-        let (mut count, mut broken) = (0, None);
-        while count < limit && segments.len() < full && matches!(self.life, Life::Running) {
-            let popped = self.pop_or_arm(mem, segments);
-            match self.waits.judge(mem.epoch(), popped) {
-                Ok(Some(element)) => elements.push(element),
-                Ok(None) => break,
-                Err(_) if count > 0 => break,
-                Err(fault) => {
-                    broken = Some(fault);
-                    break;
-                }
-            }
-            count += 1;
-        }
-        if any_lost() {
-            let popped = elements.get(start..).unwrap_or_default();
-            if let Err(fault) = self.withdraw(mem, segments, first, popped) {
-                elements.truncate(start);
-                return Err(fault);
-            }
-        }
-        broken.map_or(Ok(count), |fault| Err(self.latched_by(fault)))
-    }
-
-    #[inline]
-    fn pop_or_arm<A: Access>(&mut self, mem: &A, segments: &mut Vec<Segment>) -> Result<Option<Element>, Fault> {
-        if !self.returned.is_empty() {
-            return Ok(self.pop_returned(segments));
-        }
-        if self.left() > 0 {
-            return self.pop_left(mem, segments);
-        }
-        if let Some(element) = self.pop_ring(mem, segments)? {
-            return Ok(Some(element));
-        }
-        if self.arm(mem)? {
-            return self.pop_ring(mem, segments);
-        }
-        Ok(None)
-    }
-
-    #[inline]
-    fn pop_ring<A: Access>(&mut self, mem: &A, segments: &mut Vec<Segment>) -> Result<Option<Element>, Fault> {
-        let (rules, busy) = (&self.rules, &self.busy);
-        // With IN_ORDER a completed chain that waits for earlier ones is still in flight for the driver.
-        let busy_slots = self.waiting.as_ref().map_or(self.in_flight, |waiting| {
-            u32::try_from(waiting.len()).unwrap_or(u32::MAX)
-        });
-        let room = busy_slots < u32::from(self.layout.size);
-        let is_busy = |head| busy.contains(head);
-        each!(&mut self.ring, ring => ring.refresh(mem).map_err(|error| ring.unmapped(rules, error)))?;
-        let copies = self.recorded.as_mut().map(|recorded| {
-            recorded.copies.clear();
-            &mut recorded.copies
-        });
-        let popped = match &mut self.ring {
-            Ring::Split(ring) => ring.pop(mem, rules, segments, is_busy, room)?,
-            Ring::Packed(ring) => ring.pop(mem, rules, segments, is_busy, copies)?,
-        };
-        let Some(mut element) = popped else {
-            return Ok(None);
-        };
-        if self.recorded.is_some() {
-            self.note_taken(&mut element)?;
-        }
-        self.in_flight += 1;
-        self.number(&mut element);
-        Ok(Some(element))
-    }
-
-    /// Count a chain that is handed out for the first time.
-    #[inline]
-    fn number(&mut self, element: &mut Element) {
-        element.seq = self.next_seq;
-        element.generation = self.generation;
-        self.next_seq += 1;
-        self.armed = false;
-        self.counters.popped += 1;
-        self.busy.insert(element.head);
-        if let Some(waiting) = &mut self.waiting {
-            let &mut Element {
-                seq,
-                head,
-                slots,
-                entry,
-                ..
-            } = element;
-            waiting.push_back(Waiting {
-                seq,
-                head,
-                slots,
-                entry,
-                written: None,
-            });
-        }
-    }
-
     /// Whether a chain may still be touched: same generation, not latched.
     #[must_use]
     pub const fn is_current(&self, ticket: &Ticket) -> bool {
@@ -412,14 +260,10 @@ impl DeviceQueue {
     ///
     /// # Errors
     /// `WrittenTooBig`, with nothing changed; a violation when the ring is no longer mapped.
-    #[inline]
+    #[inline(always)]
     pub fn complete<A: Access>(&mut self, mem: &A, ticket: &Ticket, written: u64) -> Result<bool, QueueError> {
         if written > ticket.writable {
-            return Err(Misuse::WrittenTooBig {
-                written,
-                writable: ticket.writable,
-            }
-            .into());
+            return Err(written_too_big(written, ticket.writable));
         }
         // Of an old generation, or after a latch, nothing is written (2.4.1, 2.1.1).
         if !self.is_current(ticket) {
@@ -427,25 +271,115 @@ impl DeviceQueue {
             return Ok(false);
         }
         let Some(in_flight) = self.in_flight.checked_sub(1) else {
-            return Err(Misuse::StaleChain.into());
+            return Err(stale_chain());
         };
         // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
         let written = u32::try_from(written).unwrap_or(u32::MAX);
-        if self.waiting.is_some() {
-            self.complete_in_order(mem, ticket, written)?;
+        if self.keeps() {
+            self.complete_kept(mem, ticket.seq, (ticket.head, ticket.slots, ticket.entry), written)?;
         } else {
-            let &Ticket { head, slots, entry, .. } = ticket;
-            self.use_up(mem, head, slots, entry, written)?;
+            self.use_up_now(mem, ticket.head, ticket.slots, written)?;
         }
         self.in_flight = in_flight;
         self.counters.pushed += 1;
         Ok(true)
     }
 
+    /// Complete chains one after the other, each with the bytes written to it, as [`DeviceQueue::complete`] does; how many
+    /// were not dropped.
+    ///
+    /// # Errors
+    /// As [`DeviceQueue::complete`], at the first that is wrong; those before it are completed.
+    pub fn complete_many<A: Access>(
+        &mut self,
+        mem: &A,
+        done: impl Iterator<Item = (Ticket, u64)>,
+    ) -> Result<u64, QueueError> {
+        let refreshed = each!(&mut self.ring, ring => ring.refresh(mem));
+        if self.keeps() || self.broken() || refreshed.is_err() {
+            return self.complete_each(mem, done);
+        }
+        let (generation, in_flight) = (self.generation, u64::from(self.in_flight));
+        let (mut count, mut dropped) = (0, 0);
+        let mut wrong = None;
+        let (busy, ring) = (&mut self.busy, &mut self.ring);
+        for (ticket, written) in done {
+            if written > ticket.writable {
+                wrong = Some(written_too_big(written, ticket.writable));
+                break;
+            }
+            // Of an old generation nothing is written (2.4.1, 2.1.1).
+            if ticket.generation != generation {
+                dropped += 1;
+                continue;
+            }
+            if count >= in_flight {
+                wrong = Some(stale_chain());
+                break;
+            }
+            // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
+            let written = u32::try_from(written).unwrap_or(u32::MAX);
+            let staged = match ring {
+                Ring::Split(ring) => ring.stage(mem, ticket.head, written),
+                Ring::Packed(ring) => ring.stage(mem, ticket.head, ticket.slots, written),
+            };
+            if let Err(error) = staged {
+                let fault = each!(ring, ring => ring.unmapped(&self.rules, error));
+                wrong = Some(fault.into());
+                break;
+            }
+            busy.remove(ticket.head);
+            count += 1;
+        }
+        self.in_flight = self.in_flight.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
+        self.counters.pushed += count;
+        self.counters.dropped += dropped;
+        match wrong {
+            None => Ok(count),
+            Some(QueueError::Violation(fault)) => Err(self.latched_by(fault).into()),
+            Some(misuse) => Err(misuse),
+        }
+    }
+
+    /// As `complete_many`, where something becomes of a completion beside its used entry.
+    #[cold]
+    fn complete_each<A: Access>(
+        &mut self,
+        mem: &A,
+        done: impl Iterator<Item = (Ticket, u64)>,
+    ) -> Result<u64, QueueError> {
+        let mut count = 0;
+        for (ticket, written) in done {
+            count += u64::from(self.complete(mem, &ticket, written)?);
+        }
+        Ok(count)
+    }
+
+    /// Whether anything becomes of a completion beside its used entry.
+    #[inline(always)]
+    const fn keeps(&self) -> bool {
+        self.waiting.is_some() || self.recorded.is_some()
+    }
+
+    /// Of a queue that completes in order, or keeps a record.
+    #[cold]
+    fn complete_kept<A: Access>(
+        &mut self,
+        mem: &A,
+        seq: u64,
+        (head, slots, entry): (u16, u16, u16),
+        written: u32,
+    ) -> Result<(), Fault> {
+        if self.waiting.is_some() {
+            return self.complete_in_order(mem, seq, written);
+        }
+        self.use_up(mem, head, slots, entry, written)
+    }
+
     /// 2.7.9, 2.8.8: with IN_ORDER chains are used in the order in which they were made available.
-    fn complete_in_order<A: Access>(&mut self, mem: &A, ticket: &Ticket, written: u32) -> Result<(), Fault> {
+    fn complete_in_order<A: Access>(&mut self, mem: &A, seq: u64, written: u32) -> Result<(), Fault> {
         let mut waiting = self.waiting.take().unwrap_or_default();
-        if let Some(entry) = waiting.iter_mut().find(|entry| entry.seq == ticket.seq) {
+        if let Some(entry) = waiting.iter_mut().find(|entry| entry.seq == seq) {
             entry.written = Some(written);
         }
         let mut staged = Ok(());
@@ -468,7 +402,6 @@ impl DeviceQueue {
     }
 
     /// Write the used entry of a chain, or keep it until it is published, where that is recorded.
-    #[inline]
     fn use_up<A: Access>(&mut self, mem: &A, head: u16, slots: u16, entry: u16, written: u32) -> Result<(), Fault> {
         let done = Done {
             head,
@@ -476,8 +409,21 @@ impl DeviceQueue {
             written,
             entry,
         };
-        if !self.keep_done(done) {
-            self.with_ring(mem, |ring| stage(ring, mem, head, slots, written))?;
+        if self.keep_done(done) {
+            self.busy.remove(head);
+            return Ok(());
+        }
+        self.use_up_now(mem, head, slots, written)
+    }
+
+    #[inline(always)]
+    fn use_up_now<A: Access>(&mut self, mem: &A, head: u16, slots: u16, written: u32) -> Result<(), Fault> {
+        let staged = match &mut self.ring {
+            Ring::Split(ring) => ring.refresh(mem).and_then(|()| ring.stage(mem, head, written)),
+            Ring::Packed(ring) => ring.refresh(mem).and_then(|()| ring.stage(mem, head, slots, written)),
+        };
+        if let Err(error) = staged {
+            return Err(self.ring_lost(error));
         }
         self.busy.remove(head);
         Ok(())
@@ -504,6 +450,7 @@ impl DeviceQueue {
     ///
     /// # Errors
     /// A violation when the ring is no longer mapped; the queue is then latched.
+    #[inline]
     pub fn wants_call<A: Access>(&mut self, mem: &A) -> Result<bool, Fault> {
         if !self.unsignalled || self.broken() {
             return Ok(false);
@@ -566,7 +513,7 @@ impl DeviceQueue {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn stage<A: Access>(ring: &mut Ring, mem: &A, head: u16, slots: u16, written: u32) -> Result<(), MemoryError> {
     match ring {
         Ring::Split(ring) => ring.stage(mem, head, written),
@@ -579,4 +526,14 @@ pub(super) fn unmapped(rules: &ChainRules, error: MemoryError) -> Fault {
     let mut fault = rules.fault(Rule::RingUnmapped.of_memory(&error), error.to_string());
     fault.address = Some(error.address());
     fault
+}
+
+#[cold]
+fn written_too_big(written: u64, writable: u64) -> QueueError {
+    Misuse::WrittenTooBig { written, writable }.into()
+}
+
+#[cold]
+fn stale_chain() -> QueueError {
+    Misuse::StaleChain.into()
 }

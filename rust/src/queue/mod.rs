@@ -100,16 +100,23 @@ macro_rules! common_to_both_ends {
         }
 
         /// Run `f` with the ring resolved for the present memory; a memory error latches the queue.
+        #[inline(always)]
         fn with_ring<A: Access, T>(
             &mut self,
             mem: &A,
             f: impl FnOnce(&mut Ring) -> Result<T, MemoryError>,
         ) -> Result<T, Fault> {
             let result = each!(&mut self.ring, ring => ring.refresh(mem)).and_then(|()| f(&mut self.ring));
-            result.map_err(|error| {
-                let fault = each!(&self.ring, ring => ring.unmapped(&self.rules, error));
-                self.latched_by(fault)
-            })
+            match result {
+                Ok(value) => Ok(value),
+                Err(error) => Err(self.ring_lost(error)),
+            }
+        }
+
+        #[cold]
+        fn ring_lost(&mut self, error: MemoryError) -> Fault {
+            let fault = each!(&self.ring, ring => ring.unmapped(&self.rules, error));
+            self.latched_by(fault)
         }
     };
 }
@@ -118,7 +125,7 @@ mod areas;
 mod config;
 mod device;
 mod driver;
-mod heads;
+pub(crate) mod heads;
 mod waits;
 
 pub use areas::IndirectArea;
@@ -128,14 +135,9 @@ pub use driver::DriverQueue;
 
 use crate::error::Fault;
 
-/// One buffer that a driver makes available.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Buffer {
-    pub(crate) addr: u64,
-    pub(crate) len: u32,
-    /// WRITE and INDIRECT; NEXT and the wrap bits are the ring's.
-    pub(crate) flags: u16,
-}
+/// Buffers that a driver makes available: address and length, and the flags of each part (WRITE or INDIRECT; NEXT and the
+/// wrap bits are the ring's).
+pub(crate) type Parts<'a, const N: usize> = [(&'a [(u64, u32)], u16); N];
 
 /// A used entry as it was read, and where.
 #[derive(Clone, Copy, Debug)]

@@ -6,7 +6,6 @@
 //! translation is told once. Until another table is in place there is nothing to look for. What rule the chain breaks
 //! if the translation is refused is kept with it.
 
-use crate::chain::Element;
 use crate::error::Fault;
 
 #[derive(Debug)]
@@ -22,22 +21,22 @@ struct Wait {
 pub(super) struct Waits(Option<Wait>);
 
 impl Waits {
-    /// What became of a pop: nothing to take, if all that it lacks is a translation.
-    #[inline]
-    pub(super) fn judge(
-        &mut self,
-        epoch: u64,
-        popped: Result<Option<Element>, Fault>,
-    ) -> Result<Option<Element>, Fault> {
-        match popped {
-            Err(fault) if fault.missing.is_some() => {
-                self.wait(epoch, fault);
-                Ok(None)
-            }
-            popped => {
-                self.0 = None;
-                popped
-            }
+    /// What a pop that failed broke: nothing, if all that it lacks is a translation.
+    #[cold]
+    pub(super) fn judge(&mut self, epoch: u64, fault: Fault) -> Option<Fault> {
+        if fault.missing.is_some() {
+            self.wait(epoch, fault);
+            return None;
+        }
+        self.0 = None;
+        Some(fault)
+    }
+
+    /// A pop lacked nothing.
+    #[inline(always)]
+    pub(super) fn clear(&mut self) {
+        if self.0.is_some() {
+            self.0 = None;
         }
     }
 

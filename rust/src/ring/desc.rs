@@ -2,7 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "fields are cut out of wider words")]
 
-use crate::mem::{Access, At, MemoryError};
+use crate::mem::{Access, At, Descs, MemoryError};
 
 /// The buffer continues in the next descriptor.
 pub(crate) const NEXT: u16 = 1;
@@ -28,7 +28,8 @@ pub(crate) struct Desc {
 }
 
 impl Desc {
-    const fn from_words(addr: u64, rest: u64) -> Self {
+    #[inline(always)]
+    pub(crate) const fn from_words(addr: u64, rest: u64) -> Self {
         Self {
             addr,
             len: rest as u32,
@@ -42,27 +43,27 @@ impl Desc {
         len as u64 | (flags as u64) << 32 | (next as u64) << 48
     }
 
-    /// Entry `index` of a split table: two relaxed 8-byte loads.
-    #[inline]
-    pub(crate) fn load<A: Access>(mem: &A, table: At, index: u32) -> Result<Self, MemoryError> {
+    /// The words of entry `index` of an indirect table, which need not be aligned at all (2.7.5.3 asks for none).
+    pub(crate) fn load_entry<A: Access>(mem: &A, table: At, index: u32) -> Result<(u64, u64), MemoryError> {
         let off = BYTES * u64::from(index);
-        Ok(Self::from_words(
-            mem.load_u64(table, off)?,
-            mem.load_u64(table, off + 8)?,
-        ))
-    }
-
-    /// Entry `index` of an indirect table, which need not be aligned at all (2.7.5.3 asks for none).
-    #[inline]
-    pub(crate) fn load_entry<A: Access>(mem: &A, table: At, index: u32) -> Result<Self, MemoryError> {
         if table.gpa % 8 == 0 {
-            return Self::load(mem, table, index);
+            return mem.load_desc(table, off);
         }
         let mut bytes = [0u8; 16];
-        mem.read(table, BYTES * u64::from(index), &mut bytes)?;
-        let both = u128::from_le_bytes(bytes);
-        Ok(Self::from_words(both as u64, (both >> 64) as u64))
+        mem.read(table, off, &mut bytes)?;
+        Ok(halves(u128::from_le_bytes(bytes)))
     }
+}
+
+/// Two words as one number: what a cold path gives back, so that the words of the other path need no place in memory.
+pub(crate) fn whole((low, high): (u64, u64)) -> u128 {
+    u128::from(low) | u128::from(high) << 64
+}
+
+/// Undo `whole`.
+#[inline(always)]
+pub(crate) const fn halves(both: u128) -> (u64, u64) {
+    (both as u64, (both >> 64) as u64)
 }
 
 /// A packed descriptor as it was read from the ring.
@@ -74,15 +75,37 @@ pub(crate) struct Raw {
     pub(crate) flags: u16,
 }
 
+/// The flags of packed descriptor `slot` of the ring at `ring`, which `words` may reach directly: acquire.
+#[inline(always)]
+pub(crate) fn load_flags<A: Access>(mem: &A, words: Descs<'_>, ring: At, slot: u16) -> Result<u16, MemoryError> {
+    match words.flags(slot) {
+        Some(flags) => Ok(flags),
+        None => load_flags_anew(mem, ring, slot),
+    }
+}
+
+#[cold]
+fn load_flags_anew<A: Access>(mem: &A, ring: At, slot: u16) -> Result<u16, MemoryError> {
+    mem.load_u16_acquire(ring, flags_off(slot))
+}
+
 /// The fields of a packed descriptor after its flags were loaded with acquire ordering.
-#[inline]
-pub(crate) fn load_packed<A: Access>(mem: &A, ring: At, slot: u16) -> Result<(u64, u32, u16), MemoryError> {
-    let off = BYTES * u64::from(slot);
-    Ok((
-        mem.load_u64(ring, off)?,
-        mem.load_u32(ring, off + 8)?,
-        mem.load_u16(ring, off + 12)?,
-    ))
+#[inline(always)]
+pub(crate) fn load_packed<A: Access>(
+    mem: &A,
+    words: Descs<'_>,
+    ring: At,
+    slot: u16,
+) -> Result<(u64, u32, u16), MemoryError> {
+    match words.packed(slot) {
+        Some(fields) => Ok(fields),
+        None => load_packed_anew(mem, ring, slot),
+    }
+}
+
+#[cold]
+fn load_packed_anew<A: Access>(mem: &A, ring: At, slot: u16) -> Result<(u64, u32, u16), MemoryError> {
+    mem.load_packed_desc(ring, BYTES * u64::from(slot))
 }
 
 /// Offset of the flags of packed descriptor `slot`.

@@ -29,28 +29,34 @@ pub(crate) struct Areas {
 
 /// Which end of the queue we are: decides which areas must be writable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
+pub(crate) enum Side {
     Driver,
     Device,
 }
 
 impl Areas {
     /// Resolve all three areas, each as one operation.
-    pub(crate) fn resolve<A: Access>(mem: &A, layout: &RingLayout, end: End) -> Result<Self, MemoryError> {
+    pub(crate) fn resolve<A: Access>(mem: &A, layout: &RingLayout, end: Side) -> Result<Self, MemoryError> {
         let ours = |yes: bool| if yes { Want::Write } else { Want::Read };
         // The packed ring is written by both ends; of the split ring each end writes its own part.
-        let desc = ours(end == End::Driver || layout.packed);
+        let desc = ours(end == Side::Driver || layout.packed);
         Ok(Self {
             desc: mem.resolve(layout.desc, layout.desc_bytes(), desc)?,
-            driver: mem.resolve(layout.driver, layout.driver_bytes(), ours(end == End::Driver))?,
-            device: mem.resolve(layout.device, layout.device_bytes(), ours(end == End::Device))?,
+            driver: mem.resolve(layout.driver, layout.driver_bytes(), ours(end == Side::Driver))?,
+            device: mem.resolve(layout.device, layout.device_bytes(), ours(end == Side::Device))?,
             epoch: mem.epoch(),
         })
     }
 
+    /// Whether the memory table has not changed since.
+    #[inline(always)]
+    pub(crate) fn is_fresh<A: Access>(&self, mem: &A) -> bool {
+        self.epoch == mem.epoch()
+    }
+
     /// Resolve again if the memory table has changed since.
-    #[inline]
-    pub(crate) fn refresh<A: Access>(&mut self, mem: &A, layout: &RingLayout, end: End) -> Result<(), MemoryError> {
+    #[inline(always)]
+    pub(crate) fn refresh<A: Access>(&mut self, mem: &A, layout: &RingLayout, end: Side) -> Result<(), MemoryError> {
         if self.epoch == mem.epoch() {
             return Ok(());
         }

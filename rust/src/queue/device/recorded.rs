@@ -116,11 +116,11 @@ impl DeviceQueue {
             Ring::Split(ring) => ring.pop_again(mem, rules, segments, left.entry)?,
             Ring::Packed(ring) => ring.pop_again(mem, rules, segments, &left.descs)?,
         };
-        element.entry = left.entry;
-        recorded.left.pop_front();
-        // In flight it has been from the start.
-        self.number(&mut element);
-        Ok(Some(element))
+        if let Some(element) = &mut element {
+            element.entry = left.entry;
+            recorded.left.pop_front();
+        }
+        Ok(element)
     }
 
     /// Note a chain that was just popped from the ring.

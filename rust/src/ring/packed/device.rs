@@ -1,12 +1,13 @@
 //! The device end of a packed virtqueue.
 
 use super::{Place, arm, disarm};
-use crate::chain::{ChainRules, Element, Segment, Table, Walk};
+use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk, burst};
 use crate::error::Fault;
-use crate::mem::{Access, MemoryError};
+use crate::mem::{Access, Descs, MemoryError};
+use crate::queue::heads::HeadSet;
 use crate::ring::desc::Raw;
 use crate::ring::event::DISABLE;
-use crate::ring::{Areas, End, PackedEvent, RingLayout, desc, packed_need_event};
+use crate::ring::{Areas, PackedEvent, RingLayout, Side, desc, packed_need_event};
 use crate::rule::Rule;
 
 /// Private state of the device end.
@@ -40,7 +41,7 @@ impl PackedDevice {
         used: u16,
     ) -> Result<Self, MemoryError> {
         Ok(Self {
-            areas: Areas::resolve(mem, &layout, End::Device)?,
+            areas: Areas::resolve(mem, &layout, Side::Device)?,
             layout,
             event_idx,
             next_avail: Place::from_bits(avail),
@@ -54,21 +55,22 @@ impl PackedDevice {
         })
     }
 
+    #[inline(always)]
     pub(crate) fn refresh<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        self.areas.refresh(mem, &self.layout, End::Device)
+        self.areas.refresh(mem, &self.layout, Side::Device)
     }
 
     pub(crate) const fn state(&self) -> (u16, u16) {
         (self.next_avail.bits(), self.published.bits())
     }
 
-    #[inline]
+    #[inline(always)]
     fn load_flags<A: Access>(&self, mem: &A, slot: u16) -> Result<u16, MemoryError> {
         mem.load_u16_acquire(self.areas.desc, desc::flags_off(slot))
     }
 
     /// Whether the next slot is available.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn look<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<bool, Fault> {
         let flags = self
             .load_flags(mem, self.next_avail.slot)
@@ -84,45 +86,59 @@ impl PackedDevice {
         fault
     }
 
-    /// Pop the next list into `segments`; `busy` says whether a buffer id is in flight. Nothing changes on a
-    /// fault. The id is opaque to us (2.8.1): it is compared and handed back, never used as an index. Its descriptors are
-    /// appended to `copies`, for a record of what is in flight.
-    #[inline]
+    /// Pop lists into segments and elements, within bounds; how many, and what ended it. `busy` are the ids in flight. The id
+    /// is opaque to us (2.8.1): it is compared and handed back, never used as an index. Descriptors are appended to `copies`,
+    /// for a record of what is in flight. A list on which there is a fault changes nothing.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is another's, and all of them are changed"
+    )]
     pub(crate) fn pop<A: Access>(
         &mut self,
         mem: &A,
         rules: &ChainRules,
-        segments: &mut Vec<Segment>,
-        busy: impl Fn(u16) -> bool,
+        bounds: Bounds,
+        (segments, elements): (&mut Vec<Segment>, &mut impl Elements),
+        stamp: Stamp,
+        busy: &mut HeadSet,
         mut copies: Option<&mut Vec<Raw>>,
-    ) -> Result<Option<Element>, Fault> {
-        let size = self.layout.size;
+    ) -> (u64, End) {
+        let words = mem.descs(self.areas.desc).settled();
+        burst!(bounds, segments, count => {
+            self.pop_one((mem, words), rules, (segments, elements), stamp.later(count), busy, copies.as_deref_mut())
+        })
+    }
+
+    /// Pop the next list; whether there was one.
+    #[inline(always)]
+    fn pop_one<A: Access>(
+        &mut self,
+        (mem, words): (&A, Descs<'_>),
+        rules: &ChainRules,
+        (segments, elements): (&mut Vec<Segment>, &mut impl Elements),
+        stamp: Stamp,
+        busy: &mut HeadSet,
+        mut copies: Option<&mut Vec<Raw>>,
+    ) -> Result<bool, Fault> {
+        let (size, ring) = (self.layout.size, self.areas.desc);
         let mut place = self.next_avail;
-        let mut flags = self.load_flags(mem, place.slot).map_err(|e| self.unmapped(rules, e))?;
+        let mut flags = match desc::load_flags(mem, words, ring, place.slot) {
+            Ok(flags) => flags,
+            Err(error) => return Err(self.unmapped(rules, error)),
+        };
         if !place.is_avail(flags) {
-            return Ok(None);
+            return Ok(false);
         }
         let mut walk = Walk::new(mem, rules, segments, place.slot, 0);
-        let mut slots: u16 = 0;
+        let (mut slots, taken) = (0u16, self.slots_in_flight);
         loop {
             let index = u32::from(place.slot);
             // 2.8.17: the whole list fits into the ring beside what is in flight.
-            if self.slots_in_flight + u32::from(slots) >= u32::from(size) {
-                let (rule, message) = if slots >= size {
-                    (
-                        Rule::ChainTooLong,
-                        format!("the list goes on after all {size} descriptors of the ring"),
-                    )
-                } else {
-                    let busy = self.slots_in_flight;
-                    (
-                        Rule::TooManyInFlight,
-                        format!("slot {index} is available while {busy} descriptors are in flight"),
-                    )
-                };
+            if taken + u32::from(slots) >= u32::from(size) {
+                let (rule, message) = no_room(index, slots, size, taken);
                 return Err(walk.fault(rule, index, None, message));
             }
-            let (addr, len, id) = match desc::load_packed(mem, self.areas.desc, place.slot) {
+            let (addr, len, id) = match desc::load_packed(mem, words, ring, place.slot) {
                 Ok(fields) => fields,
                 Err(error) => return Err(walk.ring_fault(index, error)),
             };
@@ -139,41 +155,42 @@ impl PackedDevice {
                     let message = "an INDIRECT descriptor follows direct ones in a list".to_owned();
                     return Err(walk.fault(Rule::IndirectAfterDirect, index, Some(addr), message));
                 }
-                walk_table(&mut walk, rules, index, addr, len, flags)?;
-                break;
+                let (buffer, stamp) = ((addr, len, flags), (slots, stamp));
+                let double = !rules.policy.duplicate_heads && busy.contains(id);
+                walk_table(walk, rules, index, buffer, stamp, double, |element| {
+                    elements.put(element);
+                })?;
+                if double {
+                    return Err(in_flight(rules, id, self.next_avail.slot));
+                }
+            } else {
+                walk.take(index, addr, len, flags)?;
+                if flags & desc::NEXT != 0 {
+                    if slots >= size {
+                        return Err(walk.fault(Rule::ChainTooLong, index, None, too_long(size)));
+                    }
+                    flags = match desc::load_flags(mem, words, ring, place.slot) {
+                        Ok(flags) => flags,
+                        Err(error) => return Err(walk.ring_fault(u32::from(place.slot), error)),
+                    };
+                    // 2.8.17: the first descriptor becomes available after all that follow it in the list.
+                    if !place.is_avail(flags) {
+                        let message = not_available(place.slot);
+                        return Err(walk.fault(Rule::ChainNotAvail, u32::from(place.slot), None, message));
+                    }
+                    continue;
+                }
+                if !rules.policy.duplicate_heads && busy.contains(id) {
+                    walk.cut();
+                    return Err(in_flight(rules, id, self.next_avail.slot));
+                }
+                elements.put(walk.finish(slots, stamp));
             }
-            walk.take(index, addr, len, flags)?;
-            if flags & desc::NEXT == 0 {
-                break;
-            }
-            if slots >= size {
-                let message = format!("the list goes on after all {size} descriptors of the ring");
-                return Err(walk.fault(Rule::ChainTooLong, index, None, message));
-            }
-            flags = match self.load_flags(mem, place.slot) {
-                Ok(flags) => flags,
-                Err(error) => return Err(walk.ring_fault(u32::from(place.slot), error)),
-            };
-            // 2.8.17: the first descriptor becomes available after all that follow it in the list.
-            if !place.is_avail(flags) {
-                let message = format!("the list goes on in slot {}, which is not available", place.slot);
-                return Err(walk.fault(Rule::ChainNotAvail, u32::from(place.slot), None, message));
-            }
+            self.next_avail = place;
+            self.slots_in_flight = taken + u32::from(slots);
+            busy.insert(id);
+            return Ok(true);
         }
-        let element = walk.finish(slots);
-        if !rules.policy.duplicate_heads && busy(element.head) {
-            segments.truncate(element.first);
-            let mut fault = rules.fault(
-                Rule::IdInFlight,
-                format!("buffer id {} is already in flight", element.head),
-            );
-            fault.position = Some(element.position);
-            fault.head = Some(element.head);
-            return Err(fault);
-        }
-        self.next_avail = place;
-        self.slots_in_flight += u32::from(slots);
-        Ok(Some(element))
     }
 
     /// A list that an earlier device end took, from copies of its descriptors, which this ring counts as taken.
@@ -183,7 +200,7 @@ impl PackedDevice {
         rules: &ChainRules,
         segments: &mut Vec<Segment>,
         descs: &[Raw],
-    ) -> Result<Element, Fault> {
+    ) -> Result<Option<Element>, Fault> {
         let mut walk = Walk::new(mem, rules, segments, self.published.slot, 0);
         let mut slots = 0;
         for (index, desc) in (0u32..).zip(descs) {
@@ -194,12 +211,24 @@ impl PackedDevice {
                     let message = "an INDIRECT descriptor follows direct ones in a list".to_owned();
                     return Err(walk.fault(Rule::IndirectAfterDirect, index, Some(desc.addr), message));
                 }
-                walk_table(&mut walk, rules, index, desc.addr, desc.len, desc.flags)?;
-                break;
+                let buffer = (desc.addr, desc.len, desc.flags);
+                let mut found = None;
+                walk_table(
+                    walk,
+                    rules,
+                    index,
+                    buffer,
+                    (slots, Stamp::default()),
+                    false,
+                    |element| {
+                        found = Some(element);
+                    },
+                )?;
+                return Ok(found);
             }
             walk.take(index, desc.addr, desc.len, desc.flags)?;
         }
-        Ok(walk.finish(slots))
+        Ok(Some(walk.finish(slots, Stamp::default())))
     }
 
     /// `slots` of this ring were taken by an earlier device end and not given back.
@@ -219,12 +248,11 @@ impl PackedDevice {
     }
 
     /// Write a used descriptor that is not visible yet: of several the first one's flags come last.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn stage<A: Access>(&mut self, mem: &A, id: u16, slots: u16, written: u32) -> Result<(), MemoryError> {
         let Place { slot, .. } = self.next_used;
         let off = desc::BYTES * u64::from(slot);
-        mem.store_u32(self.areas.desc, off + 8, written)?;
-        mem.store_u16(self.areas.desc, off + 12, id)?;
+        mem.store_packed_used(self.areas.desc, off + 8, (written, id))?;
         // 2.8.3: WRITE says that something was written; 2.8.6: all other flags are reserved.
         let flags = self.next_used.used_flags() | if written > 0 { desc::WRITE } else { 0 };
         if self.staged.is_none() {
@@ -239,7 +267,7 @@ impl PackedDevice {
     }
 
     /// Make all staged descriptors visible; whether there were any.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn publish<A: Access>(&mut self, mem: &A) -> Result<bool, MemoryError> {
         let Some((slot, flags)) = self.staged else {
             return Ok(false);
@@ -275,24 +303,63 @@ impl PackedDevice {
     }
 }
 
-/// 2.8.7: the table is read from its start to its end; ids and flags other than WRITE are reserved in it.
-fn walk_table<A: Access>(
-    walk: &mut Walk<'_, A>,
-    rules: &ChainRules,
-    index: u32,
-    addr: u64,
-    len: u32,
-    flags: u16,
-) -> Result<(), Fault> {
-    let table = walk.table(index, addr, len, flags)?;
-    let walked = walk_entries(walk, rules, table);
-    walk.read_from(table, walked)
+#[cold]
+fn no_room(index: u32, slots: u16, size: u16, busy: u32) -> (Rule, String) {
+    if slots >= size {
+        return (Rule::ChainTooLong, too_long(size));
+    }
+    let message = format!("slot {index} is available while {busy} descriptors are in flight");
+    (Rule::TooManyInFlight, message)
 }
 
-fn walk_entries<A: Access>(walk: &mut Walk<'_, A>, rules: &ChainRules, table: Table) -> Result<(), Fault> {
+#[cold]
+fn too_long(size: u16) -> String {
+    format!("the list goes on after all {size} descriptors of the ring")
+}
+
+#[cold]
+fn not_available(slot: u16) -> String {
+    format!("the list goes on in slot {slot}, which is not available")
+}
+
+#[cold]
+fn in_flight(rules: &ChainRules, id: u16, position: u16) -> Fault {
+    let mut fault = rules.fault(Rule::IdInFlight, format!("buffer id {id} is already in flight"));
+    fault.position = Some(position);
+    fault.head = Some(id);
+    fault
+}
+
+/// 2.8.7: the table is read from its start to its end; ids and flags other than WRITE are reserved in it. Of the
+/// descriptor: address, length, flags. A `double` one, whose id is in flight, is judged like any other and given to nobody.
+#[inline(never)]
+fn walk_table<A: Access>(
+    mut walk: Walk<'_, A>,
+    rules: &ChainRules,
+    index: u32,
+    (addr, len, flags): (u64, u32, u16),
+    (slots, stamp): (u16, Stamp),
+    double: bool,
+    done: impl FnOnce(Element),
+) -> Result<(), Fault> {
+    let table = walk.table(index, addr, len, flags)?;
+    let walked = walk_entries(&mut walk, rules, &table);
+    walk.read_from(&table)?;
+    walked.map(|()| {
+        if double {
+            walk.cut();
+        } else {
+            done(walk.finish(slots, stamp));
+        }
+    })
+}
+
+#[inline(always)]
+fn walk_entries<A: Access>(walk: &mut Walk<'_, A>, rules: &ChainRules, table: &Table) -> Result<(), Fault> {
+    let words = walk.words(table);
     for index in 0..table.entries {
         // The two formats keep flags at different offsets of an entry.
-        let entry = walk.load_packed_entry(table, index)?;
+        let entry = walk.load_packed_entry(table, words, index)?;
         if entry.flags & desc::INDIRECT != 0 && !rules.policy.packed_table_flags {
             let message = "an entry of an indirect table has INDIRECT set".to_owned();
             return Err(walk.fault(Rule::NestedIndirect, index, Some(entry.addr), message));

@@ -4,9 +4,9 @@ use super::{Place, arm, disarm};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse};
 use crate::mem::{Access, MemoryError};
-use crate::queue::{Buffer, Used};
+use crate::queue::{Parts, Used};
 use crate::ring::event::DISABLE;
-use crate::ring::{Areas, End, PackedEvent, RingLayout, desc, packed_need_event};
+use crate::ring::{Areas, PackedEvent, RingLayout, Side, desc, packed_need_event};
 use crate::rule::Rule;
 
 /// Private state of the driver end.
@@ -40,7 +40,7 @@ impl PackedDriver {
         used: u16,
     ) -> Result<Self, MemoryError> {
         Ok(Self {
-            areas: Areas::resolve(mem, &layout, End::Driver)?,
+            areas: Areas::resolve(mem, &layout, Side::Driver)?,
             layout,
             event_idx,
             ids: (0..layout.size).collect(),
@@ -56,8 +56,9 @@ impl PackedDriver {
         })
     }
 
+    #[inline(always)]
     pub(crate) fn refresh<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        self.areas.refresh(mem, &self.layout, End::Driver)
+        self.areas.refresh(mem, &self.layout, Side::Driver)
     }
 
     pub(crate) const fn state(&self) -> (u16, u16) {
@@ -69,54 +70,59 @@ impl PackedDriver {
     }
 
     /// The id that the next buffer will get.
+    #[inline(always)]
     pub(crate) fn next_head(&self) -> u16 {
         self.ids.front().copied().unwrap_or(0)
     }
 
-    pub(crate) fn check_room(&self, needed: usize) -> Result<(), Misuse> {
+    #[inline(always)]
+    pub(crate) fn check_room(&self, needed: u16) -> Result<(), Misuse> {
         // 2.8.17: there is room for the whole list before its first descriptor becomes available.
-        if needed > usize::from(self.free) || self.ids.is_empty() {
-            let needed = u32::try_from(needed).unwrap_or(u32::MAX);
+        if needed > self.free || self.ids.is_empty() {
             return Err(Misuse::QueueFull {
-                needed,
+                needed: u32::from(needed),
                 free: u32::from(self.free),
             });
         }
         Ok(())
     }
 
-    /// Write a list of descriptors; the caller has checked that there is room and at least one.
-    pub(crate) fn add<A: Access>(&mut self, mem: &A, buffers: &[Buffer]) -> Result<u16, MemoryError> {
-        let id = self.next_head();
+    /// Write a list of `count` descriptors; its id, twice, as a chain has a head and a tail. The caller has checked that there is room and at least one.
+    #[inline(always)]
+    pub(crate) fn add<A: Access, const N: usize>(
+        &mut self,
+        mem: &A,
+        count: u16,
+        parts: Parts<'_, N>,
+    ) -> Result<(u16, u16), MemoryError> {
+        let (id, ring, size) = (self.next_head(), self.areas.desc, self.layout.size);
         let first = self.next_avail;
-        let mut place = first;
-        let mut head_flags = 0;
-        let last = buffers.len().saturating_sub(1);
-        for (i, buffer) in buffers.iter().enumerate() {
-            let off = desc::BYTES * u64::from(place.slot);
-            mem.store_u64(self.areas.desc, off, buffer.addr)?;
-            mem.store_u32(self.areas.desc, off + 8, buffer.len)?;
-            mem.store_u16(self.areas.desc, off + 12, id)?;
-            let flags = buffer.flags | place.avail_flags() | if i == last { 0 } else { desc::NEXT };
-            if i == 0 {
-                head_flags = flags;
-            } else {
-                mem.store_u16_release(self.areas.desc, desc::flags_off(place.slot), flags)?;
+        let (mut place, mut left, mut head_flags) = (first, count, 0);
+        for (buffers, flags) in parts {
+            for &(addr, len) in buffers {
+                mem.store_packed_desc(ring, desc::BYTES * u64::from(place.slot), (addr, len, id))?;
+                let more = if left > 1 { desc::NEXT } else { 0 };
+                let flags = flags | place.avail_flags() | more;
+                if left == count {
+                    head_flags = flags;
+                } else {
+                    mem.store_u16_release(ring, desc::flags_off(place.slot), flags)?;
+                }
+                left = left.saturating_sub(1);
+                place = place.forward(1, size);
             }
-            place = place.forward(1, self.layout.size);
         }
         if self.staged.is_none() {
             self.staged = Some((first.slot, head_flags));
         } else {
-            mem.store_u16_release(self.areas.desc, desc::flags_off(first.slot), head_flags)?;
+            mem.store_u16_release(ring, desc::flags_off(first.slot), head_flags)?;
         }
         self.ids.pop_front();
-        self.free -= u16::try_from(buffers.len()).unwrap_or(self.free);
+        self.free = self.free.saturating_sub(count);
         self.next_avail = place;
-        let slots = u32::try_from(buffers.len()).unwrap_or(u32::MAX);
-        self.added_slots = self.added_slots.saturating_add(slots);
+        self.added_slots = self.added_slots.saturating_add(u32::from(count));
         self.added += 1;
-        Ok(id)
+        Ok((id, id))
     }
 
     /// Make everything added visible (2.8.21.1.1: a barrier before the flags update).
@@ -148,31 +154,30 @@ impl PackedDriver {
     }
 
     /// Whether the next slot is used.
+    #[inline(always)]
     pub(crate) fn look<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<bool, Fault> {
         let slot = self.next_used.slot;
-        let flags = mem
-            .load_u16_acquire(self.areas.desc, desc::flags_off(slot))
-            .map_err(|e| self.unmapped(rules, e))?;
-        Ok(self.next_used.is_used(flags))
+        match mem.load_u16_acquire(self.areas.desc, desc::flags_off(slot)) {
+            Ok(flags) => Ok(self.next_used.is_used(flags)),
+            Err(error) => Err(self.unmapped(rules, error)),
+        }
     }
 
     /// The next used descriptor, if there is one. Does not consume it: `advance` does.
+    #[inline(always)]
     pub(crate) fn peek<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<Option<Used>, Fault> {
         let slot = self.next_used.slot;
         let off = desc::BYTES * u64::from(slot);
-        let read = || {
-            let flags = mem.load_u16_acquire(self.areas.desc, desc::flags_off(slot))?;
-            if !self.next_used.is_used(flags) {
-                return Ok(None);
-            }
-            Ok(Some((
-                flags,
-                mem.load_u32(self.areas.desc, off + 8)?,
-                mem.load_u16(self.areas.desc, off + 12)?,
-            )))
+        let flags = match mem.load_u16_acquire(self.areas.desc, desc::flags_off(slot)) {
+            Ok(flags) => flags,
+            Err(error) => return Err(self.unmapped(rules, error)),
         };
-        let Some((flags, len, id)) = read().map_err(|e| self.unmapped(rules, e))? else {
+        if !self.next_used.is_used(flags) {
             return Ok(None);
+        }
+        let (len, id) = match mem.load_packed_used(self.areas.desc, off + 8) {
+            Ok(fields) => fields,
+            Err(error) => return Err(self.unmapped(rules, error)),
         };
         // 2.8.4: without WRITE the length is reserved; QEMU never sets WRITE and means the length, DPDK leaves there what
         // the driver wrote.
@@ -193,6 +198,7 @@ impl PackedDriver {
     }
 
     /// Consume the used buffer `id`, which occupied `descriptors` slots.
+    #[inline(always)]
     pub(crate) fn advance(&mut self, id: u16, descriptors: u16) {
         self.next_used = self.next_used.forward(descriptors, self.layout.size);
         self.free += descriptors;

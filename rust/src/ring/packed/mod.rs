@@ -65,7 +65,7 @@ impl Place {
     }
 
     /// `count` slots further, `count` at most `size`.
-    #[inline]
+    #[inline(always)]
     #[must_use]
     pub(crate) const fn forward(self, count: u16, size: u16) -> Self {
         let slot = self.slot as u32 + count as u32;
@@ -100,13 +100,13 @@ impl Place {
     }
 
     /// Whether `flags` mark the descriptor here as available.
-    #[inline]
+    #[inline(always)]
     pub(crate) const fn is_avail(self, flags: u16) -> bool {
         (flags & AVAIL != 0) == self.wrap && (flags & USED != 0) != self.wrap
     }
 
     /// Whether `flags` mark the descriptor here as used.
-    #[inline]
+    #[inline(always)]
     pub(crate) const fn is_used(self, flags: u16) -> bool {
         (flags & AVAIL != 0) == self.wrap && (flags & USED != 0) == self.wrap
     }

@@ -1,12 +1,13 @@
 //! The device end of a split virtqueue.
 
 use super::{arm, disarm};
-use crate::chain::{ChainRules, Element, Segment, Table, Walk};
+use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk, burst};
 use crate::error::Fault;
-use crate::mem::{Access, MemoryError};
-use crate::ring::desc::{self, Desc};
+use crate::mem::{Access, Descs, Heads, MemoryError};
+use crate::queue::heads::HeadSet;
+use crate::ring::desc::{self, Desc, halves, whole};
 use crate::ring::layout::{AVAIL_IDX, AVAIL_RING, FLAGS, USED_IDX, USED_RING};
-use crate::ring::{Areas, End, RingLayout, need_event};
+use crate::ring::{Areas, RingLayout, Side, need_event};
 use crate::rule::Rule;
 
 /// Private state of the device end.
@@ -38,7 +39,7 @@ impl SplitDevice {
         used: u16,
     ) -> Result<Self, MemoryError> {
         Ok(Self {
-            areas: Areas::resolve(mem, &layout, End::Device)?,
+            areas: Areas::resolve(mem, &layout, Side::Device)?,
             layout,
             event_idx,
             mask: layout.size - 1,
@@ -51,8 +52,9 @@ impl SplitDevice {
         })
     }
 
+    #[inline(always)]
     pub(crate) fn refresh<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        self.areas.refresh(mem, &self.layout, End::Device)
+        self.areas.refresh(mem, &self.layout, Side::Device)
     }
 
     pub(crate) const fn state(&self) -> (u16, u16) {
@@ -60,7 +62,7 @@ impl SplitDevice {
     }
 
     /// Whether the avail ring holds something new. `avail.idx` is loaded only when nothing more is known.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn look<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<bool, Fault> {
         if self.next_avail != self.seen_avail {
             return Ok(true);
@@ -69,22 +71,28 @@ impl SplitDevice {
     }
 
     /// Load `avail.idx` and check it against what was consumed.
-    #[inline]
+    #[inline(always)]
     fn load_avail<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<bool, Fault> {
-        let idx = mem
-            .load_u16_acquire(self.areas.driver, AVAIL_IDX)
-            .map_err(|e| self.unmapped(rules, e))?;
+        let idx = match mem.load_u16_acquire(self.areas.driver, AVAIL_IDX) {
+            Ok(idx) => idx,
+            Err(error) => return Err(self.unmapped(rules, error)),
+        };
         let ahead = idx.wrapping_sub(self.next_avail);
         // 2.7.6.1: idx is never decremented; a free-running index at most `size` ahead is all that can be.
         if ahead > self.layout.size {
-            let message = format!(
-                "avail.idx is {idx}, {ahead} ahead of the {} consumed, in a queue of {}",
-                self.next_avail, self.layout.size
-            );
-            return Err(self.avail_fault(rules, Rule::AvailIdxTooFar, message));
+            return Err(self.too_far(rules, idx, ahead));
         }
         self.seen_avail = idx;
         Ok(ahead != 0)
+    }
+
+    #[cold]
+    fn too_far(&self, rules: &ChainRules, idx: u16, ahead: u16) -> Fault {
+        let message = format!(
+            "avail.idx is {idx}, {ahead} ahead of the {} consumed, in a queue of {}",
+            self.next_avail, self.layout.size
+        );
+        self.avail_fault(rules, Rule::AvailIdxTooFar, message)
     }
 
     /// Strict: load `avail.idx` for every pop and compare it with the highest value seen (2.7.6.1).
@@ -117,98 +125,173 @@ impl SplitDevice {
         fault
     }
 
-    /// Pop the next chain into `segments`; `busy` says whether a head is in flight. Nothing changes on a fault.
-    #[inline]
+    /// Pop chains into segments and elements, within bounds; how many, and what ended it. `busy` are the heads in flight,
+    /// `room` is how many more there can be. A chain on which there is a fault changes nothing.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is another's, and all of them are changed"
+    )]
     pub(crate) fn pop<A: Access>(
         &mut self,
         mem: &A,
         rules: &ChainRules,
-        segments: &mut Vec<Segment>,
-        busy: impl Fn(u16) -> bool,
+        bounds: Bounds,
+        (segments, elements): (&mut Vec<Segment>, &mut impl Elements),
+        stamp: Stamp,
+        busy: &mut HeadSet,
+        room: u64,
+    ) -> (u64, End) {
+        let words = (
+            mem.descs(self.areas.desc).settled(),
+            mem.heads(self.areas.driver).settled(),
+        );
+        burst!(bounds, segments, count => {
+            self.pop_one((mem, words), rules, (segments, elements), stamp.later(count), busy, count < room)
+        })
+    }
+
+    /// Pop the next chain; whether there was one.
+    #[inline(always)]
+    fn pop_one<A: Access>(
+        &mut self,
+        (mem, (descs, heads)): (&A, (Descs<'_>, Heads<'_>)),
+        rules: &ChainRules,
+        (segments, elements): (&mut Vec<Segment>, &mut impl Elements),
+        stamp: Stamp,
+        busy: &mut HeadSet,
         room: bool,
-    ) -> Result<Option<Element>, Fault> {
+    ) -> Result<bool, Fault> {
         if self.next_avail == self.seen_avail {
             if !self.load_avail(mem, rules)? {
-                return Ok(None);
+                return Ok(false);
             }
         } else if !rules.policy.avail_decrease {
             self.check_decrease(mem, rules)?;
         }
         // 2.7.13.1: only free descriptors are made available, so `size` heads in flight is the most.
         if !room {
-            let message = format!("a chain is available while {} are in flight", self.layout.size);
-            return Err(self.avail_fault(rules, Rule::TooManyInFlight, message));
+            return Err(self.no_room(rules));
         }
         let position = self.next_avail;
-        let slot = AVAIL_RING + 2 * u64::from(position & self.mask);
-        let head = mem
-            .load_u16(self.areas.driver, slot)
-            .map_err(|e| self.unmapped(rules, e))?;
-        let mut walk = Walk::new(mem, rules, segments, position, head);
+        let slot = position & self.mask;
+        let head = match heads.head(slot) {
+            Some(head) => head,
+            None => self.load_head(mem, rules, slot)?,
+        };
         // 2.7.6: an avail ring entry is the index of a descriptor.
         if head >= self.layout.size {
-            let message = format!(
-                "avail ring entry {head} is no index of {} descriptors",
-                self.layout.size
-            );
-            let address = self.layout.driver.wrapping_add(slot);
-            let mut fault = walk.fault(Rule::HeadOutOfRange, u32::from(head), Some(address), message);
-            fault.descriptor = None;
-            return Err(fault);
+            return Err(self.head_fault(rules, position, head));
         }
-        if !rules.policy.duplicate_heads && busy(head) {
-            let message = format!("head {head} was made available again while it is in flight");
-            return Err(walk.fault(Rule::HeadInFlight, u32::from(head), None, message));
+        let mut walk = Walk::new(mem, rules, segments, position, head);
+        if !rules.policy.duplicate_heads && busy.contains(head) {
+            return Err(walk.fault(Rule::HeadInFlight, u32::from(head), None, in_flight(head)));
         }
-        self.walk(&mut walk, mem, head)?;
+        self.walk(walk, (mem, descs), head, stamp, |element| elements.put(element))?;
         self.next_avail = position.wrapping_add(1);
-        Ok(Some(walk.finish(1)))
+        busy.insert(head);
+        Ok(true)
     }
 
-    /// Follow the chain from `head`; every table is visited at most once per entry, so a loop ends.
-    #[inline]
-    fn walk<A: Access>(&self, walk: &mut Walk<'_, A>, mem: &A, head: u16) -> Result<(), Fault> {
-        let mut index = u32::from(head);
-        for _ in 0..self.layout.size {
-            let desc = match Desc::load(mem, self.areas.desc, index) {
-                Ok(desc) => desc,
-                Err(error) => return Err(walk.ring_fault(index, error)),
+    /// Follow the chain from `head`, and give what it is to `done`; every table is visited at most once per entry, so a loop
+    /// ends.
+    #[inline(always)]
+    fn walk<A: Access>(
+        &self,
+        mut walk: Walk<'_, A>,
+        (mem, descs): (&A, Descs<'_>),
+        head: u16,
+        stamp: Stamp,
+        done: impl FnOnce(Element),
+    ) -> Result<(), Fault> {
+        let (mut index, size) = (u32::from(head), self.layout.size);
+        for _ in 0..size {
+            let (addr, rest) = if let Some(words) = descs.split(index) {
+                words
+            } else {
+                match self.load_desc(mem, index) {
+                    Ok(both) => halves(both),
+                    Err(error) => return Err(walk.ring_fault(index, error)),
+                }
             };
+            let desc = Desc::from_words(addr, rest);
             if desc.flags & desc::INDIRECT != 0 {
-                return self.walk_table(walk, index, &desc);
+                return self.walk_table(walk, index, desc, stamp, done);
             }
             walk.take(index, desc.addr, desc.len, desc.flags)?;
             if desc.flags & desc::NEXT == 0 {
+                done(walk.finish(1, stamp));
                 return Ok(());
             }
             // 2.7.5: next is an index of the same table.
-            if desc.next >= self.layout.size {
-                let message = format!("next is {}, the table has {} descriptors", desc.next, self.layout.size);
+            if desc.next >= size {
+                let message = beyond_table(desc.next, size);
                 return Err(walk.fault(Rule::NextOutOfRange, index, None, message));
             }
             index = u32::from(desc.next);
         }
         // 2.7.5.3.1: no chain longer than the queue size; 2.7.5.2: loops are forbidden.
-        let message = format!("the chain goes on after {} descriptors, so it loops", self.layout.size);
-        Err(walk.fault(Rule::ChainTooLong, index, None, message))
+        Err(walk.fault(Rule::ChainTooLong, index, None, looping(size)))
+    }
+
+    /// Descriptor `index`, where words cannot be reached directly.
+    #[cold]
+    fn load_desc<A: Access>(&self, mem: &A, index: u32) -> Result<u128, MemoryError> {
+        mem.load_desc(self.areas.desc, desc::BYTES * u64::from(index))
+            .map(whole)
+    }
+
+    #[cold]
+    fn load_head<A: Access>(&self, mem: &A, rules: &ChainRules, slot: u16) -> Result<u16, Fault> {
+        mem.load_u16(self.areas.driver, AVAIL_RING + 2 * u64::from(slot))
+            .map_err(|error| self.unmapped(rules, error))
+    }
+
+    #[cold]
+    fn no_room(&self, rules: &ChainRules) -> Fault {
+        let message = format!("a chain is available while {} are in flight", self.layout.size);
+        self.avail_fault(rules, Rule::TooManyInFlight, message)
+    }
+
+    #[cold]
+    fn head_fault(&self, rules: &ChainRules, position: u16, head: u16) -> Fault {
+        let message = format!(
+            "avail ring entry {head} is no index of {} descriptors",
+            self.layout.size
+        );
+        let mut fault = rules.fault(Rule::HeadOutOfRange, message);
+        fault.position = Some(position);
+        fault.head = Some(head);
+        let slot = AVAIL_RING + 2 * u64::from(position & self.mask);
+        fault.address = Some(self.layout.driver.wrapping_add(slot));
+        fault
     }
 
     /// 2.7.5.3.2: zero or more direct descriptors may precede the table.
-    fn walk_table<A: Access>(&self, walk: &mut Walk<'_, A>, index: u32, desc: &Desc) -> Result<(), Fault> {
+    #[inline(never)]
+    fn walk_table<A: Access>(
+        &self,
+        mut walk: Walk<'_, A>,
+        index: u32,
+        desc: Desc,
+        stamp: Stamp,
+        done: impl FnOnce(Element),
+    ) -> Result<(), Fault> {
         let table = walk.table(index, desc.addr, desc.len, desc.flags)?;
-        let walked = self.walk_entries(walk, table);
-        walk.read_from(table, walked)
+        let walked = self.walk_entries(&mut walk, &table);
+        walk.read_from(&table)?;
+        walked.map(|()| done(walk.finish(1, stamp)))
     }
 
-    fn walk_entries<A: Access>(&self, walk: &mut Walk<'_, A>, table: Table) -> Result<(), Fault> {
+    #[inline(always)]
+    fn walk_entries<A: Access>(&self, walk: &mut Walk<'_, A>, table: &Table) -> Result<(), Fault> {
         let limit = if walk.beyond_queue() {
             u32::MAX
         } else {
             u32::from(self.layout.size)
         };
-        let mut index = 0;
+        let (mut index, words) = (0, walk.words(table));
         for _ in 0..table.entries {
-            let entry = walk.load_entry(table, index)?;
+            let entry = walk.load_entry(table, words, index)?;
             // 2.7.5.3.1: one table per descriptor.
             if entry.flags & desc::INDIRECT != 0 {
                 let message = "an entry of an indirect table has INDIRECT set".to_owned();
@@ -242,10 +325,14 @@ impl SplitDevice {
         rules: &ChainRules,
         segments: &mut Vec<Segment>,
         head: u16,
-    ) -> Result<Element, Fault> {
-        let mut walk = Walk::new(mem, rules, segments, self.published, head);
-        self.walk(&mut walk, mem, head)?;
-        Ok(walk.finish(1))
+    ) -> Result<Option<Element>, Fault> {
+        let walk = Walk::new(mem, rules, segments, self.published, head);
+        let mut found = None;
+        let descs = mem.descs(self.areas.desc);
+        self.walk(walk, (mem, descs), head, Stamp::default(), |element| {
+            found = Some(element);
+        })?;
+        Ok(found)
     }
 
     /// `used.idx` when one more entry is staged and published.
@@ -259,17 +346,16 @@ impl SplitDevice {
     }
 
     /// Write a used entry that is not visible yet.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn stage<A: Access>(&mut self, mem: &A, head: u16, written: u32) -> Result<(), MemoryError> {
         let entry = USED_RING + 8 * u64::from(self.next_used & self.mask);
-        mem.store_u32(self.areas.device, entry, u32::from(head))?;
-        mem.store_u32(self.areas.device, entry + 4, written)?;
+        mem.store_used(self.areas.device, entry, (u32::from(head), written))?;
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
     }
 
     /// Make all staged entries visible (2.7.8.2: len is set before idx is updated); whether there were any.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn publish<A: Access>(&mut self, mem: &A) -> Result<bool, MemoryError> {
         let count = self.next_used.wrapping_sub(self.published);
         if count == 0 {
@@ -317,4 +403,19 @@ impl SplitDevice {
     pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
         disarm(mem, self.areas.device, self.event_idx)
     }
+}
+
+#[cold]
+fn in_flight(head: u16) -> String {
+    format!("head {head} was made available again while it is in flight")
+}
+
+#[cold]
+fn beyond_table(next: u16, size: u16) -> String {
+    format!("next is {next}, the table has {size} descriptors")
+}
+
+#[cold]
+fn looping(size: u16) -> String {
+    format!("the chain goes on after {size} descriptors, so it loops")
 }

@@ -7,10 +7,10 @@ use super::{arm, disarm};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse};
 use crate::mem::{Access, MemoryError};
-use crate::queue::{Buffer, Used};
+use crate::queue::{Parts, Used};
 use crate::ring::desc::{self, Desc};
 use crate::ring::layout::{AVAIL_IDX, AVAIL_RING, FLAGS, USED_IDX, USED_RING};
-use crate::ring::{Areas, End, RingLayout, need_event};
+use crate::ring::{Areas, RingLayout, Side, need_event};
 use crate::rule::Rule;
 
 /// Private state of the driver end.
@@ -46,7 +46,7 @@ impl SplitDriver {
     ) -> Result<Self, MemoryError> {
         let size = layout.size;
         Ok(Self {
-            areas: Areas::resolve(mem, &layout, End::Driver)?,
+            areas: Areas::resolve(mem, &layout, Side::Driver)?,
             layout,
             event_idx,
             in_order,
@@ -63,8 +63,15 @@ impl SplitDriver {
         })
     }
 
+    #[inline(always)]
     pub(crate) fn refresh<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
-        self.areas.refresh(mem, &self.layout, End::Driver)
+        self.areas.refresh(mem, &self.layout, Side::Driver)
+    }
+
+    /// Whether `refresh` would change nothing.
+    #[inline(always)]
+    pub(crate) fn is_fresh<A: Access>(&self, mem: &A) -> bool {
+        self.areas.is_fresh(mem)
     }
 
     pub(crate) const fn state(&self) -> (u16, u16) {
@@ -80,31 +87,41 @@ impl SplitDriver {
         self.free_head
     }
 
+    #[inline(always)]
     fn follow(&self, index: u16) -> u16 {
         self.next.get(usize::from(index)).copied().unwrap_or(0)
     }
 
-    /// Write a chain of descriptors (one INDIRECT descriptor, or the buffers themselves) and its avail entry.
+    /// Write a chain of `count` descriptors (one INDIRECT descriptor, or the buffers themselves) and its avail entry; its head
+    /// and its tail.
     /// The caller has checked that `free` suffices and that there is at least one.
-    pub(crate) fn add<A: Access>(&mut self, mem: &A, buffers: &[Buffer]) -> Result<u16, MemoryError> {
-        let head = self.free_head;
-        let mut index = head;
-        let last = buffers.len().saturating_sub(1);
-        for (i, buffer) in buffers.iter().enumerate() {
-            let next = self.follow(index);
-            let flags = buffer.flags | if i == last { 0 } else { desc::NEXT };
-            // IN_ORDER asks that next be the following index, even in the last one (2.7.5.2); so we always do.
-            let off = desc::BYTES * u64::from(index);
-            mem.store_u64(self.areas.desc, off, buffer.addr)?;
-            mem.store_u64(self.areas.desc, off + 8, Desc::rest(buffer.len, flags, next))?;
-            index = next;
+    #[inline(always)]
+    pub(crate) fn add<A: Access, const N: usize>(
+        &mut self,
+        mem: &A,
+        count: u16,
+        parts: Parts<'_, N>,
+    ) -> Result<(u16, u16), MemoryError> {
+        let (head, ring) = (self.free_head, self.areas.desc);
+        let (mut index, mut tail, mut left) = (head, head, count);
+        for (buffers, flags) in parts {
+            for &(addr, len) in buffers {
+                left = left.wrapping_sub(1);
+                let next = self.follow(index);
+                let more = desc::NEXT * u16::from(left != 0);
+                // IN_ORDER asks that next be the following index, even in the last one (2.7.5.2); so we always do.
+                let rest = Desc::rest(len, flags | more, next);
+                mem.store_desc(ring, desc::BYTES * u64::from(index), (addr, rest))?;
+                tail = index;
+                index = next;
+            }
         }
         let slot = AVAIL_RING + 2 * u64::from(self.next_avail & self.mask);
         mem.store_u16(self.areas.driver, slot, head)?;
         self.free_head = index;
-        self.free -= u16::try_from(buffers.len()).unwrap_or(self.free);
+        self.free = self.free.saturating_sub(count);
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(head)
+        Ok((head, tail))
     }
 
     /// Make everything added visible (2.7.13.3.1: a barrier before the idx update).
@@ -136,6 +153,7 @@ impl SplitDriver {
     }
 
     /// Whether the used ring holds something new; `in_flight` bounds how much that can be.
+    #[inline(always)]
     pub(crate) fn look<A: Access>(&mut self, mem: &A, rules: &ChainRules, in_flight: u32) -> Result<bool, Fault> {
         if self.seen_used != self.last_used {
             return Ok(true);
@@ -146,29 +164,33 @@ impl SplitDriver {
         let ahead = idx.wrapping_sub(self.last_used);
         // 2.7.8: idx counts used buffers, and only what is in flight (and was published) can be used.
         if u32::from(ahead) > in_flight {
-            let message = format!(
-                "used.idx is {idx}, {ahead} ahead of the {} taken, while {in_flight} are in flight",
-                self.last_used
-            );
-            let mut fault = rules.fault(Rule::UsedIdxTooFar, message);
-            fault.position = Some(self.last_used);
-            fault.address = Some(self.layout.device.wrapping_add(USED_IDX));
-            return Err(fault);
+            return Err(self.too_far(rules, idx, in_flight));
         }
         self.seen_used = idx;
         Ok(ahead != 0)
     }
 
+    #[cold]
+    fn too_far(&self, rules: &ChainRules, idx: u16, in_flight: u32) -> Fault {
+        let ahead = idx.wrapping_sub(self.last_used);
+        let message = format!(
+            "used.idx is {idx}, {ahead} ahead of the {} taken, while {in_flight} are in flight",
+            self.last_used
+        );
+        let mut fault = rules.fault(Rule::UsedIdxTooFar, message);
+        fault.position = Some(self.last_used);
+        fault.address = Some(self.layout.device.wrapping_add(USED_IDX));
+        fault
+    }
+
     /// The next used entry. Does not consume it: `advance` does, when it was found good.
+    #[inline(always)]
     pub(crate) fn peek<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<Used, Fault> {
         let entry = USED_RING + 8 * u64::from(self.last_used & self.mask);
-        let read = || {
-            Ok((
-                mem.load_u32(self.areas.device, entry)?,
-                mem.load_u32(self.areas.device, entry + 4)?,
-            ))
+        let (id, len) = match mem.load_used(self.areas.device, entry) {
+            Ok(entry) => entry,
+            Err(error) => return Err(self.unmapped(rules, error)),
         };
-        let (id, len) = read().map_err(|e| self.unmapped(rules, e))?;
         Ok(Used {
             id,
             len,
@@ -178,29 +200,22 @@ impl SplitDriver {
         })
     }
 
-    /// Consume one used entry whose chain was `head` with `descriptors` ring descriptors.
-    pub(crate) fn advance(&mut self, head: u16, descriptors: u16) {
+    /// Consume one used entry whose chain was `head` to `tail`, with `descriptors` ring descriptors.
+    #[inline(always)]
+    pub(crate) fn advance(&mut self, head: u16, tail: u16, descriptors: u16) {
         self.last_used = self.last_used.wrapping_add(1);
-        self.release(head, descriptors);
-    }
-
-    fn release(&mut self, head: u16, descriptors: u16) {
         self.free += descriptors;
-        if self.in_order {
-            // 2.7.5: with IN_ORDER descriptors are used in ring order, so the free ones follow by themselves.
-            return;
+        // 2.7.5: with IN_ORDER descriptors are used in ring order, so the free ones follow by themselves.
+        if !self.in_order {
+            if let Some(next) = self.next.get_mut(usize::from(tail)) {
+                *next = self.free_head;
+            }
+            self.free_head = head;
         }
-        let mut tail = head;
-        for _ in 1..descriptors {
-            tail = self.follow(tail);
-        }
-        if let Some(next) = self.next.get_mut(usize::from(tail)) {
-            *next = self.free_head;
-        }
-        self.free_head = head;
     }
 
     /// How many used entries are known to be there and not consumed.
+    #[inline(always)]
     pub(crate) const fn ready(&self) -> u16 {
         self.seen_used.wrapping_sub(self.last_used)
     }
@@ -230,11 +245,11 @@ impl SplitDriver {
     }
 
     /// Whether `needed` ring descriptors are free.
-    pub(crate) fn check_room(&self, needed: usize) -> Result<(), Misuse> {
-        if needed > usize::from(self.free) {
-            let needed = u32::try_from(needed).unwrap_or(u32::MAX);
+    #[inline(always)]
+    pub(crate) fn check_room(&self, needed: u16) -> Result<(), Misuse> {
+        if needed > self.free {
             return Err(Misuse::QueueFull {
-                needed,
+                needed: u32::from(needed),
                 free: u32::from(self.free),
             });
         }

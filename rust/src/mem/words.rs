@@ -1,0 +1,120 @@
+//! The words of a ring's area, found and judged once for many accesses.
+//!
+//! # Theory
+//!
+//! An area of a ring is resolved once for each table, yet each access through an `At` shows anew that this very table
+//! resolved it. [`Words`] shows it once: it borrows the pinned view that made it, so the table stays, and with it the
+//! mapping (M1). What is left to judge at each access is its place. It holds nothing where the area cannot be reached
+//! directly. There, and behind its end, the answer is None, and the seam itself has to be asked.
+//!
+//! A group is what lies side by side and is of one entry: a descriptor of 16 bytes, an entry of the avail ring of 2.
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+use super::host_size;
+
+/// Groups of `SIZE` bytes in one area; see the module's head.
+#[derive(Clone, Copy, Debug)]
+pub struct Words<'a, const SIZE: u64> {
+    base: *mut u8,
+    /// From this offset on no whole group begins.
+    end: u64,
+    pinned: PhantomData<&'a ()>,
+}
+
+/// Descriptors of either format.
+pub type Descs<'a> = Words<'a, 16>;
+/// Entries of an avail ring.
+pub type Heads<'a> = Words<'a, 2>;
+
+impl<const SIZE: u64> Words<'_, SIZE> {
+    /// None at all.
+    #[inline(always)]
+    #[must_use]
+    pub const fn none() -> Self {
+        Self {
+            base: std::ptr::null_mut(),
+            end: 0,
+            pinned: PhantomData,
+        }
+    }
+
+    /// Those in the `len` bytes from `base` on.
+    ///
+    /// # Safety
+    /// The `len` bytes from `base` on stay mapped as long as the result lives (M1, M2), and `base` is aligned for the largest
+    /// word of a group: 8 for descriptors, 2 for entries of an avail ring.
+    #[inline(always)]
+    pub(super) const unsafe fn new(base: *mut u8, len: u64) -> Self {
+        let end = if len < SIZE { 0 } else { len - SIZE + 1 };
+        Self {
+            base,
+            end,
+            pinned: PhantomData,
+        }
+    }
+
+    /// The same, with its end as one number in the eyes of the compiler, which else asks at each access whether there are
+    /// any words at all.
+    #[inline(always)]
+    #[must_use]
+    pub fn settled(self) -> Self {
+        let end = std::hint::black_box(self.end);
+        Self { end, ..self }
+    }
+
+    /// Host address of the group at `off`, a multiple of its alignment: valid for `SIZE` bytes.
+    #[inline(always)]
+    fn group(&self, off: u64) -> Option<*mut u8> {
+        (off < self.end).then(|| self.base.wrapping_add(host_size(off)))
+    }
+}
+
+macro_rules! word {
+    ($atomic:ty, $word:ident, $group:expr, $at:literal) => {{
+        // SAFETY: `group` is the address of a whole group, mapped while `self` lives and aligned as its words are (M1, M3):
+        // `new` was promised so, and all offsets here are multiples. A relaxed load is defined for read-only memory.
+        let atom = unsafe { <$atomic>::from_ptr($group.wrapping_add($at).cast()) };
+        $word::from_le(atom.load(Ordering::Relaxed))
+    }};
+}
+
+impl Words<'_, 16> {
+    /// The two words of split descriptor `index`: two relaxed loads.
+    #[inline(always)]
+    #[must_use]
+    pub fn split(&self, index: u32) -> Option<(u64, u64)> {
+        let group = self.group(16 * u64::from(index))?;
+        Some((word!(AtomicU64, u64, group, 0), word!(AtomicU64, u64, group, 8)))
+    }
+
+    /// The flags of packed descriptor `slot`, loaded with acquire ordering.
+    #[inline(always)]
+    #[must_use]
+    pub fn flags(&self, slot: u16) -> Option<u16> {
+        let group = self.group(16 * u64::from(slot))?;
+        let flags = word!(AtomicU16, u16, group, 14);
+        fence(Ordering::Acquire);
+        Some(flags)
+    }
+
+    /// Address, length and id of packed descriptor `slot`: three relaxed loads.
+    #[inline(always)]
+    #[must_use]
+    pub fn packed(&self, slot: u16) -> Option<(u64, u32, u16)> {
+        let group = self.group(16 * u64::from(slot))?;
+        let (addr, len) = (word!(AtomicU64, u64, group, 0), word!(AtomicU32, u32, group, 8));
+        Some((addr, len, word!(AtomicU16, u16, group, 12)))
+    }
+}
+
+impl Words<'_, 2> {
+    /// Entry `slot` of the avail ring, whose `flags` and `idx` come first: a relaxed load.
+    #[inline(always)]
+    #[must_use]
+    pub fn head(&self, slot: u16) -> Option<u16> {
+        let group = self.group(4 + 2 * u64::from(slot))?;
+        Some(word!(AtomicU16, u16, group, 0))
+    }
+}
