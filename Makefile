@@ -61,9 +61,11 @@ lint: lint-rust lint-python stubtest ## rustfmt, clippy, ruff, pyright (strict) 
 lint-rust: | toolchain $(BIN)/python
 	cargo fmt --check
 	cargo fmt --check --manifest-path fuzz/Cargo.toml
+	cargo fmt --check --manifest-path benches/rust/Cargo.toml
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy $(ORACLES) --all-targets -- -D warnings
+	cargo clippy $(BENCHES) --all-targets -- -D warnings
 
 lint-python: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -76,7 +78,8 @@ stubtest: $(VENV)/.core $(VENV)/.dev ## the stub of the core against the core
 test-rust: | toolchain ## the core without Python
 	cargo test --locked --no-default-features
 
-# A crate of its own, outside the package: what it depends on is nobody else's business.
+# Crates of their own, outside the package: what they depend on is nobody else's business.
+BENCHES := --locked --manifest-path benches/rust/Cargo.toml --target-dir target/benches
 ORACLES := --locked --manifest-path fuzz/Cargo.toml --target-dir target/oracles --no-default-features
 test-oracles: | toolchain ## what the fuzzers judge by, on made-up inputs; the virtio-queue crate beside our device end
 	cargo test $(ORACLES)
@@ -89,7 +92,9 @@ test-asan: | toolchain ## the same under AddressSanitizer
 # Where rings and programs that made a test fail are kept as JSON; what is worth it moves to tests/corpus.
 FOUND := --virtio-corpus=.hypothesis/virtio-corpus
 
-test-python: $(VENV)/.core $(VENV)/.dev ## the Python tests that need no guest
+# What the benches' smoke tests run is built before pytest starts, so that no test's time limit runs meanwhile.
+test-python: $(VENV)/.core $(VENV)/.dev | toolchain ## the Python tests that need no guest
+	cargo build $(BENCHES) --release --quiet
 	$(BIN)/pytest -n $(JOBS) -m "not kernel and not peers" --hypothesis-profile=virtio-ci $(FOUND)
 
 # A million cases in all, beside what the profile multiplies; a test alone may take long here.
