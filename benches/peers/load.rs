@@ -33,6 +33,7 @@ const SLOT: u64 = 0x2000;
 const DATA: u64 = 0x1000;
 const BLOCK: u32 = 4096;
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
+const FOR_EVER: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
@@ -151,8 +152,10 @@ impl Load {
             }
             let since = since.get_or_insert_with(Instant::now);
             if since.elapsed() < round.spin {
-                // The back-end may be waiting for this very core.
-                std::thread::yield_now();
+                // The back-end may be waiting for this very core, unless each has one of its own.
+                if round.spin < FOR_EVER {
+                    std::thread::yield_now();
+                }
                 continue;
             }
             if !self.queue.enable_calls(mem)? {

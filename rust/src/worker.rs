@@ -6,6 +6,10 @@
 //! then asks for kicks, looks once more, and waits in poll(2) for one of its kick fds or for its own eventfd. Between two
 //! turns it holds neither pin nor lock.
 //!
+//! **A spin is a bet** that work comes soon on a core that nobody else needs. It yields that core between looks, and when it gets
+//! it back late, somebody else needed it: then the next waits are made without a spin, twice as many each time that this
+//! happens, and as ever once a spin has found something in time.
+//!
 //! **Parked** it touches nothing: `park` returns when no turn runs and none will begin before `resume`. A turn is bounded, so
 //! is this. Parks nest.
 //!
@@ -35,6 +39,38 @@ const EMPTY: u32 = 16;
 const PAUSES: u32 = 8;
 /// Looks between two readings of the clock.
 const LOOKS: u32 = 16;
+
+/// Waits without a spin after a core was lost for the first time, and at most.
+const SOBER: (u32, u32) = (16, 4096);
+
+/// What an adaptive worker has lost its bets for.
+#[derive(Default)]
+struct Bets {
+    /// Waits to come without a spin.
+    sober: u32,
+    /// How many there were to be the last time.
+    last: u32,
+}
+
+impl Bets {
+    /// Whether to spin now.
+    const fn place(&mut self) -> bool {
+        let spins = self.sober == 0;
+        self.sober = self.sober.saturating_sub(1);
+        spins
+    }
+
+    /// A spin ended after `spent`, where `limit` was wanted.
+    fn settle(&mut self, spent: Duration, limit: Duration, found: bool) {
+        if spent > limit.saturating_mul(4) + Duration::from_micros(200) {
+            let (first, most) = SOBER;
+            self.last = self.last.saturating_mul(2).clamp(first, most);
+            self.sober = self.last;
+        } else if found {
+            self.last = 0;
+        }
+    }
+}
 
 /// How a worker waits when there is nothing to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -329,8 +365,9 @@ fn stay_on(cpu: usize) -> Result<(), Errno> {
 }
 
 fn work_on(control: &Control, mut work: impl Work, wait: Wait) {
+    let mut bets = Bets::default();
     while control.enter() {
-        let block = serve(control, &mut work, wait);
+        let block = serve(control, &mut work, wait, &mut bets);
         control.leave();
         if block && !wait_for_kicks(control, &mut work) {
             return;
@@ -339,7 +376,7 @@ fn work_on(control: &Control, mut work: impl Work, wait: Wait) {
 }
 
 /// Run turns until somebody has something to say, or there is nothing to do; whether to wait for kicks.
-fn serve(control: &Control, work: &mut impl Work, wait: Wait) -> bool {
+fn serve(control: &Control, work: &mut impl Work, wait: Wait, bets: &mut Bets) -> bool {
     work.disarm();
     loop {
         if control.attention() {
@@ -350,13 +387,27 @@ fn serve(control: &Control, work: &mut impl Work, wait: Wait) -> bool {
             Turned::Asleep => return true,
             Turned::Idle => {}
         }
-        match spin(control, work, wait) {
+        match bet(control, work, wait, bets) {
             Some(true) => {}
             Some(false) => return false,
             None if work.arm() => work.disarm(),
             None => return true,
         }
     }
+}
+
+/// As `spin`, unless a bet is better not placed.
+fn bet(control: &Control, work: &mut impl Work, wait: Wait, bets: &mut Bets) -> Option<bool> {
+    let Wait::Adaptive(limit) = wait else {
+        return spin(control, work, wait);
+    };
+    if !bets.place() {
+        return None;
+    }
+    let start = Instant::now();
+    let found = spin(control, work, wait);
+    bets.settle(start.elapsed(), limit, found == Some(true));
+    found
 }
 
 /// Look at the rings as long as `wait` says: whether there is something; `Some(false)` when the owner wants something.
@@ -382,8 +433,10 @@ fn spin(control: &Control, work: &mut impl Work, wait: Wait) -> Option<bool> {
                 std::hint::spin_loop();
             }
         }
-        // Whoever is to give us work may be waiting for this very core.
-        std::thread::yield_now();
+        // Whoever is to give us work may be waiting for this very core; a busy worker has one of its own.
+        if limit.is_some() {
+            std::thread::yield_now();
+        }
     }
 }
 
@@ -411,4 +464,35 @@ fn wait_for_kicks(control: &Control, work: &mut impl Work) -> bool {
         }
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_core_that_is_lost_is_bet_on_more_and_more_rarely() {
+        let limit = Duration::from_micros(50);
+        let (late, soon) = (Duration::from_millis(3), Duration::from_micros(7));
+        let mut bets = Bets::default();
+        let waits_until_the_next = |bets: &mut Bets| (0..10_000).take_while(|_| !bets.place()).count();
+        bets.settle(limit, limit, false);
+        bets.settle(soon, limit, true);
+        assert_eq!(waits_until_the_next(&mut bets), 0);
+        // Whether it has found something or not: it came too late.
+        for (found, wanted) in [(true, 16), (false, 32), (true, 64)] {
+            bets.settle(late, limit, found);
+            assert_eq!(waits_until_the_next(&mut bets), wanted);
+        }
+        bets.settle(limit, limit, false);
+        bets.settle(late, limit, false);
+        assert_eq!(waits_until_the_next(&mut bets), 128, "a spin in vain proves nothing");
+        bets.settle(soon, limit, true);
+        bets.settle(late, limit, false);
+        assert_eq!(waits_until_the_next(&mut bets), 16);
+        for _ in 0..20 {
+            bets.settle(late, limit, false);
+        }
+        assert_eq!(waits_until_the_next(&mut bets), 4096);
+    }
 }
