@@ -1,4 +1,4 @@
-"""Message programs with one defect: rows of 2.13 of the robustness catalogue.
+"""Message programs with one defect: rows of 2.13 of the robustness catalogue, and R11, of records.
 
 Each sets a back-end up as a good front-end does, as far as the row needs it, breaks one rule, and where the connection
 outlives that goes on as if nothing had happened: what was refused has changed nothing.
@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from virtio_test.errors import InvalidArgument
-from virtio_test.transport.vhost_user.messages import PROTOCOL_FEATURES_BIT, VERSION, Request
+from virtio_test.transport.vhost_user.messages import PROTOCOL_FEATURES_BIT, VERSION, ProtocolFeature, Request
 from virtio_test.transport.vhost_user.payloads import (
     U64,
     Empty,
+    Inflight,
+    Iotlb,
+    Log,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -247,6 +250,27 @@ def _m13(_: Draw, writer: MessageWriter) -> tuple[str, str]:
     return "reset while it runs", ""
 
 
+@_row("M15")
+def _m15(draw: Draw, writer: MessageWriter) -> tuple[str, str]:
+    """The answer to a log cannot say no, so the connection ends."""
+    least = RAM // PAGE // 8
+    title, rule, log, fd = draw.choice(
+        (
+            ("an empty log", "LogRange", Log(0, 0), "page"),
+            ("a log behind its file", "LogRange", Log(PAGE, 1), "page"),
+            ("a log whose end wraps", "LogRange", Log(PAGE, 2**64 - PAGE), "page"),
+            ("a log of 2^64 bytes", "LogRange", Log(2**64 - 1, 2**64 - 1), "page"),
+            ("a log that covers less than the memory", "LogTooSmall", Log(least - 1, 0), "page"),
+            ("a log in a pipe", "LogFile", Log(least, 0), "pipe"),
+        )
+    )
+    writer.begin(ProtocolFeature.LOG_SHMFD)
+    writer.memory()
+    writer.ring()
+    writer.say(Request.SET_LOG_BASE, log, fd, answer="closed")
+    return title, rule
+
+
 @_row("M16")
 def _m16(draw: Draw, writer: MessageWriter) -> tuple[str, str]:
     title, rule, request, payload = draw.choice(
@@ -260,6 +284,48 @@ def _m16(draw: Draw, writer: MessageWriter) -> tuple[str, str]:
     writer.say(request, payload, answer="refused")
     writer.run()
     return title, rule
+
+
+@_row("M17")
+def _m17(draw: Draw, writer: MessageWriter) -> tuple[str, str]:
+    """Of a device that has no IOMMU before it; what is wrong with an entry needs a driver that accepted one."""
+    kind = draw.choice((1, 2, 3, 4, 0, 0xFF))
+    entry = Iotlb(0, PAGE, USER, 3, kind)
+    case: Refused = (f"an IOTLB message of type {kind}", "NotNegotiated", Request.IOTLB_MSG, entry, ())
+    return _refuse(draw, writer, (case,))
+
+
+@_row("M20")
+def _m20(draw: Draw, writer: MessageWriter) -> tuple[str, str]:
+    """No defect: a front-end leaves while its ring runs. The next finds nothing of it."""
+    recorded = draw.choice((False, True))
+    writer.begin(ProtocolFeature.INFLIGHT_SHMFD if recorded else 0)
+    writer.memory()
+    if recorded:
+        writer.say(Request.GET_INFLIGHT_FD, Inflight(0, 0, writer.facts.queues, writer.facts.size))
+    writer.ring()
+    return "leaves a ring with a record" if recorded else "leaves a ring that runs", ""
+
+
+@_row("R11")
+def _r11(draw: Draw, writer: MessageWriter) -> tuple[str, str]:
+    """What comes back with a front-end that was away is a record that cannot be."""
+    queues, size = writer.facts.queues, writer.facts.size
+    title, record, fd = draw.choice(
+        (
+            ("a record of nothing", Inflight(0, 0, queues, size), "page"),
+            ("a record too small", Inflight(queues * 16 * (size + 1) - 1, 0, queues, size), "page"),
+            ("a record larger than its file", Inflight(2 * PAGE, 0, queues, size), "page"),
+            ("a record whose end wraps", Inflight(PAGE, 2**64 - PAGE, queues, size), "page"),
+            ("a record in a pipe", Inflight(PAGE, 0, queues, size), "pipe"),
+        )
+    )
+    writer.begin(ProtocolFeature.INFLIGHT_SHMFD)
+    writer.memory()
+    writer.say(Request.SET_INFLIGHT_FD, record, fd, answer="refused")
+    writer.ring()
+    writer.stop()
+    return title, "InflightRegion"
 
 
 MESSAGE_ROWS: Final[tuple[str, ...]] = tuple(sorted(_ROWS))

@@ -311,7 +311,7 @@ def _answer(connection: socket.socket, message: Say) -> str:
     if body is None:
         return "closed"
     row = FRONTEND_REQUESTS.get(message.request)
-    if row is not None and row.reply is not None:
+    if row is not None and row.reply is not None and not row.refusable:
         return "data"
     return "done" if body == bytes(8) else "refused"
 
@@ -341,18 +341,18 @@ class MessageWriter:
     def say(self, request: int, payload: Payload | None = None, *fds: str, answer: Answer | None = None) -> None:
         """One well-formed message; whether it is done is asked for where the protocol has no reply for it."""
         row = FRONTEND_REQUESTS.get(request)
-        replies = row is not None and row.reply is not None
+        replies = row is not None and row.reply is not None and not row.refusable
         flags = VERSION if replies else VERSION | int(Flag.NEED_REPLY)
         expected: Answer = ("data" if replies else "done") if answer is None else answer
         self.messages.append(Say(request, (payload or Empty()).pack(), flags, fds, answer=expected))
 
-    def begin(self) -> None:
-        """Negotiate: from here on a message can be answered."""
+    def begin(self, more: int = 0) -> None:
+        """Negotiate, `more` protocol features than the facts have too: from here on a message can be answered."""
         quiet = Say(Request.SET_OWNER)
         self.say(Request.GET_FEATURES)
         self.messages.append(quiet)
         self.say(Request.GET_PROTOCOL_FEATURES)
-        self.messages.append(Say(Request.SET_PROTOCOL_FEATURES, U64(int(self.facts.protocol)).pack()))
+        self.messages.append(Say(Request.SET_PROTOCOL_FEATURES, U64(int(self.facts.protocol) | more).pack()))
         self.say(Request.SET_FEATURES, U64(self.facts.features | 1 << PROTOCOL_FEATURES_BIT))
 
     def memory(self) -> None:
