@@ -200,6 +200,38 @@ impl<'a> Iov<'a> {
         unsafe { self.scatter(mem, offset, src.as_ptr(), src.len()) }
     }
 
+    /// As [`Iov::read`] from the start: quicker where one buffer holds all of it.
+    ///
+    /// # Errors
+    /// As [`Iov::gather`].
+    #[inline]
+    pub fn read_first<A: Access>(&self, mem: &A, dst: &mut [u8]) -> Result<usize, MemoryError> {
+        match self.segments {
+            [only] if !only.writable && only.len as usize >= dst.len() && mem.epoch() == self.epoch => {
+                mem.read(only.at, 0, dst)?;
+                self.intact(mem, false, 0, dst.len())?;
+                Ok(dst.len())
+            }
+            _ => self.read(mem, 0, dst),
+        }
+    }
+
+    /// As [`Iov::write`] from the start: quicker where one buffer takes all of it.
+    ///
+    /// # Errors
+    /// As [`Iov::scatter`].
+    #[inline]
+    pub fn write_first<A: Access>(&self, mem: &A, src: &[u8]) -> Result<usize, MemoryError> {
+        match self.segments {
+            [only] if only.writable && only.len as usize >= src.len() && mem.epoch() == self.epoch => {
+                mem.write(only.at, 0, src)?;
+                self.intact(mem, true, 0, src.len())?;
+                Ok(src.len())
+            }
+            _ => self.write(mem, 0, src),
+        }
+    }
+
     /// Set up to `len` bytes of the writable part from `offset` on to `value`; the number set.
     ///
     /// # Errors

@@ -35,11 +35,20 @@ def _drops(driver: NetDriver) -> None:
         driver.receive(timeout=0.1)
 
 
+GENERATE = ("--backend", "generate", "--frame-size", "200", "--mac", "52:54:00:12:34:56")
+
+
 @pytest.mark.parametrize(
     ("options", "check"),
     [
         ((), _loops),
         (("--queues", "4"), _loops),
+        (("--native", "loop"), _loops),
+        (("--queues", "4", "--native", "adaptive"), _loops),
+        (
+            ("--backend", "generate", "--frame-size", "200", "--mac", "52:54:00:12:34:56", "--native", "busy"),
+            _generates,
+        ),
         (("--backend", "generate", "--frame-size", "200", "--mac", "52:54:00:12:34:56"), _generates),
         (("--backend", "drop", "--mtu", "1000"), _drops),
     ],

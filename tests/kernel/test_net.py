@@ -21,7 +21,10 @@ FUNCTION = ("--transport", "pci", "--carrier", "vfio-user")
 MAC = "52:54:00:00:00:0"
 
 
-@pytest.mark.parametrize("options", [(), ("--features", "-RING_PACKED,-MRG_RXBUF,-INDIRECT_DESC")], ids=["all", "few"])
+FEW = ("--features", "-RING_PACKED,-MRG_RXBUF,-INDIRECT_DESC")
+
+
+@pytest.mark.parametrize("options", [(), (*FEW, "--native", "adaptive")], ids=["all", "few, native"])
 def test_frames_come_back_to_user_mode_linux(serve: Serve, uml: Callable[..., Uml], options: tuple[str, ...]) -> None:
     server = serve("--device", "net", "--mac", f"{MAC}1", *options)
     guest = uml(server, virtio_id=NET, files=build.net_files())
@@ -33,13 +36,17 @@ def test_frames_come_back_to_user_mode_linux(serve: Serve, uml: Callable[..., Um
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("kernel", [build.debian_kernel, build.testing_kernel], ids=["6.1", "7.2"])
+@pytest.mark.parametrize(
+    ("kernel", "native"),
+    [(build.debian_kernel, ()), (build.testing_kernel, ("--native", "blocking"))],
+    ids=["6.1", "7.2, native"],
+)
 def test_frames_come_back_to_qemus_guests(
-    serve: Serve, boot: Callable[..., Qemu], kernel: Callable[[], build.Kernel]
+    serve: Serve, boot: Callable[..., Qemu], kernel: Callable[[], build.Kernel], native: tuple[str, ...]
 ) -> None:
     """As a PCI function, whose control queue is ours, and behind QEMU's front-end, which has one of its own."""
-    function = serve(*FUNCTION, "--device", "net", "--mac", f"{MAC}1", "--queues", "2", "--mtu", "1400")
-    vhost = serve("--device", "net", "--queues", "2")
+    function = serve(*FUNCTION, "--device", "net", "--mac", f"{MAC}1", "--queues", "2", "--mtu", "1400", *native)
+    vhost = serve("--device", "net", "--queues", "2", *native)
     devices = vfio_user(function.path, addr="4.0")
     devices += vhost_user_net(vhost.path, pairs=2, properties=(f"mac={MAC}2", "addr=5.0", "vectors=6"))
     modules = ("virtio_pci", "virtio_net", "af_packet")

@@ -122,7 +122,7 @@ def timer(*, ticks: int, first_after: float, every: float, real_time: bool, as_j
     "--native",
     type=click.Choice(["loop", "blocking", "adaptive", "busy"]),
     default=None,
-    help="Without Python: in the owner loop, or in threads that wait in that way (blk, rng).",
+    help="Without Python: in the owner loop, or in threads that wait in that way (blk, rng, net).",
 )
 @click.option(
     "--backend",

@@ -63,7 +63,7 @@ _OWN: Final[dict[DeviceName, frozenset[str]]] = {
     "blk": frozenset({"image", "read_only", "queues", "serial", "native"}),
     "rng": frozenset({"native"}),
     "console": frozenset(),
-    "net": frozenset({"queues", "backend", "frame_size", "mac", "mtu"}),
+    "net": frozenset({"queues", "backend", "frame_size", "mac", "mtu", "native"}),
 }
 
 
@@ -129,6 +129,8 @@ def _net(choice: Choice) -> BaseDevice:
         mac=MAC if choice.mac is None else _address(choice.mac),
         mtu=choice.mtu,
         pairs=choice.queues or 1,
+        native=choice.native is not None,
+        wait=choice.wait,
     )
 
 

@@ -223,6 +223,19 @@ impl Packets {
         let mut turn = Turn::default();
         let (mut bytes, length) = (0_u64, self.setup.frame.len());
         self.stuck = false;
+        if !self.makes() {
+            return Ok(turn);
+        }
+        // Between two frames only their number changes, and num_buffers, which is set for each.
+        let (header, number_at) = (self.setup.header, self.setup.number_at);
+        if let Some((before, frame)) = self
+            .bytes
+            .get_mut(..header + length)
+            .and_then(|all| all.split_at_mut_checked(header))
+        {
+            before.fill(0);
+            frame.copy_from_slice(&self.setup.frame);
+        }
         while self.makes() {
             turn.more = turn.done >= bounds.chains || bytes >= bounds.bytes;
             if turn.more {
@@ -236,15 +249,10 @@ impl Packets {
                 generated,
                 ..
             } = self;
-            let Some(whole) = buffer.get_mut(..setup.header + length) else {
+            let Some(whole) = buffer.get_mut(..header + length) else {
                 break;
             };
-            let Some((header, frame)) = whole.split_at_mut_checked(setup.header) else {
-                break;
-            };
-            header.fill(0);
-            frame.copy_from_slice(&setup.frame);
-            if let Some(place) = setup.number_at.and_then(|at| frame.get_mut(at..at + 8)) {
+            if let Some(place) = number_at.and_then(|at| whole.get_mut(header + at..header + at + 8)) {
                 place.copy_from_slice(&generated.to_be_bytes());
             }
             let ahead = bounds.chains.saturating_sub(turn.done).min(BURST);
@@ -391,7 +399,7 @@ fn read<A: Access>(
             let Some(whole) = buffer.get_mut(..length) else {
                 return Ok(Read::Gone);
             };
-            match queue.copied(iov.read(mem, 0, whole)) {
+            match queue.copied(iov.read_first(mem, whole)) {
                 Ok(_) => {}
                 Err(QueueError::Violation(fault)) => return Err(fault),
                 // A transfer of remote memory that failed.
