@@ -322,14 +322,21 @@ impl<'a, A: Access> Walk<'a, A> {
     #[inline(always)]
     pub(crate) fn take(&mut self, index: u32, addr: u64, len: u32, flags: u16) -> Result<(), Fault> {
         self.descriptors += 1;
-        let writable = flags & desc::WRITE != 0;
         // 2.7.4.2, 2.8.17: device-writable elements are placed after any device-readable ones.
-        if writable {
+        if flags & desc::WRITE != 0 {
             self.seen_writable = true;
-        } else if self.seen_writable && !self.rules.policy.mixed_order {
+            return self.place::<true>(index, addr, len);
+        }
+        if self.seen_writable && !self.rules.policy.mixed_order {
             let message = "a device-readable descriptor follows a device-writable one".to_owned();
             return Err(self.fault(Rule::OutOfOrder, index, Some(addr), message));
         }
+        self.place::<false>(index, addr, len)
+    }
+
+    /// Length, sum and translation of one buffer; compiled for either kind, which then is no question any more.
+    #[inline(always)]
+    fn place<const WRITABLE: bool>(&mut self, index: u32, addr: u64, len: u32) -> Result<(), Fault> {
         // No clause forbids length 0 in so many words: R10 of the robustness catalogue makes it a switch.
         if len == 0 {
             if self.rules.policy.zero_length {
@@ -339,15 +346,16 @@ impl<'a, A: Access> Walk<'a, A> {
             return Err(self.fault(Rule::ZeroLength, index, Some(addr), message));
         }
         self.total += u64::from(len);
-        if writable {
+        if WRITABLE {
             self.writable += u64::from(len);
         }
         // 2.7.5.2: no chain is longer than 2^32 bytes in total.
         if self.total > MAX_BYTES {
             return Err(self.fault(Rule::ChainTooBig, index, Some(addr), too_big(self.total)));
         }
-        let want = if writable { Want::Write } else { Want::Read };
+        let want = if WRITABLE { Want::Write } else { Want::Read };
         if let Some(at) = self.mem.resolve_at_once(addr, u64::from(len), want) {
+            let writable = WRITABLE;
             self.segments.push(Segment { at, len, writable });
             return Ok(());
         }
