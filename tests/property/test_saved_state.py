@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from virtio_test.devices.base import BaseDevice
 from virtio_test.devices.blk import BlkDevice
 from virtio_test.devices.console import ConsoleDevice
+from virtio_test.devices.net import NetDevice
 from virtio_test.devices.rng import RngDevice
 from virtio_test.devices.test import TestDevice
 from virtio_test.driver.base import Driver
@@ -101,6 +102,8 @@ DEVICES: dict[str, Callable[[], BaseDevice]] = {
     "blk": lambda: BlkDevice(bytearray(4096)),
     "console": lambda: ConsoleDevice(lambda _: None),
     "rng": RngDevice,
+    "net": lambda: NetDevice(pairs=2),
+    "net, native": lambda: NetDevice(pairs=2, native=True),
 }
 
 
