@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benches: no shape with {asked.shape!r}: --list shows them", file=sys.stderr)
         return 2
     if asked.list:
-        print("\n".join(f"{case.pair}: {case.shape}" for case in chosen))
+        print("\n".join(f"{case.pair}: {case.shape}" for case in chosen), flush=True)
         return 0
     if build_info()["profile"] != "release":
         print("benches: the core is a debug build: `make` builds a release", file=sys.stderr)
@@ -75,4 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:
+        # Whoever read has seen enough (`| head`); nor shall the interpreter try to write the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from benches import __main__ as command
 from benches.runner import BenchError, Case, MissingPeer, Round, measure, render, turns
+
+ROOT = Path(__file__).parents[2]
 
 
 def case(rounds: Iterable[tuple[float, float]], *, more: bool = False, must: float | None = None) -> Case:
@@ -81,6 +87,15 @@ def test_every_name_has_shapes_of_its_own(capsys: pytest.CaptureFixture[str]) ->
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == len(set(listed))
     assert {line.partition(":")[0] for line in listed} == set(command.names())
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command_line = [sys.executable, "-m", "benches", "--list"]
+    ran = subprocess.run(command_line, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, timeout=60, check=False)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (0, b"")
 
 
 def test_the_command_lists_and_measures(capsys: pytest.CaptureFixture[str]) -> None:
