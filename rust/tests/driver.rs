@@ -355,3 +355,25 @@ fn a_broken_answer_behind_good_ones_is_found_by_the_next_call() {
         assert!(world.driver.get_used_many(&pin.mapped(), 8).unwrap().is_empty());
     }
 }
+
+#[test]
+fn what_just_fits_is_taken_and_one_more_is_not() {
+    let mem = memory();
+    let pin = mem.pin();
+    let able = config(8, INDIRECT_DESC, Policy::INTEROP);
+    let area = IndirectArea {
+        address: common::TABLES,
+        entries: 2,
+    };
+    let mut driver = DriverQueue::new(&pin.mapped(), able, None, Some(area)).unwrap();
+    let one = (DATA, 1);
+    for (readable, fits) in [(1, true), (2, true), (3, false), (4, false)] {
+        let added = driver.add(&pin.mapped(), &vec![one; readable], &[], true);
+        assert_eq!(added.is_ok(), fits, "{readable} buffers in a table of 2: {added:?}");
+    }
+    assert_eq!((driver.free(), driver.in_flight()), (6, 2));
+    // 2.7.5.2: 2^32 bytes are allowed, on either side or on both.
+    driver.add(&pin.mapped(), &[(DATA, u32::MAX)], &[one], false).unwrap();
+    driver.add(&pin.mapped(), &[(DATA, u32::MAX), one], &[], false).unwrap();
+    assert_eq!((driver.free(), driver.in_flight()), (2, 4));
+}
