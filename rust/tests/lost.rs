@@ -450,3 +450,23 @@ fn who_looks_for_used_buffers_hears_that_something_is_broken() {
         assert!(!driver.has_used(mem), "latched");
     }
 }
+
+#[test]
+fn the_last_of_the_tables_belongs_to_the_queue_and_what_lies_behind_them_does_not() {
+    let world = World::new(INDIRECT_DESC);
+    let behind = file(PAGE);
+    world.mem.add(received(TABLES + PAGE, PAGE, &behind)).unwrap();
+    ftruncate(&behind, 0).unwrap();
+    assert!(world.mem.read(TABLES + PAGE, &mut [0]).is_err());
+    let pin = world.mem.pin();
+    // Eight tables of 16-byte entries: 32 of them fill a page, 33 reach into the next.
+    let queue = |entries| {
+        let tables = IndirectArea {
+            address: TABLES,
+            entries,
+        };
+        DriverQueue::new(&pin.mapped(), world.config, None, Some(tables)).map(|_| ())
+    };
+    assert_eq!(queue(32).map_err(|fault| fault.rule), Ok(()));
+    assert_eq!(queue(33).map_err(|fault| fault.rule), Err(Rule::MemoryLost));
+}
