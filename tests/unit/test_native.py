@@ -496,5 +496,28 @@ def test_a_chain_of_tiny_buffers_is_answered_like_any_other(ring: str) -> None:
     device.close()
 
 
+def test_a_kick_fd_that_cannot_be_had_leaves_the_one_before_it() -> None:
+    """Its number would be somebody else's file by the time that the next thread starts."""
+    device = disk(DISK, native=True, wait="blocking")
+    loopback = Loopback(device, loop=OwnerLoop(clock=MonotonicClock()))
+    driver = BlkDriver(loopback)
+    driver.initialize()
+    first = Notifier.eventfd()
+    assert device.take_kick(0, first.fileno())
+    gone = os.dup(first.fileno())
+    os.close(gone)
+    with pytest.raises(InvalidArgument, match="not open"):
+        device.take_kick(0, gone)
+    # Its thread ends, and the next one waits for the fd that is left.
+    driver.reset()
+    driver.initialize()
+    (worker,) = device.workers
+    before = worker.turns
+    first.notify()
+    assert eventually(lambda: worker.turns > before)
+    assert driver.read(0, 1) == DISK[:512]
+    device.close()
+
+
 def test_threads_of_a_device_that_is_none_are_nobodys() -> None:
     assert not isinstance(BaseDevice(45, handlers={}), Threaded)

@@ -167,12 +167,14 @@ class NativeDevice(ChainDevice):
         party = self._parties.get(queue_index)
         if party is None or self.threads is None:
             return False
-        party.kicks.pop(queue_index, None)
-        party.deaf = False
+        kicks = {index: known for index, known in party.kicks.items() if index != queue_index}
         if fd is not None:
-            party.kicks[queue_index] = fd
+            kicks[queue_index] = fd
         if party.worker is not None:
-            party.worker.set_kicks(party.fds())
+            # When there is no fd to be had for it, the one before it stays: the number of another that is closed then
+            # would be somebody else's by the time that a worker starts.
+            party.worker.set_kicks(list(kicks.values()))
+        party.kicks, party.deaf = kicks, False
         return True
 
     def start_queue(self, queue: DeviceQueue) -> None:
