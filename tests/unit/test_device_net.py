@@ -231,7 +231,13 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("backend", ["loopback", "drop", Generate(60, count=0), lambda sent: [sent]], ids=str)  # type: ignore[misc]
+def returned(sent: bytes) -> list[bytes]:
+    return [sent]
+
+
+@pytest.mark.parametrize(
+    "backend", ["loopback", "drop", Generate(60, count=0), returned], ids=["loop", "drop", "made", "own"]
+)
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_frame_is_told_of_and_goes_no_further(name: str, backend: Any) -> None:
     data, rule, clause = BAD[name]

@@ -37,7 +37,7 @@ class Lying(BlkDevice):
         super().__init__(bytearray(SIZE), **options)
         self._lie = lie
 
-    def _request(self, chain: Chain) -> int:
+    def answer(self, chain: Chain) -> int:
         return self._lie(chain)
 
 
@@ -192,12 +192,12 @@ def test_requests_keep_within_the_limits_of_the_device(limits: Mapping[str, Any]
     seen: list[list[int]] = []
 
     class Watching(BlkDevice):
-        def _request(self, chain: Chain) -> int:
+        def answer(self, chain: Chain) -> int:
             segments = [length for _, length, _ in chain.segments]
             assert segments[0] == 16
             assert segments[-1] == 1
             seen.append(segments[1:-1])
-            return super()._request(chain)
+            return super().answer(chain)
 
     image = bytearray(b"".join(number.to_bytes(4, "big") for number in range(SIZE // 4)))
     device = Watching(image, **limits)
