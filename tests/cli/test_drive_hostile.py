@@ -21,7 +21,7 @@ class Shrinking(BlkDevice):
 
     answered = 0
 
-    def _request(self, chain: Chain) -> int:
+    def answer(self, chain: Chain) -> int:
         self.answered += 1
         if self.answered == 100:
             self.config.update(capacity=8)

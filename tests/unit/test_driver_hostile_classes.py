@@ -82,7 +82,7 @@ def test_num_queues_counts_as_it_was_read_at_bring_up() -> None:
 
 def test_what_is_not_said_to_be_written_is_no_data() -> None:
     class Refusing(BlkDevice):
-        def _request(self, chain: Chain) -> int:
+        def answer(self, chain: Chain) -> int:
             chain.write(bytes([RequestStatus.IOERR]), offset=chain.writable - 1)
             return 1
 
