@@ -81,13 +81,19 @@ macro_rules! common_to_both_ends {
         }
 
         /// As `intact`, and the loss latches the queue.
-        #[inline]
+        #[inline(always)]
         fn check_intact<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
-            self.intact(mem).map_err(|fault| self.latched_by(fault))
+            if any_lost() { self.latch_lost(mem) } else { Ok(()) }
+        }
+
+        #[cold]
+        fn latch_lost<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
+            self.find_lost(mem).map_err(|fault| self.latched_by(fault))
         }
 
         /// As `with_ring`, for what the other side is told or asked: nothing before the loss is looked for, and no
         /// answer after.
+        #[inline(always)]
         fn with_intact_ring<A: Access, T>(
             &mut self,
             mem: &A,

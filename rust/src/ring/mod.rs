@@ -60,6 +60,13 @@ impl Areas {
         if self.epoch == mem.epoch() {
             return Ok(());
         }
+        self.anew(mem, layout, end)
+    }
+
+    /// Out of line: a search inlined wherever a table could have changed costs the callers their registers.
+    #[cold]
+    #[inline(never)]
+    fn anew<A: Access>(&mut self, mem: &A, layout: &RingLayout, end: Side) -> Result<(), MemoryError> {
         *self = Self::resolve(mem, layout, end)?;
         Ok(())
     }
