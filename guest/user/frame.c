@@ -2,11 +2,15 @@
 /*
  * frame INTERFACE COUNT: brings the interface up, sends COUNT frames to its own address and waits for each to come back
  * as it was sent. Ends with 0 when all did, else with 1 and one message.
+ *
+ * It stays on the processor where it begins: each has a queue of its own to send by, and only one queue keeps an order.
  */
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <linux/if_packet.h>
 #include <net/if.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,6 +48,18 @@ static size_t make(unsigned char *frame, const unsigned char *mac, long i)
 	for (size_t k = HEAD; k < length; k++)
 		frame[k] = i + k * 7;
 	return length;
+}
+
+static int stay(void)
+{
+	cpu_set_t here;
+	int cpu = sched_getcpu();
+
+	if (cpu < 0)
+		return -1;
+	CPU_ZERO(&here);
+	CPU_SET(cpu, &here);
+	return sched_setaffinity(0, sizeof(here), &here);
 }
 
 /* Up, and running: what is sent before that goes nowhere. */
@@ -107,6 +123,8 @@ int main(int argc, char **argv)
 		printf("eg: frame eth0 100\n");
 		return 1;
 	}
+	if (stay())
+		return failed("cannot stay on one processor");
 	snprintf(request.ifr_name, sizeof(request.ifr_name), "%s", argv[1]);
 	/* Of the protocol of none, so that nothing is queued before it is bound. */
 	fd = socket(AF_PACKET, SOCK_RAW, 0);
