@@ -860,6 +860,8 @@ class PacketService(Service):
 class Worker:
     """A thread that runs turns of a service without the GIL; it begins at once, and ends with `stop`.
 
+    It is one of the process that made it: in a child of fork it does not run, and all calls return at once.
+
     While it runs the driver is asked for no kicks. With nothing to do it looks at the rings for a while (`wait`), asks
     for kicks, looks once more, and waits for `kicks` or `wake`.
 

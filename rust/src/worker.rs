@@ -17,6 +17,9 @@
 //! taken. One that has nothing to take `EMPTY` times in a row, or whose other end is closed, is waited for no longer; whoever
 //! made the worker is told, and can still wake it. A kick costs a turn that finds nothing, and that is all it costs.
 //!
+//! **In a child of fork** there is no thread, and whatever it held at that moment is held for ever. So a worker is the
+//! worker of the process that made it; in another one it does not run, and every call returns at once.
+//!
 //! **What went wrong** (a broken ring, memory that is not to be reached from here) is for the owner: the work says so by its
 //! `tell`, and sleeps until it is woken.
 
@@ -243,6 +246,7 @@ pub struct Worker {
     control: Arc<Control>,
     thread: Mutex<Option<JoinHandle<()>>>,
     id: ThreadId,
+    process: u32,
 }
 
 impl Worker {
@@ -280,22 +284,36 @@ impl Worker {
             control,
             thread: Mutex::new(Some(thread)),
             id,
+            process: std::process::id(),
         })
     }
 
     /// Have it look at its queues, if it waits or sleeps. From any thread.
     pub fn wake(&self) {
-        self.control.wake();
+        if self.is_ours() {
+            self.control.wake();
+        }
+    }
+
+    /// Whether this is the process that its thread is in.
+    fn is_ours(&self) -> bool {
+        std::process::id() == self.process
     }
 
     /// Wait for kicks on these fds from now on.
     pub fn set_kicks(&self, kicks: Vec<Arc<Kick>>) {
+        if !self.is_ours() {
+            return;
+        }
         *self.control.kicks.lock().unwrap_or_else(PoisonError::into_inner) = kicks;
         self.control.wake();
     }
 
     /// Return when no turn runs and none will begin before `resume`. Not from its own thread.
     pub fn park(&self) {
+        if !self.is_ours() {
+            return;
+        }
         let mut state = self.control.state();
         state.parks = state.parks.saturating_add(1);
         self.control.attention.store(true, Ordering::Release);
@@ -306,6 +324,9 @@ impl Worker {
 
     /// Undo one `park`; false when it is not parked. It looks at its queues then.
     pub fn resume(&self) -> bool {
+        if !self.is_ours() {
+            return true;
+        }
         let mut state = self.control.state();
         let parked = state.parks > 0;
         state.parks = state.parks.saturating_sub(1);
@@ -318,13 +339,13 @@ impl Worker {
     /// Whether it is parked.
     #[must_use]
     pub fn parked(&self) -> bool {
-        self.control.state().parks > 0
+        self.is_ours() && self.control.state().parks > 0
     }
 
     /// Whether its thread lives.
     #[must_use]
     pub fn running(&self) -> bool {
-        !self.control.state().ended
+        self.is_ours() && !self.control.state().ended
     }
 
     /// Whether this is its own thread.
@@ -335,6 +356,12 @@ impl Worker {
 
     /// End it, when its turn has ended. In its own thread, where nobody could wait for that, it is only asked to.
     pub fn stop(&self) {
+        if !self.is_ours() {
+            // Neither joined nor detached: there is no such thread.
+            let thread = self.thread.try_lock().ok().and_then(|mut thread| thread.take());
+            std::mem::forget(thread);
+            return;
+        }
         let mut state = self.control.state();
         state.stopping = true;
         self.control.attention.store(true, Ordering::Release);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -414,6 +415,34 @@ def test_a_worker_that_is_forgotten_ends() -> None:
     forget()
     assert open_fds() <= fds
     assert eventually(lambda: tasks() <= count)
+
+
+@WAITS
+def test_in_a_child_of_fork_it_does_not_run_and_holds_nobody(wait: Wait) -> None:
+    world = World()
+    worker = Worker(EntropyService(), [world.device], [world.kick.fileno()], wait=wait)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            # Kill it, whatever this process does at an alarm.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)
+            worker.park()
+            worker.resume()
+            worker.set_kicks([])
+            worker.wake()
+            quiet = not worker.running and not worker.parked
+            worker.stop()
+            del worker
+            status = 0 if quiet else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert worker.running
+    token = world.ask()
+    assert world.answered() == [(token, 64)]
+    worker.stop()
 
 
 def test_a_callback_in_its_thread_cannot_wait_for_it() -> None:
