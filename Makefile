@@ -108,6 +108,7 @@ mutants: $(VENV)/.core $(VENV)/.dev ## each check of the Python protocol code ch
 # Kernels and QEMU are built and fetched before pytest starts, so that no test's time limit runs meanwhile.
 test-kernel: $(VENV)/.core $(VENV)/.dev guest-packages ## real Linux as the guest, and real devices before our drivers
 	$(BIN)/python -m tests.kernel.build all
+	$(BIN)/python -m tests.peers.reference --fetch
 	$(BIN)/pytest -m "kernel or peers" --hypothesis-profile=virtio-ci
 
 guest-uml: $(BIN)/python guest-packages ## the user-mode Linux kernel and our driver module, cached

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shlex
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from benches.asking import Asking, asking, build, running
 from benches.runner import Case, MissingPeer, Round, turns
+from tests.kernel.cache import BuildError
+from tests.peers import reference
 
 SHARED = Path("/dev/shm")
 BYTES = 64 << 20
@@ -26,16 +29,19 @@ SECTOR = 512
 SPIN = 50
 
 
-def daemon() -> str:
-    """QEMU's program.
+def daemon() -> list[str]:
+    """The words that start QEMU's program: the one on the path, or else the one that is fetched for the tests.
 
     Raises:
-        MissingPeer: it is not there.
+        MissingPeer: it is not there, and cannot be fetched.
     """
     found = shutil.which("qemu-storage-daemon")
-    if found is None:
-        raise MissingPeer("no qemu-storage-daemon on the path: install Debian's qemu-system-common or qemu-block-extra")
-    return found
+    if found is not None:
+        return [found]
+    try:
+        return shlex.split(reference.program("qemu-storage-daemon"))
+    except BuildError as error:
+        raise MissingPeer(f"no qemu-storage-daemon on the path, and none to be fetched: {error}") from error
 
 
 def fill(path: Path) -> None:
@@ -55,7 +61,7 @@ def both(folder: Path, depth: int, *, packed: bool) -> Generator[tuple[Asking, A
     export = (
         f"type=vhost-user-blk,id=export,node-name=file,addr.type=unix,addr.path={theirs},writable=on,iothread=thread"
     )
-    words = [daemon(), "--object", "iothread,id=thread", "--blockdev", f"driver=file,node-name=file,filename={image}"]
+    words = [*daemon(), "--object", "iothread,id=thread", "--blockdev", f"driver=file,node-name=file,filename={image}"]
     with contextlib.ExitStack() as stack:
         serve = [sys.executable, "-m", "benches.peers.serve", ours, "--wait", "adaptive", "--image", image]
         stack.enter_context(running(serve, ours))

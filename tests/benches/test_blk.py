@@ -10,6 +10,8 @@ from benches.pairs import blk, pingpong
 from benches.runner import BenchError, Case
 from tests.benches.smoke import smoke
 
+pytestmark = pytest.mark.peers
+
 
 @pytest.mark.timeout(600)  # the driver program may have to be built first
 @pytest.mark.parametrize("case", [*blk.cases(), *pingpong.cases()], ids=lambda case: case.shape)

@@ -8,6 +8,8 @@ from benches.pairs import net
 from benches.runner import BenchError, Case
 from tests.benches.smoke import smoke
 
+pytestmark = pytest.mark.peers
+
 CASES = {case.shape: case for case in net.cases()}
 FEW = (
     "64 B, split, to the back-end",

@@ -106,14 +106,26 @@ def judged(name: str, rows: Sequence[str], patience: float) -> tuple[str, list[j
         return title, judge.judge(one, put, patience=patience, again=f"make judge ONLY={name} ROW={{row}}", done=tick)
 
 
+def _fetched() -> int:
+    try:
+        print(f"Debian 12's QEMU and DPDK: {debian_12()}")
+    except cache.BuildError as error:
+        print(f"tests.peers.reference: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """Judges what is named; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.peers.reference")
+    parser.add_argument("--fetch", action="store_true", help="fetch what is not there, and judge nobody")
     parser.add_argument("--only", choices=sorted(PEERS), action="append")
     parser.add_argument("--row", action="append", default=[])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--patience", type=float, default=judge.PATIENCE)
     asked = parser.parse_args(arguments)
+    if asked.fetch:
+        return _fetched()
     tables: dict[str, list[judge.Result]] = {}
     with ProcessPoolExecutor(asked.jobs) as pool:
         for title, results in pool.map(judged, asked.only or PEERS, repeat(asked.row), repeat(asked.patience)):
