@@ -22,13 +22,18 @@ from virtio_test.carrier.mmio import MmioLoopback
 from virtio_test.carrier.pci import PciLoopback
 from virtio_test.carrier.uml import UmlPci
 from virtio_test.clock import MonotonicClock, Timer
+from virtio_test.device import RING_FEATURES
 from virtio_test.devices.base import BUDGET, WEIGHT, BaseDevice, batched, kept
 from virtio_test.devices.chains import ChainDevice
+from virtio_test.devices.net import NetDevice
 from virtio_test.driver.base import Driver
 from virtio_test.driver.mmio import MmioRegisters
+from virtio_test.driver.net import NetDriver
 from virtio_test.driver.pci import open_pci
 from virtio_test.errors import HandlerError
+from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
+from virtio_test.spec.net import FEATURE_NAMES, HEADER
 from virtio_test.spec.pcidev import Op
 from virtio_test.transport.bank import MAX_ERRORS
 from virtio_test.transport.mmio import VirtioMmio
@@ -170,6 +175,25 @@ def test_what_a_turn_writes_counts_too() -> None:
     driver.pen().kick()
     driver.loop.run_pending()
     assert all(request.done for request in requests)
+
+
+@pytest.mark.row("CVE-2019-3900")
+def test_a_ring_full_of_tiny_receive_buffers_is_much_work_for_a_frame() -> None:
+    device = NetDevice()
+    driver = NetDriver(
+        Loopback(device),
+        wanted=RING_FEATURES | FeatureSet("MRG_RXBUF", device=FEATURE_NAMES),
+        buffers=256,
+        buffer_size=1,
+    )
+    driver.initialize()
+    # All 256 buffers are taken for each of these frames, and put back: they have room for 3328 bytes.
+    for _ in range(100):
+        driver.submit(1, [bytes(HEADER.size + 4000)])
+    assert device.kicked(1)
+    assert device.counters["dropped"] == 2
+    driver.loop.run_pending()
+    assert device.counters["dropped"] == 100
 
 
 @pytest.mark.row("CVE-2019-3900")

@@ -78,6 +78,8 @@ MAC: Final = bytes.fromhex("02005e100002")
 """The address that a device has when none is given: a locally administered one."""
 
 _QUEUE_SIZE: Final = 256
+_TAKEN: Final = 1024
+"""Bytes of work that taking a receive buffer and putting it back counts as."""
 _FORBIDDEN: Final = HeaderFlags.DATA_VALID | HeaderFlags.RSC_INFO
 
 
@@ -517,6 +519,8 @@ class NetDevice(NativeDevice):
             # What was taken before it is not ours any more either.
             self.bus.broken(error)
             return False
+        # A ring full of tiny buffers makes each frame that does not fit as much work as this.
+        self.charge(_TAKEN * len(taken))
         for chain in reversed(taken):
             queue.unpop(chain)
         return False
