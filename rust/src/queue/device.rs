@@ -319,11 +319,7 @@ impl DeviceQueue {
             }
             // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
             let written = u32::try_from(written).unwrap_or(u32::MAX);
-            let staged = match ring {
-                Ring::Split(ring) => ring.stage(mem, ticket.head, written),
-                Ring::Packed(ring) => ring.stage(mem, ticket.head, ticket.slots, written),
-            };
-            if let Err(error) = staged {
+            if let Err(error) = stage(ring, mem, ticket.head, ticket.slots, written) {
                 let fault = each!(ring, ring => ring.unmapped(&self.rules, error));
                 wrong = Some(fault.into());
                 break;
@@ -418,11 +414,8 @@ impl DeviceQueue {
 
     #[inline(always)]
     fn use_up_now<A: Access>(&mut self, mem: &A, head: u16, slots: u16, written: u32) -> Result<(), Fault> {
-        let staged = match &mut self.ring {
-            Ring::Split(ring) => ring.refresh(mem).and_then(|()| ring.stage(mem, head, written)),
-            Ring::Packed(ring) => ring.refresh(mem).and_then(|()| ring.stage(mem, head, slots, written)),
-        };
-        if let Err(error) = staged {
+        let refreshed = each!(&mut self.ring, ring => ring.refresh(mem));
+        if let Err(error) = refreshed.and_then(|()| stage(&mut self.ring, mem, head, slots, written)) {
             return Err(self.ring_lost(error));
         }
         self.busy.remove(head);

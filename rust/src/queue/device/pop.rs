@@ -2,8 +2,9 @@
 //!
 //! # Theory
 //!
-//! One loop of each ring takes all that it has, whichever call asked, so that what a walk knows lives in registers. What is counted per chain is added up when the loop has ended, and an element is
-//! made where it will stay: to copy it about would cost more than all checks.
+//! One loop of each ring takes all that it has, whichever call asked, so that what a walk knows lives in registers. What is
+//! counted per chain is added up when the loop has ended, and an element is made where it will stay: to copy it about would
+//! cost more than all checks.
 //!
 //! Beside the ring there are two more places where chains come from, both rare: those that were put back (`returned`) and
 //! those that an earlier device end left (`recorded`).

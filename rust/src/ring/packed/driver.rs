@@ -87,7 +87,8 @@ impl PackedDriver {
         Ok(())
     }
 
-    /// Write a list of `count` descriptors; its id, twice, as a chain has a head and a tail. The caller has checked that there is room and at least one.
+    /// Write a list of `count` descriptors; its id, twice, as a chain has a head and a tail. The caller has checked that
+    /// there is room and at least one.
     #[inline(always)]
     pub(crate) fn add<A: Access, const N: usize>(
         &mut self,
