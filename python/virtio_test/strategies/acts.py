@@ -45,6 +45,10 @@ class Buffer(NamedTuple):
     @property
     def segments(self) -> tuple[tuple[int, int, bool], ...]:
         """(address, length, device-writable), as `Chain.segments` has them."""
+        if len(self.readable) + len(self.writable) == 1:
+            # Most are so, and a case asks for those of all its buffers.
+            ((at, n),) = self.readable or self.writable
+            return ((at, n, not self.readable),)
         return tuple([(at, n, False) for at, n in self.readable] + [(at, n, True) for at, n in self.writable])
 
 

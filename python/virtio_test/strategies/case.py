@@ -17,7 +17,7 @@ The canonical map holds everything below 64 KiB, so that a fuzzer can take the i
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, cast
 
@@ -232,8 +232,9 @@ class RingCase:
         """
         names: tuple[Name, ...] = ("interop", "strict") if policy is None else (policy,)
         for name in names:
-            found, wanted = self._found(name) if device is None else None, self.outcome(name)
-            if found is not None and (wanted is None or wanted.agrees(found)):
+            wanted = self.strict if name == "strict" else self.interop
+            found = self._found(name) if device is None else None
+            if found is not None and (wanted is None or wanted == found or wanted.agrees(found)):
                 continue
             with self.play(name, device=device) as scene:
                 found = scene.run() if found is None else found
@@ -264,3 +265,18 @@ class RingCase:
         from .codec import decode
 
         return cls(**decode(text))
+
+
+OpenCase: Final[Any] = make_dataclass(
+    "RingCase", [(each.name, each.type, each) for each in fields(RingCase)], slots=True, kw_only=True
+)
+"""What a generator fills before it is `closed`: nothing is checked, and fields can be set.
+
+A frozen dataclass sets each of its fields by a call, which was a tenth of all that a case costs.
+"""
+
+
+def closed(case: Any) -> RingCase:
+    """The open case itself, as one of ours, which has the same slots."""
+    case.__class__ = RingCase
+    return case

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from .acts import Act, Buffer, Change, Put
-from .case import AVAIL, DATA, RAM, TABLES, USED, Outcome, RingCase, Segments
+from .case import AVAIL, DATA, RAM, TABLES, USED, OpenCase, Outcome, RingCase, Segments, closed
 from .draw import Draw
 
 __all__ = ["INDIRECT", "NEXT", "WRITE", "Draft", "direct", "single"]
@@ -28,14 +28,14 @@ TAKES: Final = DATA + 0x1000
 OTHERS: Final = DATA + 0x2000
 """Where the parts of the chain in view lie, and those of all others."""
 ENTRIES: Final = 16
+_BYTES: Final = bytes(range(128))
 
 
 def direct(draw: Draw, *, indirect: bool = False) -> Buffer:
     """Two device-readable parts and a device-writable one."""
-    lengths = draw.vary(1, 64, 16), draw.vary(1, 64, 8), draw.vary(1, 256, 32)
-    return Buffer(
-        ((READ_A, lengths[0]), (READ_B, lengths[1])), ((TAKES, lengths[2]),), indirect, bytes(range(sum(lengths[:2])))
-    )
+    first, second = draw.vary(1, 64, 16), draw.vary(1, 64, 8)
+    readable = ((READ_A, first), (READ_B, second))
+    return Buffer(readable, ((TAKES, draw.vary(1, 256, 32)),), indirect, _BYTES[: first + second])
 
 
 def single(draw: Draw) -> Buffer:
@@ -74,8 +74,10 @@ class Draft:
         view = (buffer,) if isinstance(buffer, Buffer) else tuple(buffer or ())
         before = 0 if alone or not view else draw.some((0, 0, 1, 2))
         behind = 0 if alone or not view else draw.some((0, 0, 1))
-        others = [self._other(draw, number) for number in range(before + behind)]
-        self.buffers = (*others[:before], *view, *others[before:])
+        self.buffers = view
+        if before or behind:
+            others = [self._other(draw, number) for number in range(before + behind)]
+            self.buffers = (*others[:before], *view, *others[before:])
         self.before, self.count = before, len(view)
         self.view: Buffer = view[0] if view else Buffer()
         self.writes: list[Change] = []
@@ -190,7 +192,7 @@ class Draft:
 
     def case(self, title: str, interop: Outcome, strict: Outcome) -> RingCase:
         """The case, as it stands now."""
-        return RingCase(
+        case = OpenCase(
             title=title,
             packed=self.packed,
             size=self.size,
@@ -201,5 +203,7 @@ class Draft:
             later=tuple(self.later),
             interop=interop,
             strict=strict,
-            **self.more,
         )
+        for name, value in self.more.items():
+            setattr(case, name, value)
+        return closed(case)

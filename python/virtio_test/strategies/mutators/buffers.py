@@ -153,10 +153,13 @@ def over_a_border(draw: Draw) -> RingCase:
     return draft.accepted(f"{before} before a border in {index}")
 
 
+_CUT_UP = (*RAM, *((BIG + PAGE * page, PAGE, True) for page in range(MANY)))
+
+
 @row("B11")
 def over_many_regions(draw: Draw) -> RingCase:
     draft = three(draw)
-    draft.more["regions"] = (*RAM, *((BIG + PAGE * page, PAGE, True) for page in range(MANY)))
+    draft.more["regions"] = _CUT_UP
     point(draft, 2, BIG + 1, MANY * PAGE - 2)
     return draft.accepted(f"over {MANY} regions")
 

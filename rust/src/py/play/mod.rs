@@ -13,6 +13,8 @@
 
 mod stage;
 
+use std::cell::OnceCell;
+
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple, PyType};
@@ -203,13 +205,16 @@ impl PyPlayer {
             guest,
             of_device,
             size,
-            fields: [layout.fields(), table.fields()],
+            layout,
+            table,
+            fields: [OnceCell::new(), OnceCell::new()],
             peer,
             begin,
             driver: None,
             device: None,
             added: 0,
             chains: Vec::new(),
+            segments: Vec::new(),
             theirs: Vec::new(),
             used: Vec::new(),
             dirty: layout.spans().to_vec(),

@@ -1,5 +1,7 @@
 //! A case on stage: guest memory, both ends, and each of its acts as a call of the core.
 
+use std::cell::OnceCell;
+
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use smallvec::SmallVec;
@@ -9,7 +11,7 @@ use crate::error::{Fault, Misuse, QueueError};
 use crate::mem::{Access, At, GuestMemory, MemoryError};
 use crate::py::guard::{pin, with_memory};
 use crate::queue::{DeviceQueue, DriverQueue, QueueConfig, QueueState};
-use crate::ring::{Field, desc};
+use crate::ring::{Field, RingLayout, desc};
 
 /// Why a case ends before its acts do.
 pub(super) enum Stop {
@@ -50,6 +52,8 @@ impl From<MemoryError> for Stop {
 }
 
 type Span = (u64, u64);
+/// (address, bytes) of the parts of a buffer.
+type Spans = SmallVec<[(u64, u32); 4]>;
 /// Chains or used buffers, the rule, whether the end was built, the segments and the used buffers.
 pub(super) type Outcome<'py> = (
     usize,
@@ -65,13 +69,19 @@ pub(super) struct Stage<'a, 'py> {
     pub(super) guest: &'a GuestMemory,
     pub(super) of_device: bool,
     pub(super) size: u16,
-    pub(super) fields: [Vec<Field>; 2],
+    pub(super) layout: RingLayout,
+    /// All indirect tables, seen as one.
+    pub(super) table: RingLayout,
+    /// Of the layout and of the table, made when one of them is first asked for.
+    pub(super) fields: [OnceCell<Vec<Field>>; 2],
     pub(super) peer: QueueConfig,
     pub(super) begin: QueueState,
     pub(super) driver: Option<DriverQueue>,
     pub(super) device: Option<DeviceQueue>,
     pub(super) added: u64,
-    pub(super) chains: Vec<(Element, Vec<Segment>, bool)>,
+    pub(super) chains: Vec<(Element, bool)>,
+    /// Those of all chains.
+    pub(super) segments: Vec<Segment>,
     /// What the legal device of a driver's case has taken.
     pub(super) theirs: Vec<(Element, bool)>,
     pub(super) used: Vec<(u64, u32)>,
@@ -92,7 +102,11 @@ impl Stage<'_, '_> {
             None => (false, name),
         };
         let [ring, tables] = &self.fields;
-        let known = if table { tables } else { ring };
+        let known = if table {
+            tables.get_or_init(|| self.table.fields())
+        } else {
+            ring.get_or_init(|| self.layout.fields())
+        };
         let same = |field: &&Field| match field.name.strip_prefix("desc.") {
             Some(rest) if table => rest == name,
             _ => !table && field.name == name,
@@ -150,7 +164,9 @@ impl Stage<'_, '_> {
     }
 
     pub(super) fn add(&mut self, buffer: &Bound<'_, PyAny>) -> Result<(), Stop> {
-        let (readable, writable, indirect, data): (Vec<Span>, Vec<Span>, bool, &[u8]) = buffer.extract()?;
+        let (readable, writable, indirect, data): (Bound<'_, PyTuple>, Bound<'_, PyTuple>, bool, &[u8]) =
+            buffer.extract()?;
+        let (readable, writable) = (spans(&readable)?, spans(&writable)?);
         let mut data = data;
         for &(address, length) in &readable {
             let length = usize::try_from(length).unwrap_or(usize::MAX).min(data.len());
@@ -160,11 +176,6 @@ impl Stage<'_, '_> {
             }
             data = rest;
         }
-        let short = |spans: Vec<Span>| -> Result<Vec<(u64, u32)>, Stop> {
-            let one = |(address, length)| Ok((address, u32::try_from(length).map_err(|_| Stop::Unusual)?));
-            spans.into_iter().map(one).collect()
-        };
-        let (readable, writable) = (short(readable)?, short(writable)?);
         let driver = self.driver.as_mut().ok_or(Stop::Unusual)?;
         let token = with_memory!(Some(self.py), self.guest, |mem| driver
             .add(mem, &readable, &writable, indirect))?;
@@ -185,17 +196,17 @@ impl Stage<'_, '_> {
     pub(super) fn pop(&mut self, limit: usize) -> Result<usize, Stop> {
         let device = self.device.as_mut().ok_or(Stop::Unusual)?;
         for taken in 0..limit {
-            let mut segments = Vec::new();
-            let popped = with_memory!(Some(self.py), self.guest, |mem| device.pop(mem, &mut segments))?;
+            let segments = &mut self.segments;
+            let popped = with_memory!(Some(self.py), self.guest, |mem| device.pop(mem, segments))?;
             let Some(element) = popped else { return Ok(taken) };
-            self.chains.push((element, segments, false));
+            self.chains.push((element, false));
         }
         Ok(limit)
     }
 
     pub(super) fn push(&mut self, which: usize, written: u64) -> Result<(), Stop> {
         let device = self.device.as_mut().ok_or(Stop::Unusual)?;
-        let Some((element, _, done)) = self.chains.get_mut(which) else {
+        let Some((element, done)) = self.chains.get_mut(which) else {
             return Ok(());
         };
         if std::mem::replace(done, true) {
@@ -281,6 +292,11 @@ impl Stage<'_, '_> {
     }
 }
 
+/// Parts of a buffer.
+fn spans(parts: &Bound<'_, PyTuple>) -> Result<Spans, Stop> {
+    parts.iter_borrowed().map(|part| Ok(part.extract()?)).collect()
+}
+
 fn complete(
     py: Python<'_>,
     guest: &GuestMemory,
@@ -306,7 +322,11 @@ pub(super) fn outcome<'py>(stage: &Stage<'_, 'py>, fault: Option<&Fault>, built:
         return Ok((stage.used.len(), rule, built, None, Some(used)));
     }
     let shown = |segment: &Segment| (segment.at.gpa, segment.len, segment.writable);
-    let whole = |(_, segments, _): &(Element, Vec<Segment>, bool)| PyTuple::new(py, segments.iter().map(shown));
+    let whole = |(element, _): &(Element, bool)| {
+        let own = stage.segments.get(element.first..).unwrap_or_default();
+        let own = own.get(..element.count).unwrap_or_default();
+        PyTuple::new(py, own.iter().map(shown))
+    };
     let segments: Vec<_> = stage.chains.iter().map(whole).collect::<PyResult<_>>()?;
     let segments = PyTuple::new(py, segments)?;
     Ok((stage.chains.len(), rule, built, Some(segments), None))
