@@ -6,7 +6,8 @@ with `Reader` and `Writer`; the driver end against virtio-driver. A device end t
 whether to notify; our driver end filled the ring before. Both sides run in one process, and what they did is compared
 after each round: chains, bytes, used entries, and in a pass of its own every head and every byte that was copied.
 
-"Flat" cases compare our device end with itself: nothing that a chain costs grows with the queue or the memory.
+"Flat" cases compare our device end with itself: nothing that a chain costs grows with the queue, the memory, or the time
+that it has run. Of that time there are only the indices that it leaves: they begin where those chains would have them end.
 """
 
 from __future__ import annotations
@@ -32,18 +33,23 @@ IDIOMS = {"iter": "virtio-queue iterator", "pop": "virtio-queue pop", "reader": 
 SHAPES = {"48+12": "48+12 B", "4x4096+12": "4x4 KiB + 12 B", "table-1": "indirect of 1", "table-4": "indirect of 4"}
 
 
+UPTIME = (1 << 32) + 13
+"""Chains, of which there are more than a 32-bit counter tells apart; both kinds of indices then stand within a lap."""
+
+
 @dataclass(frozen=True)
 class Ring:
-    """Format, size, and the number of memory regions that buffers are spread over."""
+    """Format, size, the number of memory regions that buffers are spread over, and of chains that it has had."""
 
     size: int = 128
     regions: int = 1
     packed: bool = False
+    before: int = 0
 
     @property
     def word(self) -> str:
         """As the program takes it."""
-        return f"{self.format}:{self.size}:{self.regions}"
+        return f"{self.format}:{self.size}:{self.regions}:{self.before}"
 
     @property
     def format(self) -> str:
@@ -51,7 +57,8 @@ class Ring:
         return "packed" if self.packed else "split"
 
     def __str__(self) -> str:
-        return f"{self.format} {self.size}, {self.regions} region{'s' if self.regions > 1 else ''}"
+        had = f", after {self.before} chains" if self.before else ""
+        return f"{self.format} {self.size}, {self.regions} region{'s' if self.regions > 1 else ''}{had}"
 
 
 @functools.cache
@@ -171,13 +178,14 @@ def cases() -> Sequence[Case]:
             case(f"cores:{idiom}", IDIOMS[idiom], Ring(size=256), bounds=bounds),
             case(f"cores:{idiom}", IDIOMS[idiom], Ring(size=256), burst=1),
         ]
-    # Within 15 % whatever the size, and within 25 % whatever the regions: as ratios.
+    # Within 15 % whatever the size and the uptime, and within 25 % whatever the regions: as ratios.
     for packed in (False, True):
         base = Ring(packed=packed)
         for ring, must in (
             (Ring(size=1024, packed=packed), 0.87),
             (Ring(size=32768, packed=packed), 0.87),
             (Ring(regions=8, packed=packed), 0.8),
+            (Ring(packed=packed, before=UPTIME), 0.87),
         ):
             made.append(case(f"flat:{base.word}", f"our own, {base}", ring, bounds=(must, None)))
     return made

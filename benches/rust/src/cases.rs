@@ -38,7 +38,7 @@ pub struct Case {
     pub copies: bool,
 }
 
-/// A ring: `split:128:1` is the format, the size, and the number of memory regions.
+/// A ring: `split:128:1:0` is the format, the size, the number of memory regions, and of chains before.
 fn ring(word: &str) -> Option<Ring> {
     let mut parts = word.split(':');
     let packed = match parts.next()? {
@@ -47,10 +47,16 @@ fn ring(word: &str) -> Option<Ring> {
         _ => return None,
     };
     let (size, regions) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-    Some(Ring { size, packed, regions })
+    let before = parts.next()?.parse().ok()?;
+    Some(Ring {
+        size,
+        packed,
+        regions,
+        before,
+    })
 }
 
-/// What is measured: `device:iter`, `driver`, `cores:pop`, `flat:split:128:1`.
+/// What is measured: `device:iter`, `driver`, `cores:pop`, `flat:split:128:1:0`.
 fn what(word: &str) -> Option<What> {
     let (kind, rest) = word.split_once(':').unwrap_or((word, ""));
     let peer = || match rest {

@@ -75,6 +75,7 @@ impl Side {
             }
         }
         Self {
+            idx: world.ring.start(),
             world,
             end,
             driver,
@@ -82,7 +83,6 @@ impl Side {
             buffers,
             burst,
             copies,
-            idx: 0,
         }
     }
 

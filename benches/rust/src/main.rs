@@ -3,8 +3,8 @@
 //! `run CASE` sets a case up and measures one round for each line that it reads, so that whoever asks decides when, and
 //! prints `{"ours", "peer"}`. `spin ours|peer ROUNDS CASE` runs one side of a device end only, for profilers, and prints how
 //! many chains that were. A case is five words: what (`device:iter`, `device:pop`, `device:reader`, `driver`, `cores:pop`,
-//! `cores:reader`, `flat:RING`), its RING (`split:128:1`: format, size, regions), a shape, chains per burst, and `copy` or
-//! `plain`.
+//! `cores:reader`, `flat:RING`), its RING (`split:128:1:0`: format, size, regions, chains that it has had), a shape, chains per burst, and
+//! `copy` or `plain`.
 
 #![allow(missing_docs, unreachable_pub, reason = "a program, and nobody's library")]
 

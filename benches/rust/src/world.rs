@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use virtio_test::mem::{Access, At, Backing, GuestMemory, Mapped, Pin, RegionSpec};
 use virtio_test::policy::Policy;
-use virtio_test::queue::{DeviceQueue, DriverQueue, IndirectArea, QueueConfig, feature};
+use virtio_test::queue::{DeviceQueue, DriverQueue, IndirectArea, QueueConfig, QueueState, feature};
 use virtio_test::ring::RingLayout;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -23,6 +23,10 @@ const SETS: u64 = 32;
 /// Bytes from one set of buffers to the next.
 const SET: u64 = 0x5000;
 
+/// 2.8.1: the flags of a packed descriptor that say whose it is.
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+
 /// Addresses and lengths of what is readable, and of what is writable.
 pub type Buffers = (Vec<(u64, u32)>, Vec<(u64, u32)>);
 
@@ -32,6 +36,23 @@ pub struct Ring {
     pub size: u16,
     pub packed: bool,
     pub regions: u64,
+    /// Chains of two descriptors that have gone through it, as its indices say.
+    pub before: u64,
+}
+
+impl Ring {
+    /// Where both indices stand (2.7.6; 2.8.1: the place, and the lap's parity above it).
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "indices count on 16 bits, and places are below the size"
+    )]
+    pub fn start(&self) -> u16 {
+        if !self.packed {
+            return self.before as u16;
+        }
+        let (size, slots) = (u64::from(self.size), 2 * self.before);
+        (slots % size) as u16 | u16::from(slots / size % 2 == 0) << 15
+    }
 }
 
 /// Guest memory and where things lie in it. Lives as long as the process, as a program's memory does.
@@ -42,6 +63,22 @@ pub struct World {
     pub memory: &'static GuestMemory,
     pub theirs: &'static GuestMemoryMmap,
     avail: At,
+}
+
+/// Leave in the ring what chains that are done with have left: indices, and in a packed ring the flags of the lap before.
+fn used_before(mem: Mapped<'_>, ring: Ring, layout: &RingLayout) {
+    let start = ring.start();
+    let put = |at: u64, value: u16| mem.store_u16(At::unresolved(at), 0, value).expect("the ring is mapped");
+    if !ring.packed {
+        put(layout.driver + 2, start);
+        put(layout.device + 2, start);
+        return;
+    }
+    let here = start & 0x7fff;
+    let used = if start >> 15 == 1 { 0..here } else { here..ring.size };
+    for slot in used {
+        put(layout.desc + 16 * u64::from(slot) + 14, AVAIL | USED);
+    }
 }
 
 impl World {
@@ -67,6 +104,7 @@ impl World {
         let mem: &'static Mapped<'static> = Box::leak(Box::new(pin.mapped()));
         let layout = RingLayout::contiguous(ring.size, ring.packed, RING).expect("it is small");
         let avail = mem.resolve(layout.driver, layout.driver_bytes(), virtio_test::mem::Want::Write);
+        used_before(*mem, ring, &layout);
         Self {
             ring,
             layout,
@@ -74,6 +112,14 @@ impl World {
             memory,
             theirs: Box::leak(Box::new(theirs)),
             avail: avail.expect("the ring is mapped"),
+        }
+    }
+
+    fn state(&self) -> QueueState {
+        let start = self.ring.start();
+        QueueState {
+            avail: start,
+            used: start,
         }
     }
 
@@ -92,7 +138,7 @@ impl World {
 
     /// Our device end, which asks for no kicks.
     pub fn device(&self) -> DeviceQueue {
-        let mut device = DeviceQueue::new(self.mem, self.config(), None).expect("the ring is mapped");
+        let mut device = DeviceQueue::new(self.mem, self.config(), Some(self.state())).expect("the ring is mapped");
         device.disable_kicks(self.mem).expect("the ring is mapped");
         device
     }
@@ -103,7 +149,8 @@ impl World {
             address: TABLES,
             entries: 4,
         };
-        let mut driver = DriverQueue::new(self.mem, self.config(), None, Some(area)).expect("the ring is mapped");
+        let mut driver =
+            DriverQueue::new(self.mem, self.config(), Some(self.state()), Some(area)).expect("the ring is mapped");
         driver.disable_calls(self.mem).expect("the ring is mapped");
         driver
     }
