@@ -6,8 +6,8 @@ with `Reader` and `Writer`; the driver end against virtio-driver. A device end t
 whether to notify; our driver end filled the ring before. Both sides run in one process, and what they did is compared
 after each round: chains, bytes, used entries, and in a pass of its own every head and every byte that was copied.
 
-"Flat" cases compare our device end with itself: nothing that a chain costs grows with the queue, the memory, or the time
-that it has run. Of that time there are only the indices that it leaves: they begin where those chains would have them end.
+"Flat" cases compare our device end with itself: nothing that a chain costs grows with the queue, the memory, or the
+time that it has run. Of that time there are only the indices: they begin where those chains would have them end.
 """
 
 from __future__ import annotations

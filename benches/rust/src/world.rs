@@ -104,7 +104,9 @@ impl World {
         let mem: &'static Mapped<'static> = Box::leak(Box::new(pin.mapped()));
         let layout = RingLayout::contiguous(ring.size, ring.packed, RING).expect("it is small");
         let avail = mem.resolve(layout.driver, layout.driver_bytes(), virtio_test::mem::Want::Write);
-        used_before(*mem, ring, &layout);
+        if ring.before > 0 {
+            used_before(*mem, ring, &layout);
+        }
         Self {
             ring,
             layout,
@@ -115,12 +117,13 @@ impl World {
         }
     }
 
-    fn state(&self) -> QueueState {
+    /// Where a ring that was used before goes on; a fresh one is made so by the driver end.
+    fn state(&self) -> Option<QueueState> {
         let start = self.ring.start();
-        QueueState {
+        (self.ring.before > 0).then_some(QueueState {
             avail: start,
             used: start,
-        }
+        })
     }
 
     pub fn config(&self) -> QueueConfig {
@@ -138,7 +141,7 @@ impl World {
 
     /// Our device end, which asks for no kicks.
     pub fn device(&self) -> DeviceQueue {
-        let mut device = DeviceQueue::new(self.mem, self.config(), Some(self.state())).expect("the ring is mapped");
+        let mut device = DeviceQueue::new(self.mem, self.config(), self.state()).expect("the ring is mapped");
         device.disable_kicks(self.mem).expect("the ring is mapped");
         device
     }
@@ -150,7 +153,7 @@ impl World {
             entries: 4,
         };
         let mut driver =
-            DriverQueue::new(self.mem, self.config(), Some(self.state()), Some(area)).expect("the ring is mapped");
+            DriverQueue::new(self.mem, self.config(), self.state(), Some(area)).expect("the ring is mapped");
         driver.disable_calls(self.mem).expect("the ring is mapped");
         driver
     }
