@@ -116,8 +116,9 @@ guest-uml: $(BIN)/python guest-packages ## the user-mode Linux kernel and our dr
 
 # NAMES="handlers net" measures a part; docs/benches.md says what each pair means.
 NAMES ?=
+# Instructions are counted too where valgrind is installed.
 bench: $(VENV)/.core $(VENV)/.dev | toolchain ## what things cost beside their peers, as ratios (10 minutes; NAMES='handlers' a part)
-	$(BIN)/python -m benches $(NAMES)
+	$(BIN)/python -m benches $(NAMES) $(if $(shell command -v valgrind),--instructions)
 
 # Fetched into the cache: the programs of two Debians. ONLY=NAME and ROW=ID judge a part, and leave the page as it is.
 judge: $(VENV)/.core $(VENV)/.dev guest-packages ## other people's devices before our broken rings; writes docs/judge.md

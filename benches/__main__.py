@@ -1,4 +1,4 @@
-"""The command: `python -m benches [NAME…] [--shape TEXT] [--json] [--rounds N] [--quick] [--list]`.
+"""The command: `python -m benches [NAME…] [--shape TEXT] [--json] [--rounds N] [--quick] [--instructions] [--list]`.
 
 Exit status: 0 when all was measured, whatever the ratios are; 1 when a side did not do its work or the two disagree; 2
 for a wrong command line, or a peer that is not there.
@@ -44,6 +44,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--rounds", type=_positive, default=None, metavar="N", help=f"rounds that count ({ROUNDS})")
     parser.add_argument("--quick", action="store_true", help="little work, one round: shows that it runs, no more")
+    parser.add_argument("--instructions", action="store_true", help="count them too, by valgrind (pair core, one core)")
     parser.add_argument("--list", action="store_true", help="the shapes, without measuring")
     return parser.parse_args(arguments)
 
@@ -67,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     rounds = asked.rounds or (1 if asked.quick else ROUNDS)
     try:
-        for line in table(chosen, rounds=rounds, quick=asked.quick, as_json=asked.json):
+        for line in table(
+            chosen, rounds=rounds, quick=asked.quick, as_json=asked.json, instructions=asked.instructions
+        ):
             print(line, flush=True)
     except BenchError as error:
         print(f"benches: {error}", file=sys.stderr)

@@ -48,6 +48,8 @@ class Case:
         more_is_better: whether the numbers are rates; else they are times.
         must: the least ratio that we promise.
         aim: the ratio that we want.
+        count: processor instructions of a chain or request on both sides, (ours, the peer's), which are the same on a
+            noisy machine; None where nothing can count them.
     """
 
     pair: str
@@ -57,17 +59,22 @@ class Case:
     more_is_better: bool = False
     must: float | None = None
     aim: float | None = None
+    count: Round | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a case; `ratio` is above 1 when we are faster, `spread` its quartiles over the rounds."""
+    """What was measured of a case; `ratio` is above 1 when we are faster, `spread` its quartiles over the rounds.
+
+    `instructions` of both sides, where they were asked for and can be counted.
+    """
 
     case: Case
     ours: float
     peer: float
     ratio: float
     spread: tuple[float, float]
+    instructions: tuple[float, float] | None = None
 
     @property
     def verdict(self) -> str:
@@ -81,20 +88,20 @@ class Result:
     def json(self) -> str:
         """One line, with the case's bounds."""
         case = self.case
-        return json.dumps(
-            {
-                "pair": case.pair,
-                "shape": case.shape,
-                "ours": _digits(self.ours),
-                "peer": _digits(self.peer),
-                "unit": case.unit,
-                "ratio": _digits(self.ratio),
-                "spread": [_digits(quartile) for quartile in self.spread],
-                "must": case.must,
-                "aim": case.aim,
-            },
-            ensure_ascii=False,
-        )
+        line = {
+            "pair": case.pair,
+            "shape": case.shape,
+            "ours": _digits(self.ours),
+            "peer": _digits(self.peer),
+            "unit": case.unit,
+            "ratio": _digits(self.ratio),
+            "spread": [_digits(quartile) for quartile in self.spread],
+            "must": case.must,
+            "aim": case.aim,
+        }
+        if self.instructions is not None:
+            line["instructions"] = [_digits(count) for count in self.instructions]
+        return json.dumps(line, ensure_ascii=False)
 
 
 def turns(ours: Callable[[], float], peer: Callable[[], float]) -> Round:
@@ -110,11 +117,11 @@ def turns(ours: Callable[[], float], peer: Callable[[], float]) -> Round:
     return one
 
 
-def measure(case: Case, *, rounds: int = ROUNDS, quick: bool = False) -> Result:
-    """Run a case: `rounds` rounds after one to warm up, which a quick run does without.
+def measure(case: Case, *, rounds: int = ROUNDS, quick: bool = False, instructions: bool = False) -> Result:
+    """Run a case: `rounds` rounds after one to warm up, which a quick run does without; then count, if asked.
 
     Raises:
-        BenchError: as `Case.open` says, or a side that took no time at all.
+        BenchError: as `Case.open` and `Case.count` say, or a side that took no time at all.
     """
     gc.collect()
     with case.open(quick) as one:
@@ -130,6 +137,7 @@ def measure(case: Case, *, rounds: int = ROUNDS, quick: bool = False) -> Result:
         statistics.median(peer for _, peer in measured),
         statistics.median(ratios),
         _quartiles(ratios),
+        case.count() if instructions and case.count is not None else None,
     )
 
 
@@ -145,8 +153,8 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-WIDTHS = (12, 58, 11, 11, 14, 8, 17, 14)
-HEAD = ("pair", "shape", "ours", "peer", "unit", "ratio", "spread", "must / aim")
+WIDTHS = (12, 58, 11, 11, 14, 8, 17, 18, 14)
+HEAD = ("pair", "shape", "ours", "peer", "unit", "ratio", "spread", "must / aim", "instructions")
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -174,14 +182,17 @@ def render(result: Result) -> str:
             f"{result.ratio:.2f}",
             f"{low:.2f} to {high:.2f}",
             f"{' / '.join(bounds)}  {result.verdict}" if (case.must, case.aim) != (None, None) else "",
+            " : ".join(f"{count:.0f}" for count in result.instructions or ()),
         )
     )
 
 
-def table(cases: Iterable[Case], *, rounds: int, quick: bool, as_json: bool) -> Iterator[str]:
+def table(
+    cases: Iterable[Case], *, rounds: int, quick: bool, as_json: bool, instructions: bool = False
+) -> Iterator[str]:
     """The lines of a run, each as soon as it is known."""
     if not as_json:
         yield head()
     for case in cases:
-        result = measure(case, rounds=rounds, quick=quick)
+        result = measure(case, rounds=rounds, quick=quick, instructions=instructions)
         yield result.json() if as_json else render(result)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -115,6 +116,26 @@ def _opener(words: Sequence[str]) -> Callable[[bool], Generator[Round]]:
     return opened
 
 
+ROUNDS_COUNTED = 3
+TIMED = ("*Bursts*run*", "*timed*")
+"""What of the program is timed, by the names of its functions."""
+
+
+def _count(words: Sequence[str], side: str) -> float:
+    """Of one chain, on one side, by callgrind: of what is timed, and of nothing else."""
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        raise MissingPeer("no valgrind on the path counts instructions: install the package valgrind")
+    command = [valgrind, "--tool=callgrind", "--callgrind-out-file=/dev/null"]
+    command += [f"--toggle-collect={name}" for name in TIMED]
+    command += [str(build()), "spin", side, str(ROUNDS_COUNTED), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    counted = re.search(r"Collected : (\d+)", done.stderr)
+    if done.returncode or counted is None or not int(counted[1]):
+        raise BenchError(f"callgrind counted nothing: {done.stderr.strip()[-500:]}")
+    return int(counted[1]) / int(done.stdout)
+
+
 def case(
     what: str,
     peer: str,
@@ -139,6 +160,7 @@ def case(
         more_is_better=kind == "two cores polling",
         must=must,
         aim=aim,
+        count=None if kind in {"flat", "two cores polling"} else lambda: (_count(words, "ours"), _count(words, "peer")),
     )
 
 

@@ -27,6 +27,25 @@ def test_a_case_that_is_none_is_refused() -> None:
         measure(case, rounds=1, quick=True)
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("what", ["device:pop", "driver"])
+def test_instructions_are_those_of_what_is_timed(what: str) -> None:
+    counted = measure(core.case(what, "a peer", core.Ring()), rounds=1, quick=True, instructions=True).instructions
+    assert counted is not None
+    # A chain is a few hundred instructions; what sets the ring up for it is as much again, and starting is millions.
+    assert all(100 < count < 2000 for count in counted)
+    again = measure(core.case(what, "a peer", core.Ring()), rounds=1, quick=True, instructions=True).instructions
+    assert again == pytest.approx(counted, rel=0.01)
+
+
+def test_without_valgrind_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = core.case("driver", "virtio-driver", core.Ring()).count
+    assert counting is not None
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MissingPeer, match="no valgrind on the path"):
+        counting()
+
+
 def test_without_cargo_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     core.build.cache_clear()
     monkeypatch.setenv("PATH", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -49,6 +50,14 @@ def test_a_quick_run_has_no_round_to_warm_up() -> None:
 def test_a_side_that_takes_no_time_did_nothing() -> None:
     with pytest.raises(BenchError, match="measured nothing"):
         measure(case([(0, 5)]), rounds=1, quick=True)
+
+
+def test_instructions_are_counted_when_asked_for() -> None:
+    counting = dataclasses.replace(case([(1, 2)]), count=lambda: (331.4, 888.2))
+    assert measure(counting, rounds=1, quick=True).instructions is None
+    result = measure(dataclasses.replace(counting, open=case([(1, 2)]).open), rounds=1, quick=True, instructions=True)
+    assert json.loads(result.json())["instructions"] == [331.4, 888.2]
+    assert render(result).endswith("331 : 888")
 
 
 def test_turns_alternate() -> None:
