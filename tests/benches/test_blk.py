@@ -20,10 +20,11 @@ def test_both_sides_answer(case: Case) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_wrong_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("which", "said"), [(0, "status 0, sectors 0 to 0"), (2, "ERROR:block [1-9][0-9]* is wrong")])
+def test_a_wrong_answer_is_found(monkeypatch: pytest.MonkeyPatch, which: int, said: str) -> None:
     def empty(path: Path) -> None:
         path.write_bytes(bytes(blk.BYTES))
 
     monkeypatch.setattr(blk, "fill", empty)
-    with pytest.raises(BenchError, match="status 0, sectors 0 to 0"):
-        smoke(blk.cases()[0])
+    with pytest.raises(BenchError, match=said):
+        smoke(blk.cases()[which])

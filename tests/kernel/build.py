@@ -30,7 +30,7 @@ from tests.kernel.kernels import (
     uml_kernel,
 )
 
-PROGRAMS = ("init", "virtio", "attack", "frame")
+PROGRAMS = ("init", "virtio", "attack", "frame", "reads")
 QEMU_LEAST = (10, 2)
 """The first QEMU whose vhost-user-test-device-pci can be created by its user."""
 
@@ -183,6 +183,11 @@ def attack_files(kernel: Kernel) -> dict[str, bytes]:
 def net_files() -> dict[str, bytes]:
     """What a guest with a network has besides: the program that sends frames and waits for them."""
     return {"bin/frame": (programs() / "frame").read_bytes()}
+
+
+def disk_files() -> dict[str, bytes]:
+    """What a guest whose disks are measured has besides: the program that reads from them."""
+    return {"bin/reads": (programs() / "reads").read_bytes()}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -58,12 +58,12 @@ def vhost_user_net(socket: Path, *, pairs: int = 1, properties: Words = ()) -> l
 
 
 def vhost_user_blk(
-    socket: Path, *, queues: int = 1, properties: Words = (), reconnect_ms: int | None = None
+    socket: Path, *, name: str = "b", queues: int = 1, properties: Words = (), reconnect_ms: int | None = None
 ) -> list[str]:
     """QEMU's own virtio-blk front-end, before the back-end at ``socket``, or one after the other if it reconnects."""
-    words = ["vhost-user-blk-pci", "chardev=b", f"num-queues={queues}", *properties]
+    words = ["vhost-user-blk-pci", f"chardev={name}", f"num-queues={queues}", *properties]
     again = "" if reconnect_ms is None else f",reconnect-ms={reconnect_ms}"
-    return ["-chardev", f"socket,id=b,path={socket}{again}", "-device", ",".join(words)]
+    return ["-chardev", f"socket,id={name},path={socket}{again}", "-device", ",".join(words)]
 
 
 def vfio_user(socket: Path, **properties: object) -> list[str]:
