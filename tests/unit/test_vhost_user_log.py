@@ -20,7 +20,7 @@ from virtio_test.features import FeatureSet
 from virtio_test.transport.vhost_user.backend import Backend
 from virtio_test.transport.vhost_user.frontend import USER_OFFSET, FrontEnd
 from virtio_test.transport.vhost_user.messages import VRING_LOG, ProtocolFeature, Request
-from virtio_test.transport.vhost_user.payloads import Log, VringAddress, VringState
+from virtio_test.transport.vhost_user.payloads import Log, MemoryRegion, MemoryTable, VringAddress, VringState
 
 from .test_vhost_user_registers import connected, driver_of
 from .vhost_user_world import MEMORY_BYTES, SIZE, Guest, Server, guest, serving
@@ -339,6 +339,36 @@ def test_a_ring_that_grows_is_logged_as_a_whole(server: Server) -> None:
         with pytest.raises(MessageError, match="SET_VRING_NUM was refused"):
             g.front.request(Request.SET_VRING_NUM, VringState(0, 2 * SIZE))
         g.request(SIZE)
+
+
+@pytest.mark.row("M15")
+def test_a_ring_whose_memory_moves_is_logged_where_it_was_to_be(server: Server) -> None:
+    """A new table gives it other guest addresses: its used ring goes on being marked where the front-end asked for it."""
+    with guest(server.path) as g:
+        g.setup()
+        g.front.enable(0)
+        log = start(g, 3 * MEMORY_BYTES // PAGE)
+        elsewhere = 700 * PAGE + g.config.device % PAGE
+        g.front.request(
+            Request.SET_VRING_ADDR, replace(g.front.ring_address(g.config), flags=VRING_LOG, log=elsewhere)
+        )
+        g.request(1)
+        # Buffers stay where they were, and the ring's addresses show the same file one region further.
+        fd = g.memory.regions[0].fd
+        assert fd is not None
+        table = MemoryTable(
+            (
+                MemoryRegion(0, MEMORY_BYTES, USER_OFFSET + MEMORY_BYTES, 0),
+                MemoryRegion(MEMORY_BYTES, MEMORY_BYTES, USER_OFFSET, 0),
+            )
+        )
+        g.front.request(Request.SET_MEM_TABLE, table, [fd, fd])
+        log.take()
+        g.request(2)
+        g.front.number(Request.GET_FEATURES)
+        marked = log.take()
+        assert 700 in marked
+        assert not {page for page in marked if page >= MEMORY_BYTES // PAGE} - {700}
 
 
 @pytest.mark.row("M15", "M04")
