@@ -343,15 +343,13 @@ def test_a_ring_that_grows_is_logged_as_a_whole(server: Server) -> None:
 
 @pytest.mark.row("M15")
 def test_a_ring_whose_memory_moves_is_logged_where_it_was_to_be(server: Server) -> None:
-    """A new table gives it other guest addresses: its used ring goes on being marked where the front-end asked for it."""
+    """A new table gives it other guest addresses: its used ring is still marked where the front-end asked for it."""
     with guest(server.path) as g:
         g.setup()
         g.front.enable(0)
         log = start(g, 3 * MEMORY_BYTES // PAGE)
         elsewhere = 700 * PAGE + g.config.device % PAGE
-        g.front.request(
-            Request.SET_VRING_ADDR, replace(g.front.ring_address(g.config), flags=VRING_LOG, log=elsewhere)
-        )
+        g.front.request(Request.SET_VRING_ADDR, replace(g.front.ring_address(g.config), flags=VRING_LOG, log=elsewhere))
         g.request(1)
         # Buffers stay where they were, and the ring's addresses show the same file one region further.
         fd = g.memory.regions[0].fd
