@@ -15,6 +15,8 @@ use virtio_test::policy::Policy;
 use virtio_test::queue::{DriverQueue, IndirectArea, QueueConfig, QueueState};
 use virtio_test::rule::Rule;
 
+type Buffer = (u64, u32);
+
 /// What an evil device writes: a used entry at the next place, and (split) the index.
 fn answer(world: &World, place: u64, id: u64, len: u64) {
     if world.layout.packed {
@@ -26,6 +28,13 @@ fn answer(world: &World, place: u64, id: u64, len: u64) {
         world.put("used.ring.len", place, len);
         world.put("used.idx", 0, place + 1);
     }
+}
+
+/// Any.
+fn a_fault() -> virtio_test::error::Fault {
+    let mut world = World::interop(2, 0);
+    world.put("avail.idx", 0, 9);
+    world.pop().unwrap_err()
 }
 
 fn both(features: u64) -> [World; 2] {
@@ -262,20 +271,35 @@ fn misuse_leaves_memory_as_it_was() {
                 Err(QueueError::Misuse(misuse)) => misuse,
                 other => unreachable!("{other:?}"),
             };
-        assert!(matches!(refused(&[], &[], false), Misuse::Invalid(_)));
-        assert!(matches!(refused(&[(DATA, 0)], &[], false), Misuse::Invalid(_)));
-        assert!(matches!(refused(&[one, one], &[one], false), Misuse::Invalid(_)));
-        assert!(matches!(
-            refused(&[(DATA, u32::MAX)], &[(DATA, 2)], false),
-            Misuse::Invalid(_)
-        ));
+        let empty = [(DATA, 0)];
+        let cases: [(&[Buffer], &[Buffer], &str); 5] = [
+            (&[], &[], "at least one buffer"),
+            (&empty, &[], "at least one byte"),
+            (&[], &empty, "at least one byte"),
+            (&[one, one], &[one], "3 buffers does not fit a queue of 2"),
+            (&[(DATA, u32::MAX)], &[(DATA, 2)], "at most 2^32 bytes"),
+        ];
+        for (readable, writable, said) in cases {
+            for indirect in [false, true] {
+                let misuse = refused(readable, writable, indirect);
+                assert!(
+                    matches!(&misuse, Misuse::Invalid(text) if text.contains(said)),
+                    "{misuse} {said}"
+                );
+            }
+        }
         drop(pin);
         assert!(world.driver.latched().is_none());
         assert_eq!(ram(&world), before);
         world.add(&[one], &[one]);
         let pin = world.mem.pin();
-        let full = world.driver.add(&pin.mapped(), &[one], &[], false).unwrap_err();
-        assert_eq!(full, QueueError::Misuse(Misuse::QueueFull { needed: 1, free: 0 }));
+        let before = ram(&world);
+        for indirect in [false, true] {
+            let full = world.driver.add(&pin.mapped(), &[one], &[], indirect).unwrap_err();
+            assert_eq!(full, QueueError::Misuse(Misuse::QueueFull { needed: 1, free: 0 }));
+        }
+        assert_eq!((world.driver.free(), world.driver.in_flight()), (0, 1));
+        assert_eq!(ram(&world), before);
     }
 }
 
@@ -376,4 +400,87 @@ fn what_just_fits_is_taken_and_one_more_is_not() {
     driver.add(&pin.mapped(), &[(DATA, u32::MAX)], &[one], false).unwrap();
     driver.add(&pin.mapped(), &[(DATA, u32::MAX), one], &[], false).unwrap();
     assert_eq!((driver.free(), driver.in_flight()), (2, 4));
+}
+
+/// They come again before what is in the ring, whichever way they are asked for.
+#[test]
+fn what_was_given_back_comes_first_and_then_the_ring() {
+    for mut world in both(0) {
+        let tokens: Vec<_> = (0..4).map(|_| world.give(true)).collect();
+        let elements = world.pop_many(4).unwrap();
+        for element in &elements {
+            assert!(world.finish(element, 0));
+        }
+        let pin = world.mem.pin();
+        let mem = &pin.mapped();
+        let taken = world.driver.get_used_many(mem, 2).unwrap();
+        world.driver.give_back(taken);
+        assert_eq!(world.driver.in_flight(), 4);
+        assert_eq!(world.driver.get_used(mem).unwrap(), Some((tokens[0], 0)));
+        let rest = world.driver.get_used_many(mem, 8).unwrap();
+        assert_eq!(rest, tokens[1..].iter().map(|&token| (token, 0)).collect::<Vec<_>>());
+        assert_eq!((world.driver.in_flight(), world.driver.counters().popped), (0, 4));
+    }
+}
+
+/// Whether it was detached or found something broken: memory may be somebody else's by then.
+#[test]
+fn an_end_that_has_ended_asks_for_nothing_in_memory() {
+    for features in [0, EVENT_IDX] {
+        for broken in [false, true] {
+            for mut world in both(features) {
+                world.give(true);
+                let element = world.take();
+                if broken {
+                    answer(&world, 0, 9, 0);
+                    world.cheats(Rule::UsedIdOutOfRange);
+                } else {
+                    world.driver.detach();
+                    assert!(world.driver.detached());
+                }
+                let pin = world.mem.pin();
+                let mem = &pin.mapped();
+                let size = usize::try_from(world.layout.driver_bytes()).unwrap();
+                let pen = vec![0x5A; size];
+                world.mem.write(world.layout.driver, &pen).unwrap();
+                assert!(!world.driver.enable_calls(mem).unwrap());
+                world.driver.disable_calls(mem).unwrap();
+                assert!(!world.driver.wants_kick(mem).unwrap());
+                let mut after = vec![0; size];
+                world.mem.read(world.layout.driver, &mut after).unwrap();
+                assert_eq!(after, pen);
+                // And the device end.
+                world.device.latch(a_fault());
+                let size = usize::try_from(world.layout.device_bytes()).unwrap();
+                let pen = vec![0xA5; size];
+                world.mem.write(world.layout.device, &pen).unwrap();
+                assert!(!world.device.enable_kicks(mem).unwrap());
+                world.device.disable_kicks(mem).unwrap();
+                let done = [(element.ticket(), 0)];
+                assert_eq!(world.device.complete_many(mem, done.into_iter()).unwrap(), 0);
+                world.device.unpop(&element.ticket()).unwrap();
+                let mut after = vec![0; size];
+                world.mem.read(world.layout.device, &mut after).unwrap();
+                assert_eq!(after, pen);
+                assert_eq!(world.device.in_flight(), 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn kicks_that_are_wanted_and_not_are_counted_apart() {
+    for mut world in both(0) {
+        world.give(true);
+        assert!(world.kick());
+        let pin = world.mem.pin();
+        world.device.disable_kicks(&pin.mapped()).unwrap();
+        drop(pin);
+        for _ in 0..2 {
+            world.give(true);
+            assert!(!world.kick());
+        }
+        let counters = world.driver.counters();
+        assert_eq!((counters.notified, counters.suppressed), (1, 2));
+    }
 }

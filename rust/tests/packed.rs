@@ -104,6 +104,22 @@ fn p07_an_id_twice() {
 }
 
 #[test]
+fn p07_an_id_twice_of_tables() {
+    for policy in [Policy::INTEROP, Policy::STRICT] {
+        let mut world = World::new(8, PACKED | INDIRECT_DESC, policy);
+        world.entry(TABLE, 0, (DATA, 16, WRITE, 0));
+        world.chain(&[(TABLE, 16, INDIRECT, 1), (TABLE, 16, INDIRECT, 1)]);
+        assert_eq!(world.take().head, 1);
+        if policy.duplicate_heads {
+            assert_eq!(world.take().head, 1);
+        } else {
+            let fault = world.breaks(Rule::IdInFlight);
+            assert_eq!((fault.head, world.device.in_flight()), (Some(1), 1));
+        }
+    }
+}
+
+#[test]
 fn p09_p11_p12_p21_every_size_wraps_where_it_should() {
     for size in [1, 2, 3, 5, 7, 255, 257] {
         let mut world = World::interop(size, PACKED | EVENT_IDX);

@@ -17,8 +17,8 @@ use virtio_test::chain::Segment;
 use virtio_test::error::{Misuse, QueueError};
 use virtio_test::iov::Iov;
 use virtio_test::mem::{
-    Access, At, Backing, GuestMemory, MAX_TRANSFER, MemoryError, RegionError, RegionSpec, Transfer, TransferFailed,
-    Want, transferring,
+    Access, At, Backing, GuestMemory, Log, MAX_TRANSFER, MemoryError, RegionError, RegionSpec, Transfer,
+    TransferFailed, Want, transferring,
 };
 use virtio_test::policy::Policy;
 use virtio_test::queue::{DeviceQueue, DriverQueue, IndirectArea, QueueState, feature};
@@ -151,6 +151,23 @@ fn copies_cross_between_mapped_and_remote_regions() {
         mem.check(1, u64::MAX, Want::Read),
         Err(MemoryError::Wraps { gpa: 1, len: u64::MAX })
     );
+}
+
+/// Remote memory is reached by messages whether or not there is a log, and was before.
+#[test]
+fn a_log_that_ends_leaves_remote_memory_as_it_was() {
+    let (mem, far) = mixed();
+    for log in [Some(Log::fresh(8).unwrap().0), None] {
+        mem.set_log(log).unwrap();
+        let before = far[0].count();
+        mem.write(2 * PAGE - 4, &[7; 8]).unwrap();
+        let pin = mem.pin();
+        let at = pin.mediated().unwrap().resolve(PAGE, 8, Want::Write).unwrap();
+        assert_eq!(pin.mediated().unwrap().load_u16(at, 0), Ok(0));
+        drop(pin);
+        assert_eq!(bytes(&mem, 2 * PAGE - 4, 8), [7; 8]);
+        assert!(far[0].count() > before);
+    }
 }
 
 #[test]

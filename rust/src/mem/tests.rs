@@ -523,3 +523,22 @@ fn regions_are_shared_between_both_ends_of_a_file() {
     assert_eq!(bytes(&mem, 0, 4), b"seen");
     assert!(region.own() && !peer.regions().remove(0).own());
 }
+
+#[test]
+fn groups_of_words_end_with_their_memory() {
+    let mut room = [0_u64; 8];
+    let base: *mut u8 = room.as_mut_ptr().cast();
+    for len in 0..40_u64 {
+        // SAFETY: fewer bytes than `room` has, which lives longer and is aligned to 8.
+        let words = unsafe { Words::<16>::new(base, len) };
+        for index in 0..4_u32 {
+            let inside = 16 * (u64::from(index) + 1) <= len;
+            assert_eq!(words.split(index).is_some(), inside, "{index} of {len}");
+            assert_eq!(words.packed(index as u16).is_some(), inside, "{index} of {len}");
+        }
+        // SAFETY: as above.
+        let heads = unsafe { Words::<2>::new(base, len) };
+        assert_eq!(heads.head(3).is_some(), 4 + 2 * 4 <= len, "{len}");
+    }
+    assert!(Words::<16>::none().split(0).is_none());
+}
