@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,6 @@ from virtio_test.transport.vhost_user.codec import Message, encode, encode_reply
 from virtio_test.transport.vhost_user.frontend import USER_OFFSET, FrontEnd
 from virtio_test.transport.vhost_user.iotlb import Cache
 from virtio_test.transport.vhost_user.messages import (
-    HEADER_BYTES,
     BackendRequest,
     IotlbType,
     Permission,
@@ -519,55 +517,6 @@ def test_no_more_is_asked_for_at_once_than_can_be_kept(server: Server) -> None:
         assert [each.iova for each in b.misses()] == [0x10000 + 64 * PAGE]
         b.map(0, size=MEMORY_BYTES)
         assert eventually(b.queue.has_used)
-
-
-@pytest.mark.row("B16")
-def test_a_refusal_of_what_came_already_breaks_nothing(server: Server) -> None:
-    """A page was asked for to write, then to read; it comes to read alone, and in the same turn it is refused."""
-    with behind(server.path) as b:
-        b.map_ring()
-        b.map(ASKED)
-        b.map(2 * ASKED - PAGE)
-        b.enable()
-        b.queue.add([(ASKED, 48)], [(ANSWERED, 12)])
-        b.queue.publish()
-        b.ring.kick.notify()
-        assert b.front.channel is not None
-        channel = b.front.channel
-
-        def asked() -> bool:
-            message = channel.take()
-            return message is not None and isinstance(message.payload, Iotlb) and message.payload.iova == ANSWERED
-
-        assert eventually(asked)
-        b.front.get_base(0)
-        b.queue = DriverQueue(b.memory, b.config)
-        b.ring = b.front.setup_ring(b.config)
-        b.memory.write(ANSWERED, REQUEST.pack(1, 2, 3, 4, b"hello back end!"))
-        token = b.queue.add([(ANSWERED, 48)], [(2 * ASKED - PAGE, 12)])
-        b.queue.publish()
-        b.ring.kick.notify()
-        assert eventually(asked)
-        entry = Iotlb(ANSWERED, PAGE, ANSWERED + USER_OFFSET, int(READ), int(IotlbType.UPDATE))
-        update = encode(Request.IOTLB_MSG, entry, need_reply=True)
-        refusal = encode_reply(BackendRequest.IOTLB_MSG, U64(1))
-        # In one turn of the loop it reads the start of both, in the next their ends.
-        for part in (slice(HEADER_BYTES), slice(HEADER_BYTES, None)):
-            held, go = threading.Event(), threading.Event()
-
-            def hold(held: threading.Event = held, go: threading.Event = go) -> None:
-                held.set()
-                go.wait(PATIENCE)
-
-            server.loop.call_soon(hold)
-            assert held.wait(PATIENCE)
-            b.front.send_bytes(update[part])
-            channel.socket.sendall(refusal[part])
-            go.set()
-        assert b.front.receive().request == Request.IOTLB_MSG
-        assert eventually(b.queue.has_used)
-        assert b.queue.get_used() == (token, 12)
-        assert not b.broken
 
 
 @pytest.mark.row("M17")
