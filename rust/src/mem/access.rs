@@ -17,7 +17,7 @@
 //! Values are little endian in memory (VIRTIO 1.4, 2.7 and 2.8: `le16`, `le32`, `le64`); the words that
 //! this trait returns and takes are in the host's order.
 
-use super::{Descs, Heads, MemoryError, Words};
+use super::{DescStores, Descs, HeadStores, Heads, MemoryError, Useds, Words};
 
 /// A resolved guest address: where one region holds the whole range, the way to its bytes; else only the address,
 /// and each access is translated anew.
@@ -177,6 +177,27 @@ pub trait Access {
     fn heads(&self, at: At) -> Heads<'_> {
         let _ = at;
         Words::none()
+    }
+
+    /// The entries of the used ring at `at`, to be read many times: none, where each has to be asked for.
+    #[inline(always)]
+    fn useds(&self, at: At) -> Option<Useds<'_>> {
+        let _ = at;
+        None
+    }
+
+    /// The descriptors at `at`, to be written many times: none, where each store goes its own way.
+    #[inline(always)]
+    fn desc_stores(&self, at: At) -> Option<DescStores<'_>> {
+        let _ = at;
+        None
+    }
+
+    /// The entries of the avail ring at `at`, to be written: none, where each store goes its own way.
+    #[inline(always)]
+    fn head_stores(&self, at: At) -> Option<HeadStores<'_>> {
+        let _ = at;
+        None
     }
 
     /// A split descriptor: two relaxed 64-bit loads, at `off` and 8 bytes on.

@@ -12,7 +12,9 @@ use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::table::Table;
-use super::{Access, At, Descs, Heads, MemoryError, Want, Words, any_lost, host_size};
+use super::{
+    Access, At, DescStores, Descs, HeadStores, Heads, MemoryError, Stores, Useds, Want, Words, any_lost, host_size,
+};
 
 /// Bytes of a cache line.
 #[cfg(target_arch = "x86_64")]
@@ -255,6 +257,27 @@ impl Access for Mapped<'_> {
             Some(base) => unsafe { Words::new(base, at.len) },
             None => Words::none(),
         }
+    }
+
+    #[inline(always)]
+    fn useds(&self, at: At) -> Option<Useds<'_>> {
+        let base = self.words(at, 0, at.len, 4, Want::Read)?;
+        // SAFETY: as above, aligned to 4.
+        Some(unsafe { Words::new(base, at.len) })
+    }
+
+    #[inline(always)]
+    fn desc_stores(&self, at: At) -> Option<DescStores<'_>> {
+        let base = self.words(at, 0, at.len, 8, Want::Write)?;
+        // SAFETY: as above, aligned to 8, and writable, as was asked (M2).
+        Some(unsafe { Stores::new(base, at.len) })
+    }
+
+    #[inline(always)]
+    fn head_stores(&self, at: At) -> Option<HeadStores<'_>> {
+        let base = self.words(at, 0, at.len, 2, Want::Write)?;
+        // SAFETY: as above, aligned to 2, and writable, as was asked (M2).
+        Some(unsafe { Stores::new(base, at.len) })
     }
 
     load!(load_u16, AtomicU16, u16);

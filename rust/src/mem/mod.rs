@@ -11,6 +11,7 @@ mod mapped;
 mod mediated;
 mod region;
 mod sigbus;
+mod stores;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -29,11 +30,12 @@ pub(crate) use lost::any_lost;
 pub use mapped::Mapped;
 pub use mediated::Mediated;
 pub use region::{Backing, Mapping, OWN_ALIGN, RECEIVED_ALIGN, Region, RegionError};
+pub use stores::{DescStores, HeadStores, Stores};
 pub use table::{MAX_REGIONS, MAX_TRANSLATIONS, Table};
 pub use traced::{AccessKind, Record, Trace};
 pub use transfer::{MAX_TRANSFER, Transfer, TransferFailed, transferring};
 pub use vector::Vector;
-pub use words::{Descs, Heads, Words};
+pub use words::{Descs, Heads, Useds, Words};
 
 /// A number of bytes as the host counts them.
 #[expect(

@@ -7,7 +7,8 @@
 //! mapping (M1). What is left to judge at each access is its place. It holds nothing where the area cannot be reached
 //! directly. There, and behind its end, the answer is None, and the seam itself has to be asked.
 //!
-//! A group is what lies side by side and is of one entry: a descriptor of 16 bytes, an entry of the avail ring of 2.
+//! A group is what lies side by side and is of one entry: a descriptor of 16 bytes, an entry of the used ring of 8, one of
+//! the avail ring of 2.
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
@@ -27,6 +28,8 @@ pub struct Words<'a, const SIZE: u64> {
 pub type Descs<'a> = Words<'a, 16>;
 /// Entries of an avail ring.
 pub type Heads<'a> = Words<'a, 2>;
+/// Entries of a used ring.
+pub type Useds<'a> = Words<'a, 8>;
 
 impl<const SIZE: u64> Words<'_, SIZE> {
     /// None at all.
@@ -44,7 +47,7 @@ impl<const SIZE: u64> Words<'_, SIZE> {
     ///
     /// # Safety
     /// The `len` bytes from `base` on stay mapped as long as the result lives (M1, M2), and `base` is aligned for the largest
-    /// word of a group: 8 for descriptors, 2 for entries of an avail ring.
+    /// word of a group: 8 for descriptors, 4 for entries of a used ring, 2 for those of an avail ring.
     #[inline(always)]
     pub(super) const unsafe fn new(base: *mut u8, len: u64) -> Self {
         let end = if len < SIZE { 0 } else { len - SIZE + 1 };
@@ -106,6 +109,24 @@ impl Words<'_, 16> {
         let group = self.group(16 * u64::from(slot))?;
         let (addr, len) = (word!(AtomicU64, u64, group, 0), word!(AtomicU32, u32, group, 8));
         Some((addr, len, word!(AtomicU16, u16, group, 12)))
+    }
+
+    /// Length and id of used packed descriptor `slot`: two relaxed loads.
+    #[inline(always)]
+    #[must_use]
+    pub fn packed_used(&self, slot: u16) -> Option<(u32, u16)> {
+        let group = self.group(16 * u64::from(slot))?;
+        Some((word!(AtomicU32, u32, group, 8), word!(AtomicU16, u16, group, 12)))
+    }
+}
+
+impl Words<'_, 8> {
+    /// Entry `slot` of the used ring, whose `flags` and `idx` come first: two relaxed loads.
+    #[inline(always)]
+    #[must_use]
+    pub fn used(&self, slot: u16) -> Option<(u32, u32)> {
+        let group = self.group(4 + 8 * u64::from(slot))?;
+        Some((word!(AtomicU32, u32, group, 0), word!(AtomicU32, u32, group, 4)))
     }
 }
 

@@ -1,8 +1,9 @@
 //! What a driver writes beside its rings' own steps: fresh areas and indirect tables.
 
-use super::Parts;
+use super::Buffers;
 use crate::mem::{Access, At, MemoryError, Want};
-use crate::ring::{RingLayout, desc};
+use crate::ring::RingLayout;
+use crate::ring::desc::{self, Desc};
 
 /// Memory for indirect tables: one of `entries` descriptors for each head or id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,27 +32,20 @@ pub(super) fn zero<A: Access>(mem: &A, layout: &RingLayout) -> Result<(), Memory
 }
 
 /// Write an indirect table at `at` and give its address (2.7.5.3: linked by `next`; 2.8.7: one after another).
-pub(super) fn write_table<A: Access>(
-    mem: &A,
-    at: At,
-    packed: bool,
-    (count, parts): (u16, Parts<'_, 2>),
-) -> Result<u64, MemoryError> {
+pub(super) fn write_table<A: Access>(mem: &A, at: At, packed: bool, buffers: Buffers<'_>) -> Result<u64, MemoryError> {
     let mut index = 0u16;
-    for (buffers, flags) in parts {
-        for &(addr, len) in buffers {
-            let off = desc::BYTES * u64::from(index);
-            let next = index.saturating_add(1);
-            let rest = if packed {
-                desc::Desc::rest(len, 0, flags)
-            } else if next < count {
-                desc::Desc::rest(len, flags | desc::NEXT, next)
-            } else {
-                desc::Desc::rest(len, flags, 0)
-            };
-            mem.store_desc(at, off, (addr, rest))?;
-            index = next;
-        }
-    }
+    buffers.describe(|(addr, len), flags| {
+        let next = index.saturating_add(1);
+        let rest = if packed {
+            Desc::rest(len, 0, flags & !desc::NEXT)
+        } else if flags & desc::NEXT != 0 {
+            Desc::rest(len, flags, next)
+        } else {
+            Desc::rest(len, flags, 0)
+        };
+        let off = desc::BYTES * u64::from(index);
+        index = next;
+        mem.store_desc(at, off, (addr, rest))
+    })?;
     Ok(at.gpa)
 }

@@ -1,12 +1,14 @@
 //! The driver end of a virtqueue: private shadow state, and no trust in anything that is read back.
 
+mod shadow;
 mod used;
 
 use std::collections::VecDeque;
 
+use self::shadow::{Shadow, Shadows};
 use super::areas::{IndirectArea, write_table, zero};
 use super::device::unmapped;
-use super::{Counters, Life, Parts, QueueConfig, QueueState, feature};
+use super::{Buffers, Counters, Life, QueueConfig, QueueState, feature};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse, QueueError};
 use crate::mem::{Access, At, MemoryError, Want, any_lost};
@@ -19,16 +21,6 @@ use crate::rule::Rule;
 enum Ring {
     Split(SplitDriver),
     Packed(PackedDriver),
-}
-
-/// A buffer in flight.
-#[derive(Clone, Copy, Debug)]
-struct Shadow {
-    token: u64,
-    /// Its last descriptor.
-    tail: u16,
-    descriptors: u16,
-    writable: u64,
 }
 
 /// The driver end of one queue, in either format.
@@ -44,7 +36,7 @@ pub struct DriverQueue {
     next_token: u64,
     /// Tokens below this one are visible to the device.
     published: u64,
-    shadow: Vec<Option<Shadow>>,
+    shadows: Shadows,
     in_flight: u32,
     /// With IN_ORDER: ids in the order in which they were made available.
     order: Option<VecDeque<u16>>,
@@ -99,7 +91,7 @@ impl DriverQueue {
             generation: 0,
             next_token: 0,
             published: 0,
-            shadow: vec![None; usize::from(layout.size)],
+            shadows: Shadows::new(layout.size),
             in_flight: 0,
             order: in_order.then(VecDeque::new),
             ready: VecDeque::new(),
@@ -184,79 +176,101 @@ impl DriverQueue {
         writable: &[(u64, u32)],
         indirect: bool,
     ) -> Result<u64, QueueError> {
+        if !indirect && self.running() {
+            if let Some(token) = self.add_at_once(mem, readable, writable) {
+                return Ok(token);
+            }
+        }
+        self.add_anew(mem, readable, writable, indirect)
+    }
+
+    /// A chain of good buffers for which there is room in a ring that can be reached directly; None is for `add_anew` to
+    /// explain.
+    #[inline(always)]
+    fn add_at_once<A: Access>(&mut self, mem: &A, readable: &[(u64, u32)], writable: &[(u64, u32)]) -> Option<u64> {
+        let (buffers, count, total) = self.measure(readable, writable)?;
+        let ends = each!(&mut self.ring, ring => ring.add_at_once(mem, count, buffers))?;
+        Some(self.added(ends, count, total))
+    }
+
+    #[inline(never)]
+    fn add_anew<A: Access>(
+        &mut self,
+        mem: &A,
+        readable: &[(u64, u32)],
+        writable: &[(u64, u32)],
+        indirect: bool,
+    ) -> Result<u64, QueueError> {
         if !self.running() {
             return Err(Misuse::Latched.into());
         }
-        let (count, total) = self.check_buffers(readable, writable)?;
-        let ((id, tail), needed) = if indirect {
-            (self.add_table(mem, count, [(readable, 0), (writable, desc::WRITE)])?, 1)
-        } else {
-            each!(&self.ring, ring => ring.check_room(count))?;
-            let parts = [(readable, 0), (writable, desc::WRITE)];
-            let added = match &mut self.ring {
-                Ring::Split(ring) => ring.refresh(mem).and_then(|()| ring.add(mem, count, parts)),
-                Ring::Packed(ring) => ring.refresh(mem).and_then(|()| ring.add(mem, count, parts)),
-            };
-            match added {
-                Ok(id) => (id, count),
-                Err(error) => return Err(self.ring_lost(error).into()),
-            }
-        };
+        let measured = self.measure(readable, writable);
+        let (buffers, count, total) = measured.ok_or_else(|| self.bad_buffers(readable, writable))?;
+        if indirect {
+            let ends = self.add_table(mem, count, buffers)?;
+            return Ok(self.added(ends, 1, total));
+        }
+        each!(&self.ring, ring => ring.check_room(count))?;
+        let ends = self.with_ring(mem, |ring| each!(ring, ring => ring.add(mem, count, buffers)))?;
+        Ok(self.added(ends, count, total))
+    }
+
+    /// A chain is written, of which head and tail are these: it is in flight. Its token.
+    #[inline(always)]
+    fn added(&mut self, (id, tail): (u16, u16), descriptors: u16, writable: u64) -> u64 {
         let token = self.next_token;
         self.next_token += 1;
         self.in_flight += 1;
-        let descriptors = needed;
-        if let Some(slot) = self.shadow.get_mut(usize::from(id)) {
-            *slot = Some(Shadow {
-                token,
-                tail,
-                descriptors,
-                writable: total,
-            });
-        }
+        let shadow = Shadow {
+            token,
+            writable: u32::try_from(writable).unwrap_or(u32::MAX),
+            tail,
+            descriptors,
+        };
+        self.shadows.set(id, shadow);
         if let Some(order) = &mut self.order {
             order.push_back(id);
         }
-        Ok(token)
+        token
     }
 
     /// Write a chain as an indirect table, and the one descriptor that names it.
-    fn add_table<A: Access>(&mut self, mem: &A, count: u16, parts: Parts<'_, 2>) -> Result<(u16, u16), QueueError> {
+    fn add_table<A: Access>(&mut self, mem: &A, count: u16, buffers: Buffers<'_>) -> Result<(u16, u16), QueueError> {
         let table = self.table(mem, count)?;
         each!(&self.ring, ring => ring.check_room(1))?;
         let packed = self.layout.packed;
         let added = self.with_ring(mem, |ring| {
-            let addr = write_table(mem, table, packed, (count, parts))?;
-            let entry = [(addr, 16 * u32::from(count))];
-            each!(ring, ring => ring.add(mem, 1, [(&entry, desc::INDIRECT)]))
+            let addr = write_table(mem, table, packed, buffers)?;
+            let table = Buffers::table((addr, 16 * u32::from(count)));
+            each!(ring, ring => ring.add(mem, 1, table))
         });
         Ok(added?)
     }
 
-    /// Our own caller's buffers: how many, and the writable bytes.
+    /// Our own caller's buffers, how many, and the writable bytes; None when they make no chain.
     #[inline(always)]
-    fn check_buffers(&self, readable: &[(u64, u32)], writable: &[(u64, u32)]) -> Result<(u16, u64), Misuse> {
-        let size = usize::from(self.layout.size);
+    fn measure<'a>(&self, readable: &'a [(u64, u32)], writable: &'a [(u64, u32)]) -> Option<(Buffers<'a>, u16, u64)> {
+        let buffers = Buffers::new(readable, writable)?;
         let count = readable.len().saturating_add(writable.len());
-        let bytes = |buffers: &[(u64, u32)]| {
-            let mut sum = 0u64;
-            for &(_, len) in buffers {
-                if len == 0 {
-                    return None;
-                }
-                sum = sum.wrapping_add(u64::from(len));
-            }
-            Some(sum)
-        };
-        // No sum of as many lengths as a queue has descriptors leaves 64 bits.
-        if count > 0 && count <= size {
-            if let (Some(read), Some(written)) = (bytes(readable), bytes(writable)) {
-                if read.wrapping_add(written) <= 1 << 32 {
-                    return Ok((u16::try_from(count).unwrap_or(u16::MAX), written));
-                }
-            }
+        if count > usize::from(self.layout.size) {
+            return None;
         }
-        Err(self.bad_buffers(readable, writable))
+        // No sum of as many lengths as a queue has descriptors leaves 64 bits.
+        let (mut read, mut written) = (0u64, 0u64);
+        for &(_, len) in readable {
+            if len == 0 {
+                return None;
+            }
+            read = read.wrapping_add(u64::from(len));
+        }
+        for &(_, len) in writable {
+            if len == 0 {
+                return None;
+            }
+            written = written.wrapping_add(u64::from(len));
+        }
+        let fits = read.wrapping_add(written) <= 1 << 32;
+        fits.then_some((buffers, u16::try_from(count).unwrap_or(u16::MAX), written))
     }
 
     #[cold]
@@ -331,12 +345,7 @@ impl DriverQueue {
     /// the device may still own the descriptors.
     pub fn detach(&mut self) -> Vec<u64> {
         let mut tokens: Vec<u64> = self.ready.drain(..).map(|(token, _)| token).collect();
-        tokens.extend(
-            self.shadow
-                .iter_mut()
-                .filter_map(Option::take)
-                .map(|shadow| shadow.token),
-        );
+        tokens.extend(self.shadows.drain());
         tokens.sort_unstable();
         self.in_flight = 0;
         if let Some(order) = &mut self.order {

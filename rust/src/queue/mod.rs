@@ -140,10 +140,64 @@ pub use device::{DeviceQueue, StartError, Ticket};
 pub use driver::DriverQueue;
 
 use crate::error::Fault;
+use crate::ring::desc;
 
-/// Buffers that a driver makes available: address and length, and the flags of each part (WRITE or INDIRECT; NEXT and the
-/// wrap bits are the ring's).
-pub(crate) type Parts<'a, const N: usize> = [(&'a [(u64, u32)], u16); N];
+/// Address and length of each buffer that a driver makes available. The last one stands apart: its descriptor is the one
+/// without NEXT, so nobody has to count.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Buffers<'a> {
+    pub(crate) readable: &'a [(u64, u32)],
+    pub(crate) writable: &'a [(u64, u32)],
+    pub(crate) last: (u64, u32),
+    /// Of the last one: WRITE, INDIRECT, or none.
+    pub(crate) flags: u16,
+}
+
+impl<'a> Buffers<'a> {
+    /// None when there are none.
+    #[inline(always)]
+    pub(crate) const fn new(readable: &'a [(u64, u32)], writable: &'a [(u64, u32)]) -> Option<Self> {
+        if let Some((&last, writable)) = writable.split_last() {
+            return Some(Self {
+                readable,
+                writable,
+                last,
+                flags: desc::WRITE,
+            });
+        }
+        let Some((&last, readable)) = readable.split_last() else {
+            return None;
+        };
+        Some(Self {
+            readable,
+            writable,
+            last,
+            flags: 0,
+        })
+    }
+
+    /// An indirect table.
+    pub(crate) const fn table(table: (u64, u32)) -> Self {
+        Self {
+            readable: &[],
+            writable: &[],
+            last: table,
+            flags: desc::INDIRECT,
+        }
+    }
+
+    /// Give each buffer to `each`, with the flags of its descriptor: WRITE, INDIRECT, NEXT.
+    #[inline(always)]
+    pub(crate) fn describe<E>(self, mut each: impl FnMut((u64, u32), u16) -> Result<(), E>) -> Result<(), E> {
+        for &buffer in self.readable {
+            each(buffer, desc::NEXT)?;
+        }
+        for &buffer in self.writable {
+            each(buffer, desc::WRITE | desc::NEXT)?;
+        }
+        each(self.last, self.flags)
+    }
+}
 
 /// A used entry as it was read, and where.
 #[derive(Clone, Copy, Debug)]

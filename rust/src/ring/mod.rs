@@ -48,12 +48,6 @@ impl Areas {
         })
     }
 
-    /// Whether the memory table has not changed since.
-    #[inline(always)]
-    pub(crate) fn is_fresh<A: Access>(&self, mem: &A) -> bool {
-        self.epoch == mem.epoch()
-    }
-
     /// Resolve again if the memory table has changed since.
     #[inline(always)]
     pub(crate) fn refresh<A: Access>(&mut self, mem: &A, layout: &RingLayout, end: Side) -> Result<(), MemoryError> {

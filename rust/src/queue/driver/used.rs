@@ -78,44 +78,38 @@ impl DriverQueue {
         if !self.ready.is_empty() || self.order.is_some() {
             return self.get_kept(mem);
         }
-        match self.take_next(mem) {
-            Ok(Some((token, len))) => {
-                if any_lost() {
-                    return self.withdraw(mem, (token, len));
-                }
-                self.counters.popped += 1;
-                Ok(Some((token, len)))
-            }
-            Ok(None) => {
-                self.check_intact(mem)?;
-                Ok(None)
-            }
-            Err(fault) => Err(self.broken(mem, fault)),
+        let mut one = None;
+        let (_, broken) = self.take(mem, 1, |token, len| one = Some((token, len)));
+        if let Some(fault) = broken {
+            return Err(self.broken(mem, fault));
         }
+        if any_lost() {
+            return self.withdraw(mem, one);
+        }
+        self.counters.popped += u64::from(one.is_some());
+        Ok(one)
     }
 
     /// As `get_used`, of those that one used entry completed together.
     #[cold]
     fn get_kept<A: Access>(&mut self, mem: &A) -> Result<Option<(u64, u32)>, Fault> {
         match self.take_kept(mem) {
-            Ok(Some(used)) => self.withdraw(mem, used),
-            Ok(None) => {
-                self.check_intact(mem)?;
-                Ok(None)
-            }
+            Ok(used) => self.withdraw(mem, used),
             Err(fault) => Err(self.broken(mem, fault)),
         }
     }
 
     /// A used buffer, if the memory that told of it is intact; else it stays where `detach` finds it.
     #[cold]
-    fn withdraw<A: Access>(&mut self, mem: &A, used: (u64, u32)) -> Result<Option<(u64, u32)>, Fault> {
+    fn withdraw<A: Access>(&mut self, mem: &A, used: Option<(u64, u32)>) -> Result<Option<(u64, u32)>, Fault> {
         if let Err(fault) = self.check_intact(mem) {
-            self.ready.push_front(used);
+            if let Some(used) = used {
+                self.ready.push_front(used);
+            }
             return Err(fault);
         }
-        self.counters.popped += 1;
-        Ok(Some(used))
+        self.counters.popped += u64::from(used.is_some());
+        Ok(used)
     }
 
     #[cold]
@@ -147,32 +141,24 @@ impl DriverQueue {
         limit: usize,
         used: &mut Vec<(u64, u32)>,
     ) -> Result<usize, Fault> {
-        let start = used.len();
-        let mut broken = None;
-        let mut count = 0;
-        let kept = !self.ready.is_empty() || self.order.is_some();
-        while count < limit && self.running() {
-            let taken = if kept {
-                self.keep_into(mem, used)
-            } else {
-                self.take_into(mem, used)
-            };
-            match taken {
-                Ok(true) => count += 1,
-                Ok(false) => break,
-                Err(_) if count > 0 => break,
-                Err(fault) => {
-                    broken = Some(fault);
-                    break;
-                }
-            }
+        if !self.running() {
+            return Ok(0);
         }
+        let start = used.len();
+        let (count, broken) = if self.ready.is_empty() && self.order.is_none() {
+            self.take(mem, limit, |token, len| used.push((token, len)))
+        } else {
+            self.take_kept_into(mem, limit, used)
+        };
         self.counters.popped += count as u64;
         if let Err(fault) = self.check_intact(mem) {
             self.give_back(used.split_off(start));
             return Err(fault);
         }
-        broken.map_or(Ok(count), |fault| Err(self.latched_by(fault)))
+        match broken {
+            Some(fault) if count == 0 => Err(self.latched_by(fault)),
+            _ => Ok(count),
+        }
     }
 
     /// Put used buffers back that were just taken, as if they had not been: the next calls take them.
@@ -181,133 +167,190 @@ impl DriverQueue {
         taken.into_iter().rev().for_each(|used| self.ready.push_front(used));
     }
 
-    /// As `take_into`, where some wait.
+    /// As `take`, where some wait, or several may with one used entry.
     #[cold]
-    fn keep_into<A: Access>(&mut self, mem: &A, used: &mut Vec<(u64, u32)>) -> Result<bool, Fault> {
-        let taken = self.take_kept(mem)?;
-        used.extend(taken);
-        Ok(taken.is_some())
-    }
-
-    /// Append the next used buffer; whether there was one.
-    #[inline(always)]
-    fn take_into<A: Access>(&mut self, mem: &A, used: &mut Vec<(u64, u32)>) -> Result<bool, Fault> {
-        match self.take_next(mem) {
-            Ok(Some((token, len))) => {
-                used.push((token, len));
-                Ok(true)
+    fn take_kept_into<A: Access>(
+        &mut self,
+        mem: &A,
+        limit: usize,
+        used: &mut Vec<(u64, u32)>,
+    ) -> (usize, Option<Fault>) {
+        for count in 0..limit {
+            match self.take_kept(mem) {
+                Ok(Some(taken)) => used.push(taken),
+                Ok(None) => return (count, None),
+                Err(fault) => return (count, Some(fault)),
             }
-            Ok(None) => Ok(false),
-            Err(fault) => Err(fault),
         }
+        (limit, None)
     }
 
     /// The next used buffer with IN_ORDER, or of those that were put back.
     #[cold]
     fn take_kept<A: Access>(&mut self, mem: &A) -> Result<Option<(u64, u32)>, Fault> {
         if self.ready.is_empty() {
-            let Some((used, id, shadow, written)) = self.peek(mem)? else {
+            if self.order.is_none() {
+                let mut one = None;
+                let (_, broken) = self.take(mem, 1, |token, len| one = Some((token, len)));
+                return broken.map_or(Ok(one), Err);
+            }
+            if !self.look_or_arm(mem)? {
+                return Ok(None);
+            }
+            let Some(used) = self.load(mem)? else {
                 return Ok(None);
             };
-            if self.order.is_none() {
-                self.forget(id, &shadow);
-                return Ok(Some((shadow.token, written)));
-            }
-            self.finish_in_order(used, id, written)?;
+            let (id, written) = self.judge(&used)?;
+            self.finish_in_order(&used, id, written)?;
         }
         Ok(self.ready.pop_front())
     }
 
-    /// The next used buffer of the ring.
-    #[inline(always)]
-    fn take_next<A: Access>(&mut self, mem: &A) -> Result<Option<(u64, u32)>, Fault> {
-        match self.peek(mem) {
-            Ok(Some((_, id, shadow, written))) => {
-                self.forget(id, &shadow);
-                Ok(Some((shadow.token, written)))
-            }
-            Ok(None) => Ok(None),
-            Err(fault) => Err(fault),
-        }
+    /// The next used entry, which was seen to be there.
+    fn load<A: Access>(&self, mem: &A) -> Result<Option<Used>, Fault> {
+        let used = match &self.ring {
+            Ring::Split(ring) => ring.load(mem).map(Some),
+            Ring::Packed(ring) => ring.load(mem, &self.rules),
+        };
+        used.map_err(|error| self.unmapped(error))
     }
 
-    /// The next used entry, judged: its id, what is known of it, and the bytes written.
-    #[inline(always)]
-    fn peek<A: Access>(&mut self, mem: &A) -> Result<Option<(Used, u16, Shadow, u32)>, Fault> {
-        // Known already, when the table is still the one that the ring was resolved in.
-        let known = matches!(&self.ring, Ring::Split(ring) if ring.ready() != 0 && ring.is_fresh(mem));
-        if !known && !self.look_or_arm(mem)? {
-            return Ok(None);
-        }
-        let used = match &mut self.ring {
-            Ring::Split(ring) => ring.peek(mem, &self.rules)?,
-            Ring::Packed(ring) => match ring.peek(mem, &self.rules)? {
-                Some(used) => used,
-                None => return Ok(None),
-            },
-        };
-        // 2.7.8, 2.8.4: the id is the head of a chain, or the id of a buffer, that this queue can have.
+    /// The buffer that a used entry names, and the bytes written.
+    fn judge(&mut self, used: &Used) -> Result<(u16, u32), Fault> {
+        // 2.7.8, 2.8.4: the id is that of a buffer that the device was shown and has not used yet.
         let id = match u16::try_from(used.id) {
             Ok(id) if id < self.layout.size => id,
             _ => return Err(self.no_such_id(used)),
         };
-        let shadow = match self.shadow.get(usize::from(id)) {
-            Some(&Some(shadow)) if shadow.token < self.published => shadow,
-            _ => return Err(self.not_in_flight(used, id)),
+        let Some(shadow) = self.shadows.get(id, self.published) else {
+            return Err(self.not_in_flight(used));
         };
-        let mut written = used.len;
-        if u64::from(written) > shadow.writable {
-            written = self.check_len(used, shadow)?;
-        }
+        let written = if used.len > shadow.writable {
+            self.check_len(used, shadow)?
+        } else {
+            used.len
+        };
         self.armed = false;
-        Ok(Some((used, id, shadow, written)))
+        Ok((id, written))
+    }
+
+    /// Up to `limit` used buffers of the ring, each judged, to `out`; their number, and what is wrong with the one behind.
+    #[inline(always)]
+    fn take<A: Access>(&mut self, mem: &A, limit: usize, mut out: impl FnMut(u64, u32)) -> (usize, Option<Fault>) {
+        let mut count = 0;
+        while count < limit {
+            // A packed ring tells with each entry, a split one of all that it has.
+            let known = match &self.ring {
+                Ring::Split(ring) => ring.ready() != 0,
+                Ring::Packed(_) => true,
+            };
+            let mut odd = None;
+            if known {
+                let before = count;
+                odd = self.take_at_once(mem, limit - count, |token, len| {
+                    out(token, len);
+                    count += 1;
+                });
+                if count > before {
+                    self.armed = false;
+                    self.in_flight -= u32::try_from(count - before).unwrap_or(u32::MAX);
+                    if odd.is_none() {
+                        continue;
+                    }
+                }
+            }
+            if odd.is_none() {
+                match self.look_or_arm(mem) {
+                    Ok(true) if known => {}
+                    Ok(true) => continue,
+                    Ok(false) => break,
+                    Err(fault) => return (count, Some(fault)),
+                }
+            }
+            match self.take_one(mem, odd) {
+                Ok(Some((token, len))) => out(token, len),
+                Ok(None) => break,
+                Err(fault) => return (count, Some(fault)),
+            }
+            count += 1;
+        }
+        (count, None)
+    }
+
+    /// As many good ones as there are, up to `limit`, where the ring can be reached directly; the one behind that is not good.
+    #[inline(always)]
+    fn take_at_once<A: Access>(&mut self, mem: &A, limit: usize, mut out: impl FnMut(u64, u32)) -> Option<Used> {
+        let (shadows, published) = (&mut self.shadows, self.published);
+        let judge = |id, len| {
+            let head = u16::try_from(id).ok()?;
+            let shadow = shadows.take(head, len, published)?;
+            out(shadow.token, len);
+            Some((head, shadow.tail, shadow.descriptors))
+        };
+        match &mut self.ring {
+            Ring::Split(ring) => ring.take_at_once(mem, limit, judge),
+            Ring::Packed(ring) => ring.take_at_once(mem, limit, &self.rules, judge),
+        }
+    }
+
+    /// The next used buffer, whose entry is `odd` if that was read already.
+    #[inline(never)]
+    fn take_one<A: Access>(&mut self, mem: &A, odd: Option<Used>) -> Result<Option<(u64, u32)>, Fault> {
+        let used = match odd {
+            Some(used) => used,
+            None => match self.load(mem)? {
+                Some(used) => used,
+                None => return Ok(None),
+            },
+        };
+        let (id, written) = self.judge(&used)?;
+        Ok(self.forget(id).map(|shadow| (shadow.token, written)))
     }
 
     /// The descriptors of `id` are free again.
-    #[inline(always)]
-    fn forget(&mut self, id: u16, shadow: &Shadow) {
-        if let Some(slot) = self.shadow.get_mut(usize::from(id)) {
-            *slot = None;
-        }
+    fn forget(&mut self, id: u16) -> Option<Shadow> {
+        let shadow = self.shadows.get(id, self.published)?;
+        self.shadows.free(id);
         match &mut self.ring {
             Ring::Split(ring) => ring.advance(id, shadow.tail, shadow.descriptors),
             Ring::Packed(ring) => ring.advance(id, shadow.descriptors),
         }
         self.in_flight -= 1;
+        Some(shadow)
     }
 
     #[cold]
-    fn no_such_id(&self, used: Used) -> Fault {
+    fn no_such_id(&self, used: &Used) -> Fault {
         let message = format!("used id {} is beyond a queue of {}", used.id, self.layout.size);
-        self.used_fault(Rule::UsedIdOutOfRange, &used, message)
+        self.used_fault(Rule::UsedIdOutOfRange, used, message)
     }
 
     #[cold]
-    fn not_in_flight(&self, used: Used, id: u16) -> Fault {
-        let message = format!("used id {id} is no buffer in flight");
-        self.used_fault(Rule::UsedIdNotInFlight, &used, message)
+    fn not_in_flight(&self, used: &Used) -> Fault {
+        let message = format!("used id {} is no buffer in flight", used.id);
+        self.used_fault(Rule::UsedIdNotInFlight, used, message)
     }
 
     /// 2.7.8.2, 2.8.4: the length counts bytes written to the buffer's writable part; here it is more.
     #[cold]
-    fn check_len(&self, used: Used, shadow: Shadow) -> Result<u32, Fault> {
+    fn check_len(&self, used: &Used, shadow: Shadow) -> Result<u32, Fault> {
         if !used.told {
             // What cannot be a length is what is reserved.
             return Ok(0);
         }
         if self.rules.policy.used_len_beyond {
-            return Ok(u32::try_from(shadow.writable).unwrap_or(u32::MAX));
+            return Ok(shadow.writable);
         }
         let message = format!(
             "used length {} for a buffer of {} writable bytes",
             used.len, shadow.writable
         );
-        Err(self.used_fault(Rule::UsedLenTooBig, &used, message))
+        Err(self.used_fault(Rule::UsedLenTooBig, used, message))
     }
 
     /// 2.7.9, 2.8.8: with IN_ORDER one used entry may stand for all buffers up to its own; those before it
     /// count as written whole.
-    fn finish_in_order(&mut self, used: Used, id: u16, written: u32) -> Result<(), Fault> {
+    fn finish_in_order(&mut self, used: &Used, id: u16, written: u32) -> Result<(), Fault> {
         let mut order = self.order.take().unwrap_or_default();
         let batch = order.iter().position(|&other| other == id).map_or(1, |place| place + 1);
         let room = match &self.ring {
@@ -317,7 +360,7 @@ impl DriverQueue {
         if batch > room {
             self.order = Some(order);
             let message = format!("used id {id} completes {batch} buffers in order, used.idx says {room}");
-            return Err(self.used_fault(Rule::UsedIdNotInFlight, &used, message));
+            return Err(self.used_fault(Rule::UsedIdNotInFlight, used, message));
         }
         for member in order.drain(..batch) {
             self.release(member, (member == id).then_some(written));
@@ -328,12 +371,10 @@ impl DriverQueue {
 
     /// Give the descriptors of `id` back; None means that its writable part was written whole.
     fn release(&mut self, id: u16, written: Option<u32>) {
-        let Some(shadow) = self.shadow.get(usize::from(id)).copied().flatten() else {
-            return;
-        };
-        self.forget(id, &shadow);
-        let whole = u32::try_from(shadow.writable).unwrap_or(u32::MAX);
-        self.ready.push_back((shadow.token, written.unwrap_or(whole)));
+        if let Some(shadow) = self.forget(id) {
+            let written = written.unwrap_or(shadow.writable);
+            self.ready.push_back((shadow.token, written));
+        }
     }
 
     #[cold]

@@ -4,10 +4,20 @@ use super::{Place, arm, disarm};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse};
 use crate::mem::{Access, MemoryError};
-use crate::queue::{Parts, Used};
+use crate::queue::{Buffers, Used};
 use crate::ring::event::DISABLE;
 use crate::ring::{Areas, PackedEvent, RingLayout, Side, desc, packed_need_event};
 use crate::rule::Rule;
+
+/// The flag that makes a length one. Without it the length is reserved (2.8.4); QEMU never sets it and means the length, DPDK
+/// leaves there what the driver wrote.
+const fn trusted(rules: &ChainRules) -> u16 {
+    if rules.policy.used_without_write {
+        desc::WRITE
+    } else {
+        0
+    }
+}
 
 /// Private state of the driver end.
 #[derive(Debug)]
@@ -15,16 +25,15 @@ pub(crate) struct PackedDriver {
     areas: Areas,
     layout: RingLayout,
     event_idx: bool,
-    /// Free buffer ids; with IN_ORDER they come back in the order in which they were given.
-    ids: std::collections::VecDeque<u16>,
+    /// Free buffer ids: the first `free_ids` of these, the next one last.
+    ids: Box<[u16]>,
+    free_ids: u16,
     free: u16,
     next_avail: Place,
     published: Place,
     /// Place and flags of the first descriptor added since the last publication, stored last.
     staged: Option<(u16, u16)>,
     added: u16,
-    /// Slots added since the last publication.
-    added_slots: u32,
     /// Slots published since the last kick decision, and where the ring stood then.
     moved: u32,
     kicked: Place,
@@ -43,13 +52,13 @@ impl PackedDriver {
             areas: Areas::resolve(mem, &layout, Side::Driver)?,
             layout,
             event_idx,
-            ids: (0..layout.size).collect(),
+            ids: (0..layout.size).rev().collect(),
+            free_ids: layout.size,
             free: layout.size,
             next_avail: Place::from_bits(avail),
             published: Place::from_bits(avail),
             staged: None,
             added: 0,
-            added_slots: 0,
             moved: 0,
             kicked: Place::from_bits(avail),
             next_used: Place::from_bits(used),
@@ -72,13 +81,14 @@ impl PackedDriver {
     /// The id that the next buffer will get.
     #[inline(always)]
     pub(crate) fn next_head(&self) -> u16 {
-        self.ids.front().copied().unwrap_or(0)
+        let last = usize::from(self.free_ids.wrapping_sub(1));
+        self.ids.get(last).copied().unwrap_or(0)
     }
 
     #[inline(always)]
     pub(crate) fn check_room(&self, needed: u16) -> Result<(), Misuse> {
         // 2.8.17: there is room for the whole list before its first descriptor becomes available.
-        if needed > self.free || self.ids.is_empty() {
+        if needed > self.free {
             return Err(Misuse::QueueFull {
                 needed: u32::from(needed),
                 free: u32::from(self.free),
@@ -89,41 +99,77 @@ impl PackedDriver {
 
     /// Write a list of `count` descriptors; its id, twice, as a chain has a head and a tail. The caller has checked that
     /// there is room and at least one.
-    #[inline(always)]
-    pub(crate) fn add<A: Access, const N: usize>(
+    #[inline(never)]
+    pub(crate) fn add<A: Access>(
         &mut self,
         mem: &A,
         count: u16,
-        parts: Parts<'_, N>,
+        buffers: Buffers<'_>,
     ) -> Result<(u16, u16), MemoryError> {
         let (id, ring, size) = (self.next_head(), self.areas.desc, self.layout.size);
-        let first = self.next_avail;
-        let (mut place, mut left, mut head_flags) = (first, count, 0);
-        for (buffers, flags) in parts {
-            for &(addr, len) in buffers {
-                mem.store_packed_desc(ring, desc::BYTES * u64::from(place.slot), (addr, len, id))?;
-                let more = if left > 1 { desc::NEXT } else { 0 };
-                let flags = flags | place.avail_flags() | more;
-                if left == count {
-                    head_flags = flags;
-                } else {
-                    mem.store_u16_release(ring, desc::flags_off(place.slot), flags)?;
-                }
-                left = left.saturating_sub(1);
-                place = place.forward(1, size);
+        let (mut place, mut head_flags) = (self.next_avail, 0);
+        buffers.describe(|(addr, len), flags| {
+            mem.store_packed_desc(ring, desc::BYTES * u64::from(place.slot), (addr, len, id))?;
+            let flags = flags | place.avail_flags();
+            // A list is no longer than the ring.
+            if place.slot == self.next_avail.slot {
+                head_flags = flags;
+            } else {
+                mem.store_u16_release(ring, desc::flags_off(place.slot), flags)?;
             }
+            place = place.forward(1, size);
+            Ok(())
+        })?;
+        let first = self.next_avail.slot;
+        if self.staged.is_some() {
+            mem.store_u16_release(ring, desc::flags_off(first), head_flags)?;
         }
+        Ok(self.added(id, count, head_flags))
+    }
+
+    /// As `add`, where there is room and the ring can be reached directly; else nothing has changed but free descriptors. A
+    /// list that crosses the end is left to `add`: behind the last slot nothing can be stored, and all of this one have the
+    /// same marks.
+    #[inline(always)]
+    pub(crate) fn add_at_once<A: Access>(&mut self, mem: &A, count: u16, buffers: Buffers<'_>) -> Option<(u16, u16)> {
+        let descs = mem.desc_stores(self.areas.desc)?;
+        let (id, first) = (self.next_head(), self.next_avail.slot);
+        if count > self.free {
+            return None;
+        }
+        let (marks, mut slot, mut head_flags) = (self.next_avail.avail_flags(), first, 0);
+        buffers
+            .describe(|(addr, len), flags| {
+                let flags = flags | marks;
+                if !descs.packed(slot, (addr, len, id)) {
+                    return Err(());
+                }
+                if slot == first {
+                    head_flags = flags;
+                } else if !descs.flags(slot, flags) {
+                    return Err(());
+                }
+                slot = slot.wrapping_add(1);
+                Ok(())
+            })
+            .ok()?;
+        if self.staged.is_some() && !descs.flags(first, head_flags) {
+            return None;
+        }
+        Some(self.added(id, count, head_flags))
+    }
+
+    /// A list of `count` descriptors is written, but for the flags of the first after a publication; its id, twice.
+    #[inline(always)]
+    fn added(&mut self, id: u16, count: u16, head_flags: u16) -> (u16, u16) {
         if self.staged.is_none() {
-            self.staged = Some((first.slot, head_flags));
-        } else {
-            mem.store_u16_release(ring, desc::flags_off(first.slot), head_flags)?;
+            self.staged = Some((self.next_avail.slot, head_flags));
         }
-        self.ids.pop_front();
-        self.free = self.free.saturating_sub(count);
-        self.next_avail = place;
-        self.added_slots = self.added_slots.saturating_add(u32::from(count));
+        self.free_ids = self.free_ids.wrapping_sub(1);
+        self.free = self.free.wrapping_sub(count);
+        self.next_avail = self.next_avail.forward(count, self.layout.size);
         self.added += 1;
-        Ok((id, id))
+        (id, id)
     }
 
     /// Make everything added visible (2.8.21.1.1: a barrier before the flags update).
@@ -133,8 +179,9 @@ impl PackedDriver {
             mem.store_u16_release(self.areas.desc, desc::flags_off(slot), flags)?;
             self.staged = None;
             self.added = 0;
+            let slots = self.published.distance(self.next_avail, self.layout.size);
             self.published = self.next_avail;
-            self.moved = self.moved.saturating_add(std::mem::take(&mut self.added_slots));
+            self.moved = self.moved.saturating_add(slots);
         }
         Ok(count)
     }
@@ -165,37 +212,61 @@ impl PackedDriver {
     }
 
     /// The next used descriptor, if there is one. Does not consume it: `advance` does.
-    #[inline(always)]
-    pub(crate) fn peek<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<Option<Used>, Fault> {
-        let slot = self.next_used.slot;
-        let off = desc::BYTES * u64::from(slot);
-        let flags = match mem.load_u16_acquire(self.areas.desc, desc::flags_off(slot)) {
-            Ok(flags) => flags,
-            Err(error) => return Err(self.unmapped(rules, error)),
-        };
+    pub(crate) fn load<A: Access>(&self, mem: &A, rules: &ChainRules) -> Result<Option<Used>, MemoryError> {
+        let (slot, ring) = (self.next_used.slot, self.areas.desc);
+        let flags = mem.load_u16_acquire(ring, desc::flags_off(slot))?;
         if !self.next_used.is_used(flags) {
             return Ok(None);
         }
-        let (len, id) = match mem.load_packed_used(self.areas.desc, off + 8) {
-            Ok(fields) => fields,
-            Err(error) => return Err(self.unmapped(rules, error)),
-        };
-        // 2.8.4: without WRITE the length is reserved; QEMU never sets WRITE and means the length, DPDK leaves there what
-        // the driver wrote.
+        let (len, id) = mem.load_packed_used(ring, desc::BYTES * u64::from(slot) + 8)?;
+        Ok(Some(self.used(flags, id, len, rules)))
+    }
+
+    #[cold]
+    fn used(&self, flags: u16, id: u16, len: u32, rules: &ChainRules) -> Used {
+        let slot = self.next_used.slot;
         let told = flags & desc::WRITE != 0;
-        let len = if told || rules.policy.used_without_write {
-            len
-        } else {
-            0
-        };
-        let address = self.layout.desc.wrapping_add(off);
-        Ok(Some(Used {
+        Used {
             id: u32::from(id),
-            len,
+            len: if (flags | trusted(rules)) & desc::WRITE != 0 {
+                len
+            } else {
+                0
+            },
             told,
             position: slot,
-            address,
-        }))
+            address: self.layout.desc.wrapping_add(desc::BYTES * u64::from(slot)),
+        }
+    }
+
+    /// Up to `limit` used descriptors, where the ring can be reached directly: consumed, as long as `judge` knows how many
+    /// slots their buffers occupied. The one of which it does not.
+    #[inline(always)]
+    pub(crate) fn take_at_once<A: Access>(
+        &mut self,
+        mem: &A,
+        limit: usize,
+        rules: &ChainRules,
+        mut judge: impl FnMut(u32, u32) -> Option<(u16, u16, u16)>,
+    ) -> Option<Used> {
+        let (descs, trusted) = (mem.descs(self.areas.desc), trusted(rules));
+        let (mut left, mut odd) = (limit, None);
+        while left > 0 {
+            let slot = self.next_used.slot;
+            let flags = descs.flags(slot)?;
+            if !self.next_used.is_used(flags) {
+                break;
+            }
+            let (len, id) = descs.packed_used(slot)?;
+            let written = if (flags | trusted) & desc::WRITE != 0 { len } else { 0 };
+            let Some((id, _, descriptors)) = judge(u32::from(id), written) else {
+                odd = Some((flags, id, len));
+                break;
+            };
+            self.advance(id, descriptors);
+            left -= 1;
+        }
+        odd.map(|(flags, id, len)| self.used(flags, id, len, rules))
     }
 
     /// Consume the used buffer `id`, which occupied `descriptors` slots.
@@ -203,7 +274,10 @@ impl PackedDriver {
     pub(crate) fn advance(&mut self, id: u16, descriptors: u16) {
         self.next_used = self.next_used.forward(descriptors, self.layout.size);
         self.free += descriptors;
-        self.ids.push_back(id);
+        if let Some(slot) = self.ids.get_mut(usize::from(self.free_ids)) {
+            *slot = id;
+            self.free_ids += 1;
+        }
     }
 
     /// Ask for calls; the caller looks again afterwards.

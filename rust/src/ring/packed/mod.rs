@@ -99,6 +99,12 @@ impl Place {
         }
     }
 
+    /// How many slots `later` is ahead, which is at most `size`.
+    pub(crate) const fn distance(self, later: Self, size: u16) -> u32 {
+        let lap = if self.wrap == later.wrap { 0 } else { size as u32 };
+        (lap + later.slot as u32).saturating_sub(self.slot as u32)
+    }
+
     /// Whether `flags` mark the descriptor here as available.
     #[inline(always)]
     pub(crate) const fn is_avail(self, flags: u16) -> bool {
@@ -108,7 +114,7 @@ impl Place {
     /// Whether `flags` mark the descriptor here as used.
     #[inline(always)]
     pub(crate) const fn is_used(self, flags: u16) -> bool {
-        (flags & AVAIL != 0) == self.wrap && (flags & USED != 0) == self.wrap
+        flags & (AVAIL | USED) == self.used_flags()
     }
 
     /// The flags that make a descriptor here available.

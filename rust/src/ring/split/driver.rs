@@ -7,11 +7,16 @@ use super::{arm, disarm};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse};
 use crate::mem::{Access, MemoryError};
-use crate::queue::{Parts, Used};
+use crate::queue::{Buffers, Used};
 use crate::ring::desc::{self, Desc};
 use crate::ring::layout::{AVAIL_IDX, AVAIL_RING, FLAGS, USED_IDX, USED_RING};
 use crate::ring::{Areas, RingLayout, Side, need_event};
 use crate::rule::Rule;
+
+/// Offset of entry `slot` of the used ring.
+const fn used_off(slot: u16) -> u64 {
+    USED_RING + 8 * slot as u64
+}
 
 /// Private state of the driver end.
 #[derive(Debug)]
@@ -68,12 +73,6 @@ impl SplitDriver {
         self.areas.refresh(mem, &self.layout, Side::Driver)
     }
 
-    /// Whether `refresh` would change nothing.
-    #[inline(always)]
-    pub(crate) fn is_fresh<A: Access>(&self, mem: &A) -> bool {
-        self.areas.is_fresh(mem)
-    }
-
     pub(crate) const fn state(&self) -> (u16, u16) {
         (self.published, self.last_used)
     }
@@ -95,33 +94,58 @@ impl SplitDriver {
     /// Write a chain of `count` descriptors (one INDIRECT descriptor, or the buffers themselves) and its avail entry; its head
     /// and its tail.
     /// The caller has checked that `free` suffices and that there is at least one.
-    #[inline(always)]
-    pub(crate) fn add<A: Access, const N: usize>(
+    #[inline(never)]
+    pub(crate) fn add<A: Access>(
         &mut self,
         mem: &A,
         count: u16,
-        parts: Parts<'_, N>,
+        buffers: Buffers<'_>,
     ) -> Result<(u16, u16), MemoryError> {
-        let (head, ring) = (self.free_head, self.areas.desc);
-        let (mut index, mut tail, mut left) = (head, head, count);
-        for (buffers, flags) in parts {
-            for &(addr, len) in buffers {
-                left = left.wrapping_sub(1);
-                let next = self.follow(index);
-                let more = desc::NEXT * u16::from(left != 0);
-                // IN_ORDER asks that next be the following index, even in the last one (2.7.5.2); so we always do.
-                let rest = Desc::rest(len, flags | more, next);
-                mem.store_desc(ring, desc::BYTES * u64::from(index), (addr, rest))?;
-                tail = index;
-                index = next;
-            }
-        }
+        let ring = self.areas.desc;
+        let store = |index, words| mem.store_desc(ring, desc::BYTES * u64::from(index), words);
+        let (next, tail) = self.lay(buffers, store)?;
         let slot = AVAIL_RING + 2 * u64::from(self.next_avail & self.mask);
-        mem.store_u16(self.areas.driver, slot, head)?;
-        self.free_head = index;
-        self.free = self.free.saturating_sub(count);
+        mem.store_u16(self.areas.driver, slot, self.free_head)?;
+        Ok(self.added(count, next, tail))
+    }
+
+    /// As `add`, where there is room and the areas can be reached directly; else nothing has changed but free descriptors.
+    #[inline(always)]
+    pub(crate) fn add_at_once<A: Access>(&mut self, mem: &A, count: u16, buffers: Buffers<'_>) -> Option<(u16, u16)> {
+        if count > self.free {
+            return None;
+        }
+        let descs = mem.desc_stores(self.areas.desc)?;
+        let store = |index, words| if descs.split(index, words) { Ok(()) } else { Err(()) };
+        let (next, tail) = self.lay(buffers, store).ok()?;
+        let heads = mem.head_stores(self.areas.driver)?;
+        let stored = heads.head(self.next_avail & self.mask, self.free_head);
+        stored.then(|| self.added(count, next, tail))
+    }
+
+    /// Give the descriptors of a chain to `store`; the descriptor that is free after it, and its tail.
+    #[inline(always)]
+    fn lay<E>(&self, buffers: Buffers<'_>, store: impl Fn(u16, (u64, u64)) -> Result<(), E>) -> Result<(u16, u16), E> {
+        let (mut index, mut tail) = (self.free_head, self.free_head);
+        buffers.describe(|(addr, len), flags| {
+            let next = self.follow(index);
+            // IN_ORDER asks that next be the following index, even in the last one (2.7.5.2); so we always do.
+            store(index, (addr, Desc::rest(len, flags, next)))?;
+            tail = index;
+            index = next;
+            Ok(())
+        })?;
+        Ok((index, tail))
+    }
+
+    /// A chain and its avail entry are written; its head and its tail.
+    #[inline(always)]
+    const fn added(&mut self, count: u16, next: u16, tail: u16) -> (u16, u16) {
+        let head = self.free_head;
+        self.free_head = next;
+        self.free = self.free.wrapping_sub(count);
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok((head, tail))
+        (head, tail)
     }
 
     /// Make everything added visible (2.7.13.3.1: a barrier before the idx update).
@@ -184,20 +208,44 @@ impl SplitDriver {
     }
 
     /// The next used entry. Does not consume it: `advance` does, when it was found good.
-    #[inline(always)]
-    pub(crate) fn peek<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<Used, Fault> {
-        let entry = USED_RING + 8 * u64::from(self.last_used & self.mask);
-        let (id, len) = match mem.load_used(self.areas.device, entry) {
-            Ok(entry) => entry,
-            Err(error) => return Err(self.unmapped(rules, error)),
-        };
-        Ok(Used {
+    pub(crate) fn load<A: Access>(&self, mem: &A) -> Result<Used, MemoryError> {
+        let (id, len) = mem.load_used(self.areas.device, used_off(self.last_used & self.mask))?;
+        Ok(self.used(id, len))
+    }
+
+    #[cold]
+    fn used(&self, id: u32, len: u32) -> Used {
+        let off = used_off(self.last_used & self.mask);
+        Used {
             id,
             len,
             told: true,
             position: self.last_used,
-            address: self.layout.device.wrapping_add(entry),
-        })
+            address: self.layout.device.wrapping_add(off),
+        }
+    }
+
+    /// Up to `limit` entries that are known to be there, without IN_ORDER and where the used ring can be reached directly:
+    /// consumed, as long as `judge` knows their tail and the number of their descriptors. The one of which it does not.
+    #[inline(always)]
+    pub(crate) fn take_at_once<A: Access>(
+        &mut self,
+        mem: &A,
+        limit: usize,
+        mut judge: impl FnMut(u32, u32) -> Option<(u16, u16, u16)>,
+    ) -> Option<Used> {
+        let useds = mem.useds(self.areas.device)?;
+        let (mut left, mut odd) = (limit.min(usize::from(self.ready())), None);
+        while left > 0 {
+            let (id, len) = useds.used(self.last_used & self.mask)?;
+            let Some((head, tail, descriptors)) = judge(id, len) else {
+                odd = Some((id, len));
+                break;
+            };
+            self.advance(head, tail, descriptors);
+            left -= 1;
+        }
+        odd.map(|(id, len)| self.used(id, len))
     }
 
     /// Consume one used entry whose chain was `head` to `tail`, with `descriptors` ring descriptors.

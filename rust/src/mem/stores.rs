@@ -1,0 +1,104 @@
+//! As [`words`](super::words), for what is written: descriptors, and entries of the avail ring.
+//!
+//! Each call says whether it stored; where it did not, nothing was touched and the seam itself has to be asked.
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use super::host_size;
+
+/// Groups of `SIZE` bytes in one area that may be written.
+#[derive(Clone, Copy, Debug)]
+pub struct Stores<'a, const SIZE: u64> {
+    base: *mut u8,
+    len: u64,
+    pinned: PhantomData<&'a ()>,
+}
+
+/// Descriptors of either format.
+pub type DescStores<'a> = Stores<'a, 16>;
+/// Entries of an avail ring.
+pub type HeadStores<'a> = Stores<'a, 2>;
+
+impl<const SIZE: u64> Stores<'_, SIZE> {
+    /// Those in the `len` bytes from `base` on.
+    ///
+    /// # Safety
+    /// The `len` bytes from `base` on stay mapped and writable as long as the result lives (M1, M2), and `base` is aligned for
+    /// the largest word of a group: 8 for descriptors, 2 for entries of an avail ring.
+    #[inline(always)]
+    pub(super) const unsafe fn new(base: *mut u8, len: u64) -> Self {
+        Self {
+            base,
+            len,
+            pinned: PhantomData,
+        }
+    }
+
+    /// Host address of the group at `off`, a multiple of its alignment and a small one: valid for `SIZE` bytes.
+    #[inline(always)]
+    fn group(&self, off: u32) -> Option<*mut u8> {
+        let off = u64::from(off);
+        (off + SIZE <= self.len).then(|| self.base.wrapping_add(host_size(off)))
+    }
+}
+
+macro_rules! put {
+    ($atomic:ty, $group:expr, $at:literal, $value:expr, $order:ident) => {{
+        // SAFETY: `group` is the address of a whole group, mapped and writable while `self` lives and aligned as its words
+        // are (M1, M3): `new` was promised so, and all offsets here are multiples.
+        let atom = unsafe { <$atomic>::from_ptr($group.wrapping_add($at).cast()) };
+        atom.store($value.to_le(), Ordering::$order);
+    }};
+}
+
+impl Stores<'_, 16> {
+    /// The two words of split descriptor `index`: two relaxed stores.
+    #[inline(always)]
+    #[must_use]
+    pub fn split(&self, index: u16, (addr, rest): (u64, u64)) -> bool {
+        let Some(group) = self.group(16 * u32::from(index)) else {
+            return false;
+        };
+        put!(AtomicU64, group, 0, addr, Relaxed);
+        put!(AtomicU64, group, 8, rest, Relaxed);
+        true
+    }
+
+    /// Address, length and id of packed descriptor `slot`: three relaxed stores.
+    #[inline(always)]
+    #[must_use]
+    pub fn packed(&self, slot: u16, (addr, len, id): (u64, u32, u16)) -> bool {
+        let Some(group) = self.group(16 * u32::from(slot)) else {
+            return false;
+        };
+        put!(AtomicU64, group, 0, addr, Relaxed);
+        put!(AtomicU32, group, 8, len, Relaxed);
+        put!(AtomicU16, group, 12, id, Relaxed);
+        true
+    }
+
+    /// The flags of packed descriptor `slot`, stored with release ordering.
+    #[inline(always)]
+    #[must_use]
+    pub fn flags(&self, slot: u16, flags: u16) -> bool {
+        let Some(group) = self.group(16 * u32::from(slot)) else {
+            return false;
+        };
+        put!(AtomicU16, group, 14, flags, Release);
+        true
+    }
+}
+
+impl Stores<'_, 2> {
+    /// Entry `slot` of the avail ring, whose `flags` and `idx` come first: a relaxed store.
+    #[inline(always)]
+    #[must_use]
+    pub fn head(&self, slot: u16, head: u16) -> bool {
+        let Some(group) = self.group(4 + 2 * u32::from(slot)) else {
+            return false;
+        };
+        put!(AtomicU16, group, 0, head, Relaxed);
+        true
+    }
+}
