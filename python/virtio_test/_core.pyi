@@ -426,7 +426,8 @@ class Player:
     ):
         """Chains or used buffers, the rule, whether the end was built, segments, used; None for what is unusual.
 
-        `memory` has the regions of the case, and is zeros, now and afterwards.
+        `memory` has the regions of the case, and is zeros, now and afterwards. What is no `Exception`
+        (KeyboardInterrupt) is raised.
         """
 
 @final
@@ -661,7 +662,8 @@ class DeviceQueue:
         written: the chain is completed with 0 and counted as rejected, and so is a request of more than `max_request`
         bytes, without the handler being asked. When the handler raises, earlier responses stay, the chain is kept
         (`take_failed`), later ones are put back, and the exception propagates; so it is with a chain whose memory has
-        gone when its response is written (`StaleMemory`), but others of its burst that have none get 0 bytes.
+        gone when its request is read or its response is written (`StaleMemory`), but others of its burst whose
+        responses have none get 0 bytes.
 
         It ends with the chain that makes it `max_bytes` bytes read, written and charged (`charge`); None: no bound.
 
@@ -729,7 +731,8 @@ class Service:
             How many chains were answered, and whether it ended at a bound, so that there may be more.
 
         Raises:
-            QueueViolation: the driver broke a rule; that queue is latched. What was answered before is visible.
+            QueueViolation: the driver broke a rule; that queue is latched. What was answered before is visible, and the
+                driver is told, whatever is raised.
             InvalidArgument: another number of queues than `queues`, one twice, or of several memories.
         """
     def arm(self, queues: Sequence[DeviceQueue]) -> bool:
@@ -860,7 +863,8 @@ class PacketService(Service):
 class Worker:
     """A thread that runs turns of a service without the GIL; it begins at once, and ends with `stop`.
 
-    It is one of the process that made it: in a child of fork it does not run, and all calls return at once.
+    It is one of the process that made it: in a child of fork it does not run, and all calls return at once. One that
+    still runs when the interpreter ends is stopped first; one that is dropped is stopped, too.
 
     While it runs the driver is asked for no kicks. With nothing to do it looks at the rings for a while (`wait`), asks
     for kicks, looks once more, and waits for `kicks` or `wake`.
@@ -903,12 +907,16 @@ class Worker:
     def park(self) -> None:
         """Return when no turn runs and none will begin before `resume`. Parks nest.
 
-        `StateError` in its own thread, in a callback that it has called.
+        `StateError` in its own thread, in a callback that it has called, and in a function that reads or writes remote
+        memory.
         """
     def resume(self) -> None:
         """Undo one `park`; it looks at its queues then. `StateError` when it is not parked."""
     def stop(self) -> None:
-        """End it when its turn has ended; once more does nothing. Kicks may be suppressed then: look at the queues."""
+        """End it when its turn has ended; once more does nothing. Kicks may be suppressed then: look at the queues.
+
+        `StateError` in a function that reads or writes remote memory.
+        """
     @property
     def parked(self) -> bool: ...
     @property

@@ -15,7 +15,8 @@ starves the others. A callback that would start a second turn is told so (`State
 recursion elsewhere, a guest that kicks from inside a kick, is a queue here.
 
 The loop waits in Rust with the GIL released. Python's signal handlers run between waits; `KeyboardInterrupt`,
-`SystemExit` and every exception of a callback leave `run()` as they are, and what was marked stays marked.
+`SystemExit` and every exception of a callback leave `run()` as they are, and what was marked stays marked; so does a
+kick whose `run` was interrupted.
 
 A virtual clock makes no one wait: when nothing is marked and nothing is readable, the loop moves the clock to
 its next deadline (`jump=True`). With `jump=False` someone else moves the clock, and bounds are real seconds.
@@ -211,7 +212,14 @@ class OwnerLoop:
             if run is None:
                 continue
             ran += 1
-            if run() is True:
+            try:
+                again = run() is True
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    # An interrupt: nobody would mark it again for what it has not done.
+                    self.pend(key, run)
+                raise
+            if again:
                 self.pend(key, run)
         return ran + self.clock.run_due()
 

@@ -356,11 +356,27 @@ impl Worker {
 
     /// End it, when its turn has ended. In its own thread, where nobody could wait for that, it is only asked to.
     pub fn stop(&self) {
+        if self.ask_to_end() && !self.is_inside() {
+            // It panicked, which is a bug of ours that was reported: it has ended all the same.
+            let _ = self.take_thread().map(JoinHandle::join);
+        }
+    }
+
+    /// Have it end when its turn has ended, and wait for nothing, neither now nor when it is dropped: for who may have what
+    /// that turn waits for.
+    pub fn leave(&self) {
+        if self.ask_to_end() {
+            drop(self.take_thread());
+        }
+    }
+
+    /// False in a process that has no such thread.
+    fn ask_to_end(&self) -> bool {
         if !self.is_ours() {
             // Neither joined nor detached: there is no such thread.
             let thread = self.thread.try_lock().ok().and_then(|mut thread| thread.take());
             std::mem::forget(thread);
-            return;
+            return false;
         }
         let mut state = self.control.state();
         state.stopping = true;
@@ -368,11 +384,11 @@ impl Worker {
         drop(state);
         self.control.changed.notify_all();
         self.control.wake();
-        if !self.is_inside() {
-            let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-            // It panicked, which is a bug of ours that was reported: it has ended all the same.
-            let _ = thread.map(JoinHandle::join);
-        }
+        true
+    }
+
+    fn take_thread(&self) -> Option<JoinHandle<()>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 

@@ -9,7 +9,22 @@ import pytest
 from virtio_test._core import GuestMemory, Player, Policy
 from virtio_test.errors import InvalidArgument
 from virtio_test.strategies import ROWS, Put, RandomDraw, RingCase, cases, random_case
-from virtio_test.strategies.acts import Act, Add, Buffer, Fill, Look, Map, Pop, Push, Unmap, Write
+from virtio_test.strategies.acts import (
+    Act,
+    Add,
+    Buffer,
+    Copy,
+    Fill,
+    Look,
+    Map,
+    Pop,
+    Publish,
+    Push,
+    Take,
+    Unmap,
+    Use,
+    Write,
+)
 from virtio_test.strategies.case import EDGE, LOW, PAGE, RAM, CaseFailed, Name, Outcome
 from virtio_test.strategies.noise import chaos_case
 from virtio_test.strategies.scene import Stage
@@ -122,6 +137,27 @@ def test_what_fails_is_told_with_the_script_that_replays_it() -> None:
     with pytest.raises(CaseFailed) as raised:
         SINGLE.but(interop=Outcome(2)).check("interop")
     assert "This replays it" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("where", ["case", "memory"])
+def test_an_interrupt_is_not_taken_for_an_unusual_case(where: str) -> None:
+    def interrupted(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    class Interrupted:
+        end = property(interrupted)
+
+    memory = GuestMemory()
+    for address, size, _ in RAM:
+        memory.add_remote(address, size, read=interrupted, write=interrupted)
+    player = Player((Put, Fill, Write, Copy, Unmap, Look, Pop, Push, Add, Publish, Take, Use), index=0)
+    with pytest.raises(KeyboardInterrupt):
+        player.play(memory, SINGLE if where == "memory" else Interrupted(), Policy.strict)
+    # It was raised, so it is not raised again.
+    with pytest.raises(KeyboardInterrupt):
+        memory.write(RAM[0][0], b"1")
+    memory.replace([])
+    assert player.play(memory, SINGLE, Policy.strict) is None
 
 
 def test_a_player_knows_its_acts() -> None:

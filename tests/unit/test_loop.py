@@ -326,6 +326,26 @@ def test_keyboard_interrupt_leaves_a_loop_that_still_works() -> None:
     assert loop.run_pending() == 0
 
 
+def test_a_kick_that_is_interrupted_stays_marked_and_one_that_fails_does_not() -> None:
+    loop = OwnerLoop(clock=VirtualClock())
+    ran: list[str] = []
+
+    def run(name: str, error: type[BaseException]) -> None:
+        ran.append(name)
+        if ran.count(name) == 1:
+            raise error
+
+    loop.pend("interrupted", lambda: run("interrupted", KeyboardInterrupt))
+    loop.pend("failing", lambda: run("failing", KeyError))
+    loop.pend("other", lambda: ran.append("other"))
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_pending()
+    with pytest.raises(KeyError):
+        loop.run_pending()
+    loop.run_pending()
+    assert ran == ["interrupted", "failing", "other", "interrupted"]
+
+
 def test_a_clock_that_someone_else_moves_bounds_in_real_seconds() -> None:
     clock = VirtualClock()
     loop = OwnerLoop(clock=clock, jump=False)

@@ -16,8 +16,9 @@ the loop: a driver that makes buffers available as fast as they are used keeps n
 may be larger, and a handler whose request is more work than its bytes show says so (`charge`).
 
 **A handler that raises** makes one log entry with its traceback, and then ``broken`` latches the queue and
-reports the device broken, or ``complete0`` answers the request with 0 bytes and goes on. `KeyboardInterrupt`
-and `SystemExit` are not errors of a handler: they leave the loop.
+reports the device broken, or ``complete0`` answers the request with 0 bytes and goes on; so it is with a request that
+cannot be read. `KeyboardInterrupt` and `SystemExit` are not errors of a handler: they leave the loop, the request goes
+back, and its handler is asked again when the loop goes on.
 
 **A queue that stops with kept chains**: each is offered to `cancel`, newest first. True means that the device
 lets go of it: it goes back to the ring if nothing was written and no later chain is out, else it is completed
@@ -99,6 +100,15 @@ def batched(handler: BatchHandler, *, request_size: int, response_size: int, lim
             f"a batch needs sizes from 0 and a limit from 1 to 32768, not {request_size}, {response_size}, {limit}"
         )
     return Batched(handler, request_size, response_size, limit)
+
+
+def put_back(queue: DeviceQueue, chain: Chain) -> bool:
+    """Put a chain back into the ring, if that is possible: no later one is out, and no reset came in between."""
+    try:
+        queue.unpop(chain)
+    except (StateError, StaleChain):
+        return False
+    return True
 
 
 def kept(handler: ChainHandler) -> Kept:
@@ -407,30 +417,42 @@ class BaseDevice:
             # Mostly one; two, when memory for an earlier response had gone too.
             self._handler_failed(queue, error, list(iter(queue.take_failed, None)))
             return BUDGET
+        except BaseException:
+            for chain in iter(queue.take_failed, None):
+                put_back(queue, chain)
+            raise
         finally:
             self._processing = None
 
     def _batch(self, queue: DeviceQueue, batch: Batched) -> int:
-        rows = 0
+        rows, answered = 0, False
         limit = min(batch.limit, max(1, WEIGHT // max(1, batch.request_size + batch.response_size)))
 
         def counted(requests: memoryview, responses: memoryview) -> None:
-            nonlocal rows
+            nonlocal rows, answered
             rows = max(1, len(requests) // max(1, batch.request_size))
             batch.handler(requests, responses)
+            answered = True
 
-        try:
-            done = queue.process_batch(
-                counted, request_size=batch.request_size, response_size=batch.response_size, limit=limit
-            )
-        except Exception as error:
-            if queue.latched is not None:
-                raise
-            # The core has put the whole batch back: take what the handler had seen out of the ring again.
-            failed = [queue.pop() for _ in range(rows)] if self.on_handler_error == "complete0" else []
-            self._handler_failed(queue, error, failed)
-            return BUDGET
-        return BUDGET if done >= limit else done
+        while True:
+            try:
+                done = queue.process_batch(
+                    counted, request_size=batch.request_size, response_size=batch.response_size, limit=limit
+                )
+            except Exception as error:
+                if queue.latched is not None:
+                    raise
+                unread = not rows and isinstance(error, StaleMemory)
+                if unread and limit > 1:
+                    # One that cannot be read keeps all others from the handler: those before it go one by one.
+                    limit = 1
+                    continue
+                # The core has put the whole batch back, unless it was answered: take what has failed out of the ring.
+                count = 0 if answered else rows + unread
+                failed = [queue.pop() for _ in range(count)] if self.on_handler_error == "complete0" else []
+                self._handler_failed(queue, error, failed)
+                return BUDGET
+            return BUDGET if done >= limit else done
 
     def _take(self, queue: DeviceQueue, keeper: Kept) -> int:
         self._charged = 0
@@ -452,6 +474,12 @@ class BaseDevice:
                     still_ours = self._kept.pop(id(chain), None) is not None
                 self._handler_failed(queue, error, [chain] if still_ours else [])
                 return BUDGET
+            except BaseException:
+                with self._settled:
+                    entry = self._kept.get(id(chain))
+                    if entry is not None and not entry[2] and put_back(queue, chain):
+                        del self._kept[id(chain)]
+                raise
         return BUDGET
 
     def _handler_failed(self, queue: DeviceQueue, error: Exception, failed: Sequence[Chain | None]) -> None:
@@ -487,13 +515,7 @@ class BaseDevice:
             if entry is None or entry[2]:
                 return
             del self._kept[id(chain)]
-        if chain.written == 0:
-            try:
-                queue.unpop(chain)
-            except (StateError, StaleChain):
-                # A later chain is still out or was completed, or the queue was reset: it cannot be offered again.
-                pass
-            else:
-                return
+        if chain.written == 0 and put_back(queue, chain):
+            return
         queue.push(chain, 0)
         queue.signal()

@@ -29,7 +29,7 @@ from virtio_test.config import ConfigSpace
 from virtio_test.errors import QueueViolation, StaleChain, StaleMemory
 from virtio_test.features import FeatureSet, Requirements
 
-from .base import BUDGET, WEIGHT, BaseDevice, OnHandlerError
+from .base import BUDGET, WEIGHT, BaseDevice, OnHandlerError, put_back
 
 __all__ = ["CHUNK", "ChainDevice", "DirectHandler"]
 
@@ -113,6 +113,9 @@ class ChainDevice(BaseDevice):
                 except Exception as error:  # noqa: BLE001 - logged with its traceback; the server lives
                     self._handler_failed(queue, error, [chain])
                     return True
+                except BaseException:
+                    put_back(queue, chain)
+                    raise
                 else:
                     queue.push(chain, used)
                 left -= chain.readable + chain.writable + self._charged

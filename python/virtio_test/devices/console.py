@@ -269,6 +269,14 @@ class ConsoleDevice(ChainDevice):
         if port is None and index != CONTROL_RECEIVE_QUEUE:
             return False
         try:
+            return self._pour(queue, port)
+        except QueueViolation as error:
+            # Input comes at any time, so nobody stands around this.
+            self.bus.broken(error)
+            return False
+
+    def _pour(self, queue: DeviceQueue, port: ConsolePort | None) -> bool:
+        try:
             for _ in range(max(BUDGET, queue.size)):
                 if not (self._messages if port is None else self._may_receive(port)):
                     queue.disable_kicks()
@@ -283,9 +291,6 @@ class ConsoleDevice(ChainDevice):
                 except StaleMemory:
                     used = 0
                 queue.push(chain, used)
-        except QueueViolation as error:
-            self.bus.broken(error)
-            return False
         finally:
             queue.signal()
         return True

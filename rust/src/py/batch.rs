@@ -273,7 +273,7 @@ impl PyBatch {
 
     fn requests<'py>(&self, py: Python<'py>, itemsize: Int<usize>) -> PyResult<Bound<'py, PyMemoryView>> {
         let itemsize = itemsize.0;
-        let bytes = {
+        let gathered = {
             let mut state = self.state(py)?;
             let state = state.as_mut().ok_or_else(spent)?;
             let least = itemsize as u64;
@@ -285,10 +285,13 @@ impl PyBatch {
                 itemsize,
                 |element| element.readable >= least
             ));
-            let bytes = gathered.map_err(|trouble| trouble.raise(py))?;
-            state.least = least;
-            bytes
+            if gathered.is_ok() {
+                state.least = least;
+            }
+            gathered
         };
+        // Without the lock: to make an exception is Python code, during which anything of Python's may run.
+        let bytes = gathered.map_err(|trouble| trouble.raise(py))?;
         PyMemoryView::from(&bytes)
     }
 

@@ -21,6 +21,7 @@ use super::layout::{PyQueueConfig, PyQueueState, PyRingLayout};
 use super::mem::PyGuestMemory;
 use super::notify::PyNotifier;
 use super::process::Bounds;
+use super::remote::both;
 use crate::error::{Misuse, QueueError};
 use crate::mem::{GuestMemory, Want};
 use crate::queue::{DeviceQueue, StartError};
@@ -70,14 +71,16 @@ impl Wakes {
         }
     }
 
-    /// As `wake`, with the GIL: what a callback raises is raised here.
+    /// As `wake`, with the GIL: what a callback raises is raised here, when both are woken.
     pub(crate) fn wake_attached(&self, py: Python<'_>, wake: Wake) -> PyResult<()> {
         let wanted = [(wake.call, &self.call), (wake.miss, &self.miss)];
+        let mut woken = Ok(());
         for (_, whom) in wanted.into_iter().filter(|(wanted, _)| *wanted) {
             let notifier = locked(whom).as_ref().map(|notifier| notifier.clone_ref(py));
-            notifier.map_or(Ok(()), |notifier| notifier.get().notify(py))?;
+            let told = notifier.map_or(Ok(()), |notifier| notifier.get().notify(py));
+            woken = both(py, woken, told);
         }
-        Ok(())
+        woken
     }
 }
 
@@ -427,7 +430,8 @@ impl PyDeviceQueue {
             fresh
         })?;
         if fresh {
-            *locked(&self.broken) = Some(violation.clone().unbind());
+            let before = locked(&self.broken).replace(violation.clone().unbind());
+            drop(before);
         }
         Ok(())
     }

@@ -77,7 +77,8 @@ impl PyNotifier {
         let function = Arc::new(Function(Mutex::new(Some(function.unbind()))));
         let known = Arc::clone(&function);
         let call = move || {
-            Python::attach(|py| known.call(py).unwrap_or_else(|error| error.write_unraisable(py, None)));
+            // Nobody can be called any more while the interpreter ends.
+            let _ = Python::try_attach(|py| known.call(py).unwrap_or_else(|error| error.write_unraisable(py, None)));
         };
         let inner = Arc::new(Notifier::callback(Box::new(call)));
         Ok(Self {

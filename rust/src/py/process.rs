@@ -20,7 +20,7 @@ use super::chain::PyChain;
 use super::device::PyDeviceQueue;
 use super::errors::{HandlerError, either, raise};
 use super::guard::{DETACH_ABOVE, with_queue};
-use super::remote::{pending, pressing};
+use super::remote::{no_buffer, pending, pressing};
 use crate::chain::Element;
 use crate::error::QueueError;
 use crate::mem::Access;
@@ -242,7 +242,8 @@ impl PyDeviceQueue {
         }
     }
 
-    /// Pop and gather the next burst; the stamp of this use of the queue.
+    /// Pop and gather the next burst; the stamp of this use of the queue. A chain that cannot be read is kept for
+    /// `take_failed`, when it is the first.
     fn take_burst<'py>(
         &self,
         py: Python<'py>,
@@ -258,9 +259,15 @@ impl PyDeviceQueue {
         let (popped, gathered, anew, stamp) = with_queue!(Some(py), self.shared(), |mem, queue| {
             let popped = burst.popped.pop(mem, queue, limit);
             let gathered = burst.gather(py, mem, queue, most, bounds.request);
-            // The chains beyond the bound are put back; all of them, where something went wrong.
-            let bad = gathered.is_err() || pending();
-            burst.popped.put_back(queue, if bad { 0 } else { burst.steps.len() });
+            // The chains beyond the bound are put back, and from one on that cannot be read, unless that is the first;
+            // all of them, where that is not the chain's fault.
+            let taken = match &gathered {
+                _ if pending() => 0,
+                Ok(()) => burst.steps.len(),
+                Err(Trouble::Queue(QueueError::Violation(_))) => 0,
+                Err(_) => burst.steps.len().max(1),
+            };
+            burst.popped.put_back(queue, taken);
             (popped, gathered, queue.waits_anew(), self.shared().uses())
         });
         popped.map_err(|fault| raise(py, &fault))?;
@@ -268,8 +275,17 @@ impl PyDeviceQueue {
             self.shared().give_back(std::mem::take(&mut burst.popped));
             return Err(error);
         }
-        gathered.map_err(|trouble| trouble.raise(py))?;
-        Ok(stamp)
+        let Err(trouble) = gathered else { return Ok(stamp) };
+        match trouble {
+            Trouble::Queue(QueueError::Violation(_)) => Err(trouble.raise(py)),
+            // Those before it come first; then it is the first itself.
+            _ if !burst.steps.is_empty() => Ok(stamp),
+            _ => {
+                let error = trouble.raise(py);
+                self.keep_chain(py, &burst.popped, 0)?;
+                Err(error)
+            }
+        }
     }
 
     /// One burst of `process`: the number of chains taken, 0 when there is nothing to do. Chains of a generation that a
@@ -367,11 +383,13 @@ impl PyDeviceQueue {
             }
             Err(other) => other.into_inner(),
         };
-        let Ok(buffer) = response.extract::<Input<'_>>() else {
-            let name = response.get_type().name()?;
-            let text = format!("the handler returned {name}: it returns bytes (or a buffer), or None for no bytes");
-            return Err(HandlerError::new_err(text));
-        };
+        let buffer = response.extract::<Input<'_>>().map_err(|error| {
+            no_buffer(&response, error, |name| {
+                HandlerError::new_err(format!(
+                    "the handler returned {name}: it returns bytes (or a buffer), or None for no bytes"
+                ))
+            })
+        })?;
         let raw = buffer.raw();
         if raw.len as u64 <= element.writable {
             progress.bytes = progress.bytes.saturating_add(raw.len);

@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::{PyException, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyString};
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::args::{Input, invalid};
@@ -49,7 +49,8 @@ fn take() -> Option<Failure> {
     failure
 }
 
-fn is_interrupt(py: Python<'_>, error: &PyErr) -> bool {
+/// Whether this is no error, but wants to get out of whatever goes on.
+pub(crate) fn is_interrupt(py: Python<'_>, error: &PyErr) -> bool {
     !error.is_instance_of::<PyException>(py)
 }
 
@@ -116,6 +117,34 @@ pub(crate) fn pressing(py: Python<'_>, first: PyErr, second: PyErr) -> PyErr {
     }
 }
 
+/// What to raise for `given`, which has shown no bytes: `say` of its type, caused by `error`; an interrupt as it is.
+pub(crate) fn no_buffer(
+    given: &Bound<'_, PyAny>,
+    error: PyErr,
+    say: impl FnOnce(&Bound<'_, PyString>) -> PyErr,
+) -> PyErr {
+    let py = given.py();
+    if is_interrupt(py, &error) {
+        return error;
+    }
+    match given.get_type().name() {
+        Ok(name) => {
+            let raised = say(&name);
+            raised.set_cause(py, Some(error));
+            raised
+        }
+        Err(other) => other,
+    }
+}
+
+/// What comes of two things of which neither kept the other from being done.
+pub(crate) fn both(py: Python<'_>, first: PyResult<()>, second: PyResult<()>) -> PyResult<()> {
+    match (first, second) {
+        (Ok(()), other) | (other, Ok(())) => other,
+        (Err(first), Err(second)) => Err(pressing(py, first, second)),
+    }
+}
+
 #[derive(Debug)]
 struct Functions {
     read: Py<PyAny>,
@@ -154,11 +183,13 @@ impl Callbacks {
     fn fetch(&self, py: Python<'_>, gpa: u64, dst: &mut [u8]) -> PyResult<()> {
         let read = self.function(py, |functions| Some(&functions.read))?;
         let given = read.bind(py).call1((gpa, dst.len()))?;
-        let Ok(bytes) = given.extract::<Input<'_>>() else {
-            let name = given.get_type().name()?;
-            let text = format!("the function that reads remote memory returned {name}: it returns bytes");
-            return Err(PyTypeError::new_err(text));
-        };
+        let bytes = given.extract::<Input<'_>>().map_err(|error| {
+            no_buffer(&given, error, |name| {
+                PyTypeError::new_err(format!(
+                    "the function that reads remote memory returned {name}: it returns bytes"
+                ))
+            })
+        })?;
         if bytes.copy_to(dst) {
             return Ok(());
         }

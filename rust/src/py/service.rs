@@ -15,11 +15,11 @@ use super::chain::Shared;
 use super::device::{PyDeviceQueue, Wakes, positive};
 use super::errors::raise;
 use super::guard::{Gil, lock, pin};
-use super::remote;
+use super::remote::{self, both};
 use crate::mem::{GuestMemory, with_access};
 use crate::queue::DeviceQueue;
 use crate::service::{
-    Bounds, Done, Entropy, EntropyCounters, File, FileCounters, Native, Service, Terms, Traits, arm, run, term,
+    Bounds, Done, Entropy, EntropyCounters, File, FileCounters, Native, Service, Terms, Traits, Turn, arm, run, term,
 };
 
 /// Queues of one memory that a service works on at once.
@@ -71,7 +71,7 @@ impl Party {
         Ok(Self { guest, queues, order })
     }
 
-    /// Run `work` with the memory pinned and all queues locked.
+    /// Run `work` with the memory pinned and all queues locked. What interrupts it waits for `remote::interrupted`.
     pub(crate) fn enter<T>(
         &self,
         gil: Gil<'_>,
@@ -91,11 +91,10 @@ impl Party {
         drop(queues);
         drop(guards);
         drop(pinned);
-        remote::interrupted()?;
         Ok(done)
     }
 
-    /// One turn; nobody is woken yet. Of remote memory only if that is `wanted` here.
+    /// One turn; nobody is woken yet, for whatever interrupted it too. Of remote memory only if that is `wanted` here.
     pub(crate) fn turn(
         &self,
         gil: Gil<'_>,
@@ -164,16 +163,16 @@ impl PyService {
         let Outcome::Done(done) = py.detach(|| party.turn(None, service, bounds, true))? else {
             return Ok((0, false));
         };
-        let turn = done.turn.map_err(|fault| raise(py, &fault));
-        let mut woken = Ok(());
+        let mut told = remote::interrupted();
+        let (turn, fault) = match done.turn {
+            Ok(turn) => (turn, Ok(())),
+            Err(fault) => (Turn::default(), Err(raise(py, &fault))),
+        };
+        told = both(py, told, fault);
         for ((_, wakes), wake) in party.queues.iter().zip(done.wakes) {
-            woken = woken.and(wakes.wake_attached(py, wake));
+            told = both(py, told, wakes.wake_attached(py, wake));
         }
-        match (turn, woken) {
-            (Ok(turn), Ok(())) => Ok((turn.done, turn.more)),
-            (Err(error), Ok(())) | (Ok(_), Err(error)) => Err(error),
-            (Err(first), Err(second)) => Err(remote::pressing(py, first, second)),
-        }
+        told.map(|()| (turn.done, turn.more))
     }
 
     #[allow(clippy::needless_pass_by_value, reason = "what Python's sequences are extracted to")]
@@ -184,6 +183,7 @@ impl PyService {
             let service = lock(None, service)?;
             party.enter(None, |pin, queues| with_access!(pin, |mem| arm(&*service, mem, queues)))
         })?;
+        remote::interrupted()?;
         found.map_err(|fault| raise(py, &fault))
     }
 

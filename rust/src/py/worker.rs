@@ -1,15 +1,17 @@
 //! Python's `Worker`: a thread that runs a service without the GIL.
 //!
 //! Its thread holds nothing of Python's but notifiers, which take the GIL only where they are callbacks. So whoever waits for
-//! a turn to end waits without the GIL.
+//! a turn to end waits without the GIL. Nobody waits for it inside a transfer, where this thread may hold a queue that the turn
+//! waits for; nor when the interpreter ends, when the thread may wait for the GIL for ever: so all have ended just before.
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 
 use super::args::{Int, duplicate, invalid};
 use super::device::PyDeviceQueue;
@@ -17,7 +19,7 @@ use super::errors::StateError;
 use super::guard::lock;
 use super::notify::{PyNotifier, notify_error};
 use super::service::{Outcome, Party, PyService, bounds};
-use crate::mem::with_access;
+use crate::mem::{transferring, with_access};
 use crate::notify::Notifier;
 use crate::queue::DeviceQueue;
 use crate::service::{Bounds, Native, Service, arm};
@@ -136,13 +138,50 @@ fn broken(seen: &Seen) -> MutexGuard<'_, Vec<u16>> {
     seen.broken.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The workers of this process that may run.
+static LIVING: Mutex<Vec<Weak<Worker>>> = Mutex::new(Vec::new());
+
+fn living() -> MutexGuard<'static, Vec<Weak<Worker>>> {
+    LIVING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Have `worker` end before the interpreter does.
+fn end_at_exit(py: Python<'_>, worker: &Arc<Worker>) -> PyResult<()> {
+    static HOOKED: PyOnceLock<()> = PyOnceLock::new();
+    HOOKED.get_or_try_init(py, || {
+        let end = wrap_pyfunction!(end_all, py)?;
+        py.import("atexit")?.call_method1("register", (end,)).map(drop)
+    })?;
+    let mut living = living();
+    living.retain(|each| each.strong_count() > 0);
+    living.push(Arc::downgrade(worker));
+    Ok(())
+}
+
+#[pyfunction]
+fn end_all(py: Python<'_>) {
+    let workers = std::mem::take(&mut *living());
+    let workers: Vec<_> = workers.iter().filter_map(Weak::upgrade).collect();
+    py.detach(|| workers.iter().for_each(|worker| worker.stop()));
+}
+
+/// Whoever waits for the turn of a worker must not have what that waits for.
+fn may_wait() -> PyResult<()> {
+    if transferring() {
+        return Err(StateError::new_err(
+            "a worker cannot be waited for by the functions that read and write remote memory",
+        ));
+    }
+    Ok(())
+}
+
 /// The queues of a worker, and what tells its owner.
 type Kept = (Vec<Py<PyDeviceQueue>>, Option<Py<PyNotifier>>);
 
 /// A thread that runs a service.
 #[pyclass(frozen, module = "virtio_test._core", name = "Worker")]
 pub struct PyWorker {
-    worker: Worker,
+    worker: Arc<Worker>,
     seen: Arc<Seen>,
     /// What the thread reaches through what it shares with them: kept here, where a garbage collector finds it.
     kept: Mutex<Option<Kept>>,
@@ -210,11 +249,13 @@ impl PyWorker {
             WorkerError::Cpu { .. } => invalid(error),
             WorkerError::System(error) => error.into(),
         })?;
-        Ok(Self {
-            worker,
+        let made = Self {
+            worker: Arc::new(worker),
             seen,
             kept: Mutex::new(Some((queues.into_iter().map(Into::into).collect(), tell))),
-        })
+        };
+        end_at_exit(py, &made.worker)?;
+        Ok(made)
     }
 
     fn wake(&self) {
@@ -233,6 +274,7 @@ impl PyWorker {
         if self.worker.is_inside() {
             return Err(StateError::new_err("a worker cannot wait for its own turn to end"));
         }
+        may_wait()?;
         py.detach(|| self.worker.park());
         Ok(())
     }
@@ -244,8 +286,10 @@ impl PyWorker {
         Err(StateError::new_err("the worker is not parked"))
     }
 
-    fn stop(&self, py: Python<'_>) {
+    fn stop(&self, py: Python<'_>) -> PyResult<()> {
+        may_wait()?;
         py.detach(|| self.worker.stop());
+        Ok(())
     }
 
     #[getter]
@@ -312,9 +356,13 @@ impl PyWorker {
 impl Drop for PyWorker {
     fn drop(&mut self) {
         // The thread may wait for the GIL, so nobody waits for the thread with it.
-        let stopped = Python::try_attach(|py| py.detach(|| self.worker.stop()));
+        let stopped = if transferring() {
+            None
+        } else {
+            Python::try_attach(|py| py.detach(|| self.worker.stop()))
+        };
         if stopped.is_none() {
-            self.worker.stop();
+            self.worker.leave();
         }
     }
 }

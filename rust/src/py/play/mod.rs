@@ -23,6 +23,7 @@ use super::args::Int;
 use super::guard::{pin, with_memory};
 use super::layout::PyPolicy;
 use super::mem::PyGuestMemory;
+use super::remote::interrupted;
 use crate::error::Fault;
 use crate::mem::GuestMemory;
 use crate::policy::Policy;
@@ -103,7 +104,10 @@ impl PyPlayer {
             }
             Kind::Unmap => {
                 let (address, size) = act.extract()?;
-                stage.guest.remove(address, size).map_err(|_| Stop::Unusual)
+                // It waits for pins, whose holders may wait for the GIL.
+                let guest = stage.guest;
+                let removed = stage.py.detach(|| guest.remove(address, size));
+                removed.map_err(|_| Stop::Unusual)
             }
             Kind::Look => stage.look(),
             Kind::Pop => {
@@ -313,7 +317,7 @@ impl PyPlayer {
         let legal = |stop| match stop {
             // Of the legal ring nothing may be broken.
             Stop::Broken(_) | Stop::Full => Stop::Unusual,
-            Stop::Unusual => stop,
+            Stop::Unusual | Stop::Interrupted(_) => stop,
         };
         let driver = with_memory!(Some(py), guest, |mem| DriverQueue::new(
             mem,
@@ -351,15 +355,21 @@ impl PyPlayer {
     }
 
     /// What comes of `case` in `memory`, which is zeros in the regions of the case, now and afterwards; None where it is
-    /// unusual.
+    /// unusual. What interrupts it is raised.
     fn play<'py>(
         &self,
         py: Python<'py>,
         memory: &Bound<'_, PyGuestMemory>,
         case: &Bound<'_, PyAny>,
         policy: PyPolicy,
-    ) -> Option<Outcome<'py>> {
+    ) -> PyResult<Option<Outcome<'py>>> {
         let guest = memory.get().inner().clone();
-        self.whole(py, &guest, case, policy.0).ok()
+        let done = self.whole(py, &guest, case, policy.0);
+        interrupted()?;
+        match done {
+            Ok(outcome) => Ok(Some(outcome)),
+            Err(Stop::Interrupted(error)) => Err(error),
+            Err(_) => Ok(None),
+        }
     }
 }

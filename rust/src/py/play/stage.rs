@@ -10,6 +10,7 @@ use crate::chain::{Element, Segment};
 use crate::error::{Fault, Misuse, QueueError};
 use crate::mem::{Access, At, GuestMemory, MemoryError};
 use crate::py::guard::{pin, with_memory};
+use crate::py::remote::is_interrupt;
 use crate::queue::{DeviceQueue, DriverQueue, QueueConfig, QueueState};
 use crate::ring::{Field, RingLayout, desc};
 
@@ -21,6 +22,8 @@ pub(super) enum Stop {
     Full,
     /// It is `Scene`'s to say what is wrong.
     Unusual,
+    /// An interrupt, which is nobody's to swallow.
+    Interrupted(PyErr),
 }
 
 impl From<Fault> for Stop {
@@ -40,8 +43,12 @@ impl From<QueueError> for Stop {
 }
 
 impl From<PyErr> for Stop {
-    fn from(_: PyErr) -> Self {
-        Self::Unusual
+    fn from(error: PyErr) -> Self {
+        if Python::attach(|py| is_interrupt(py, &error)) {
+            Self::Interrupted(error)
+        } else {
+            Self::Unusual
+        }
     }
 }
 
