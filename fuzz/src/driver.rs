@@ -1,17 +1,18 @@
 //! The driver end against an arbitrary device: whatever it writes to the used ring, into packed slots or into event areas.
 //!
 //! Judged: each buffer comes back at most once, with a length that fits; one broken rule is raised once; stores go to the
-//! driver's own parts and its tables; a look takes a bounded number of loads; what is left is given back by `detach`.
+//! driver's own parts and its tables; a look takes a bounded number of loads; what is left is given back by `detach`. All of it
+//! once asking for each word, and once reaching the ring directly: the same comes of both.
 //!
 //! A move is a byte: its low three bits choose, the others are an operand.
 
 use std::collections::BTreeMap;
 
-use virtio_test::mem::{Access, GuestMemory};
+use virtio_test::mem::{Access, GuestMemory, Want};
 use virtio_test::queue::{DriverQueue, IndirectArea, QueueState};
 use virtio_test::ring::RingLayout;
 
-use crate::setup::{Bytes, lay, memory, overlay, setup};
+use crate::setup::{Bytes, MEMORY, lay, memory, overlay, setup};
 use crate::watched::{Span, Watched};
 
 const TABLES: u64 = 2048;
@@ -19,9 +20,17 @@ const ENTRIES: u16 = 4;
 
 /// Both formats: byte 0 says which.
 pub fn run(data: &[u8]) {
-    thread_local!(static MEMORY: GuestMemory = memory());
-    MEMORY.with(|memory| play(&memory.pin().mapped(), data));
+    thread_local!(static OURS: GuestMemory = memory());
+    OURS.with(|memory| {
+        let pin = memory.pin();
+        let mem = pin.mapped();
+        let asked = play(&mem, Watched::new(&mem), data);
+        assert_eq!(play(&mem, Watched::new(&mem).open(), data), asked, "reached directly");
+    });
 }
+
+/// What became of a queue: what came back, how it stands, and all memory.
+type End = (Vec<(u64, u32)>, String, Vec<u8>);
 
 /// What a driver may store to while it works: not the split used ring, nor the device's events.
 fn own(layout: &RingLayout) -> [Span; 3] {
@@ -38,12 +47,12 @@ struct Play<'a, A> {
     queue: DriverQueue,
     /// Writable bytes of each buffer that was added and did not come back.
     held: BTreeMap<u64, u64>,
+    back: Vec<(u64, u32)>,
 }
 
-fn play<A: Access>(mem: &A, data: &[u8]) {
-    let Some(setup) = setup(data, None) else { return };
+fn play<A: Access>(mem: &A, watched: Watched<'_, A>, data: &[u8]) -> Option<End> {
+    let setup = setup(data, None)?;
     lay(mem, setup.image);
-    let watched = Watched::new(mem);
     let layout = setup.layout;
     // A fresh ring is zeroed, all three areas of it.
     let whole = (0, layout.device + layout.device_bytes());
@@ -52,14 +61,13 @@ fn play<A: Access>(mem: &A, data: &[u8]) {
         address: TABLES,
         entries: ENTRIES,
     };
-    let Ok(queue) = DriverQueue::new(&watched, setup.config, setup.state, Some(area)) else {
-        return;
-    };
+    let queue = DriverQueue::new(&watched, setup.config, setup.state, Some(area)).ok()?;
     let mut play = Play {
         watched,
         layout,
         queue,
         held: BTreeMap::new(),
+        back: Vec::new(),
     };
     let mut moves = setup.moves;
     for _ in 0..96 {
@@ -81,9 +89,15 @@ fn play<A: Access>(mem: &A, data: &[u8]) {
         assert_eq!(usize::try_from(play.queue.in_flight()).ok(), Some(play.held.len()));
         assert!(play.queue.free() <= layout.size);
     }
-    let tokens = play.queue.detach();
+    let queue = &mut play.queue;
+    let stands = format!("{:?} {:?} {:?}", queue.state(), queue.counters(), queue.latched());
+    let tokens = queue.detach();
     let left: Vec<u64> = play.held.keys().copied().collect();
     assert_eq!(tokens, left, "detach gives back what is left, once");
+    let mut bytes = vec![0; MEMORY as usize];
+    let all = mem.resolve(0, MEMORY, Want::Read).expect("it is mapped");
+    mem.read(all, 0, &mut bytes).expect("it is mapped");
+    Some((play.back, stands, bytes))
 }
 
 impl<A: Access> Play<'_, A> {
@@ -139,6 +153,7 @@ impl<A: Access> Play<'_, A> {
                 for (token, written) in used {
                     let writable = self.held.remove(&token).expect("a buffer comes back once");
                     assert!(u64::from(written) <= writable, "a length fits its buffer");
+                    self.back.push((token, written));
                 }
             }
             Err(_) => {

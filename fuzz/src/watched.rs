@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 
-use virtio_test::mem::{Access, At, MemoryError, Want};
+use virtio_test::mem::{Access, At, DescStores, Descs, HeadStores, MemoryError, Useds, Want, Words};
 
 /// A stretch of guest addresses: first byte and length.
 pub type Span = (u64, u64);
@@ -13,6 +13,7 @@ pub struct Watched<'a, A> {
     loads: Cell<u64>,
     stores: Cell<u64>,
     allowed: RefCell<Vec<Span>>,
+    open: bool,
 }
 
 impl<'a, A: Access> Watched<'a, A> {
@@ -23,7 +24,17 @@ impl<'a, A: Access> Watched<'a, A> {
             loads: Cell::new(0),
             stores: Cell::new(0),
             allowed: RefCell::default(),
+            open: false,
         }
+    }
+
+    /// Let whoever wants to reach words directly do so, past the watch: if `mem` does.
+    pub fn open(self) -> Self {
+        Self { open: true, ..self }
+    }
+
+    fn beside<T>(&self, words: impl FnOnce(&'a A) -> Option<T>) -> Option<T> {
+        if self.open { words(self.mem) } else { None }
     }
 
     /// From now on stores may go here, and nowhere else.
@@ -91,6 +102,22 @@ impl<A: Access> Access for Watched<'_, A> {
 
     fn intact(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
         self.mem.intact(gpa, len)
+    }
+
+    fn descs(&self, at: At) -> Descs<'_> {
+        self.beside(|mem| Some(mem.descs(at))).unwrap_or(Words::none())
+    }
+
+    fn useds(&self, at: At) -> Option<Useds<'_>> {
+        self.beside(|mem| mem.useds(at))
+    }
+
+    fn desc_stores(&self, at: At) -> Option<DescStores<'_>> {
+        self.beside(|mem| mem.desc_stores(at))
+    }
+
+    fn head_stores(&self, at: At) -> Option<HeadStores<'_>> {
+        self.beside(|mem| mem.head_stores(at))
     }
 
     load!(load_u16, u16);
