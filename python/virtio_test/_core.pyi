@@ -647,6 +647,15 @@ class DeviceQueue:
 
         `StateError` when it is not the newest, or was left by an earlier device end: the ring has it no longer.
         """
+    def put_back(self, chain: Chain) -> None:
+        """Put any popped chain back: into the ring when it is the newest, else the next pop hands it out again.
+
+        Guest memory is not touched. In the second case it stays in flight, and `state` does not tell of it. A chain of
+        a queue that was reset or latched since is dropped.
+
+        Raises:
+            ForeignChain, StaleChain: as `push`.
+        """
     def process(
         self,
         handler: Callable[[bytes], Buffer | None],

@@ -72,11 +72,13 @@ def test_u03_chains_that_are_not_to_be_pushed(packed: bool) -> None:
     first, second = bench.pop(), bench.pop()
     refused(bench, ForeignChain, lambda: bench.queue.push(foreign))
     refused(bench, ForeignChain, lambda: bench.queue.unpop(foreign))
+    refused(bench, ForeignChain, lambda: bench.queue.put_back(foreign))
     refused(bench, StateError, lambda: bench.queue.unpop(first))
     assert bench.queue.push(first)
     for call in (
         lambda: bench.queue.push(first),
         lambda: bench.queue.unpop(first),
+        lambda: bench.queue.put_back(first),
         lambda: first.write(b"x"),
         first.read,
         lambda: first.fill(0),
@@ -85,6 +87,31 @@ def test_u03_chains_that_are_not_to_be_pushed(packed: bool) -> None:
     bench.queue.unpop(second)
     refused(bench, StaleChain, lambda: bench.queue.push(second))
     assert bench.pop().head == second.head
+
+
+@FORMATS
+def test_any_chain_can_be_put_back_and_is_handed_out_again_in_its_place(packed: bool) -> None:
+    bench = Bench(packed)
+    bench.several()
+    before, state = bench.image(), bench.queue.state
+    first, second, third = bench.pop(), bench.pop(), bench.pop()
+    heads = [each.head for each in (first, second, third)]
+    bench.queue.put_back(second)
+    bench.queue.put_back(first)
+    refused(bench, StaleChain, lambda: bench.queue.put_back(first))
+    refused(bench, StaleChain, first.read)
+    assert (bench.image(), bench.queue.in_flight) == (before, 3)
+    again = [bench.pop() for _ in range(2)]
+    assert [each.head for each in again] == heads[:2]
+    assert again[0].read() is not None
+    for each in (again[0], third, again[1]):
+        bench.queue.put_back(each)
+    assert (bench.image(), bench.queue.in_flight, bench.queue.state) == (before, 0, state), "all is in the ring again"
+    assert [bench.pop().head for _ in range(3)] == heads
+    stale = bench.pop()
+    bench.queue.reset(state=bench.setup.state())
+    bench.queue.put_back(stale)
+    assert bench.queue.in_flight == 0
 
 
 @pytest.mark.row("U03")
@@ -263,7 +290,7 @@ def test_impossible_buffers_of_the_driver_end(packed: bool) -> None:
 
 # ---------------------------------------------------------------------------------------------- any calls, in any order
 
-OPERATIONS = ["pop", "push", "unpop", "stop", "resume", "batch", "drop", "fail"]
+OPERATIONS = ["pop", "push", "unpop", "put back", "stop", "resume", "batch", "drop", "fail"]
 MISTAKES = ["push too much", "write", "read", "foreign"]
 
 
@@ -292,6 +319,9 @@ class Caller:
                 self.queue.push(chain, chain.writable + 1)
             case "unpop":
                 self.queue.unpop(chain)
+                self.live.remove(chain)
+            case "put back":
+                self.queue.put_back(chain)
                 self.live.remove(chain)
             case "write":
                 chain.write(b"\x5a" * key)

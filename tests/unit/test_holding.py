@@ -9,9 +9,15 @@ import pytest
 from virtio_test._core import Chain
 from virtio_test.devices.base import BaseDevice, kept
 from virtio_test.devices.console import ConsoleDevice
+from virtio_test.driver.base import Driver
+from virtio_test.driver.request import Request
+from virtio_test.errors import StateError
 from virtio_test.status import Status
 
+from tests.unit.ways import RINGS, WAYS, Way
+
 from .pci_world import COMMAND, DEVICE_ID, LIVE, MASTER_AND_BARS, SIZE, World
+from .test_suspend import ASLEEP, Keeper, whole, world
 
 BARS = MASTER_AND_BARS & ~4
 
@@ -152,3 +158,84 @@ def test_a_completion_into_a_ring_that_has_gone_raises_nowhere_and_breaks_the_de
     world.run()
     assert world.get("device_status") & Status.DEVICE_NEEDS_RESET
     assert world.rules() == {"RingUnmapped": 1}
+
+
+# --- held, and suspended or saved -----------------------------------------------------------------------------------
+
+
+def held_and_stuck(way: str, ring: str, *, lets_go: bool = True) -> tuple[Keeper, Way, Driver, list[Request]]:
+    """The newest of three requests is answered and one answer waits, so neither of the others fits the ring again."""
+    device, over, driver = world(way, ring, Keeper(lets_go=lets_go, cancel_seconds=5.0))
+    assert isinstance(device, Keeper)
+    requests = [driver.submit(0, [bytes([number])], [1]) for number in range(3)]
+    over.run()
+    assert device.complete(device.kept[2], b"c")
+    over.run()
+    over.bank.hold()
+    assert device.complete(device.kept[0], b"late")
+    return device, over, driver, requests
+
+
+@pytest.mark.row("D17")
+@WAYS
+@RINGS
+@pytest.mark.parametrize("threaded", [False, True])
+def test_held_it_is_suspended_without_a_write_and_asked_again_at_the_resume(
+    way: str, ring: str, threaded: bool
+) -> None:
+    """What cannot go back into the ring stays in flight over the suspension: nobody may write."""
+    device, over, driver, requests = held_and_stuck(way, ring, lets_go=not threaded)
+    before = whole(over.bank.memory)
+    if threaded:
+        # The other is not let go of, but its thread is done with it while its queue stops.
+        threading.Timer(0.05, device.complete, (device.kept[1], b"B")).start()
+    driver.suspend()
+    assert over.registers.read_status() == ASLEEP
+    assert (device.kept, over.bank.errors) == ([], [])
+    over.bank.release()
+    over.run()
+    assert whole(over.bank.memory) == before, "it is suspended still"
+    driver.resume()
+    over.run()
+    assert [chain.read() for chain in device.kept] == [b"\0", b"\1"]
+    for chain in device.kept:
+        device.complete(chain, b"a")
+    assert [each.wait() for each in requests] == [b"a", b"a", b"c"]
+    assert over.bank.errors == []
+
+
+@pytest.mark.row("D17")
+@WAYS
+@RINGS
+def test_held_it_is_not_saved_with_requests_in_flight_and_goes_on(way: str, ring: str) -> None:
+    device, over, _, requests = held_and_stuck(way, ring)
+    before = whole(over.bank.memory)
+    with pytest.raises(StateError, match="held"):
+        over.side.save()
+    assert whole(over.bank.memory) == before
+    over.bank.release()
+    over.run()
+    assert over.side.save()
+    over.run()
+    for chain in device.kept:
+        device.complete(chain, chain.read())
+    assert [each.wait() for each in requests] == [b"", b"", b"c"], "it could answer them, with nothing"
+    assert over.bank.errors == []
+
+
+@pytest.mark.row("D17")
+@WAYS
+@RINGS
+def test_held_it_is_saved_when_all_of_it_fits_the_ring_again(way: str, ring: str) -> None:
+    device, over, driver = world(way, ring)
+    waiting = [driver.submit(0, [bytes([number])], [1]) for number in range(3)]
+    over.run()
+    over.bank.hold()
+    before = whole(over.bank.memory)
+    assert over.side.save()
+    assert whole(over.bank.memory) == before
+    over.bank.release()
+    over.run()
+    for chain in device.kept:
+        device.complete(chain, chain.read())
+    assert [each.wait() for each in waiting] == [b"\0", b"\1", b"\2"]

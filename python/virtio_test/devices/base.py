@@ -26,13 +26,15 @@ with 0 bytes. What the device does not let go of is waited for, `cancel_seconds`
 latched. Chains that this very thread would complete later must be let go of: the loop stands still meanwhile.
 
 **While the device is held** (`Holdable`) `complete` keeps the answer, and writes it when the device is released.
-What a handler's own thread writes to a chain without `complete` is its own affair.
+A queue that stops meanwhile takes all its kept chains back, answers that wait or not, and hands them out again when it
+runs: nothing is written. What a handler's own thread writes to a chain without `complete` is its own affair.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
@@ -100,15 +102,6 @@ def batched(handler: BatchHandler, *, request_size: int, response_size: int, lim
             f"a batch needs sizes from 0 and a limit from 1 to 32768, not {request_size}, {response_size}, {limit}"
         )
     return Batched(handler, request_size, response_size, limit)
-
-
-def put_back(queue: DeviceQueue, chain: Chain) -> bool:
-    """Put a chain back into the ring, if that is possible: no later one is out, and no reset came in between."""
-    try:
-        queue.unpop(chain)
-    except (StateError, StaleChain):
-        return False
-    return True
 
 
 def kept(handler: ChainHandler) -> Kept:
@@ -366,10 +359,16 @@ class BaseDevice:
             entry = self._kept.get(id(chain))
             if entry is None or entry[2] or id(chain) in self._late:
                 return False
-            if self._held:
+            queue = entry[1]
+            if self._held and queue in self._queues.values():
                 self._late[id(chain)] = (chain, bytes(data))
                 return True
-            queue = entry[1]
+            if self._held:
+                # Its queue stops, and waits for it: the answer cannot be written, so it is asked again.
+                del self._kept[id(chain)]
+                self._put_back(queue, chain)
+                self._settled.notify_all()
+                return False
             self._kept[id(chain)] = (chain, queue, True)
         try:
             fits = memoryview(data).nbytes <= chain.writable
@@ -419,7 +418,7 @@ class BaseDevice:
             return BUDGET
         except BaseException:
             for chain in iter(queue.take_failed, None):
-                put_back(queue, chain)
+                queue.put_back(chain)
             raise
         finally:
             self._processing = None
@@ -477,8 +476,9 @@ class BaseDevice:
             except BaseException:
                 with self._settled:
                     entry = self._kept.get(id(chain))
-                    if entry is not None and not entry[2] and put_back(queue, chain):
+                    if entry is not None and not entry[2]:
                         del self._kept[id(chain)]
+                        self._put_back(queue, chain)
                 raise
         return BUDGET
 
@@ -509,13 +509,27 @@ class BaseDevice:
     def _keeps(self, queue: DeviceQueue) -> bool:
         return any(of is queue for _, of, _ in self._kept.values())
 
+    def _put_back(self, queue: DeviceQueue, chain: Chain) -> None:
+        # Whoever had it may have completed it past our books.
+        with suppress(StaleChain):
+            queue.put_back(chain)
+
     def _give_back(self, queue: DeviceQueue, chain: Chain) -> None:
         with self._settled:
             entry = self._kept.get(id(chain))
             if entry is None or entry[2]:
                 return
             del self._kept[id(chain)]
-        if chain.written == 0 and put_back(queue, chain):
-            return
+            if self._held:
+                self._put_back(queue, chain)
+                return
+        if chain.written == 0:
+            try:
+                queue.unpop(chain)
+            except (StateError, StaleChain):
+                # A later chain is still out or was completed, or the queue was reset: it cannot be offered again.
+                pass
+            else:
+                return
         queue.push(chain, 0)
         queue.signal()

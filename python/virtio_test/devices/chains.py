@@ -29,7 +29,7 @@ from virtio_test.config import ConfigSpace
 from virtio_test.errors import QueueViolation, StaleChain, StaleMemory
 from virtio_test.features import FeatureSet, Requirements
 
-from .base import BUDGET, WEIGHT, BaseDevice, OnHandlerError, put_back
+from .base import BUDGET, WEIGHT, BaseDevice, OnHandlerError
 
 __all__ = ["CHUNK", "ChainDevice", "DirectHandler"]
 
@@ -114,7 +114,8 @@ class ChainDevice(BaseDevice):
                     self._handler_failed(queue, error, [chain])
                     return True
                 except BaseException:
-                    put_back(queue, chain)
+                    with suppress(StaleChain):
+                        queue.put_back(chain)
                     raise
                 else:
                     queue.push(chain, used)

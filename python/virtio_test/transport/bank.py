@@ -35,13 +35,7 @@ from typing import Final, Literal
 from virtio_test._core import DeviceQueue, GuestMemory, Notifier, Policy, QueueState
 from virtio_test.clock import Clock, VirtualClock
 from virtio_test.device import Device, Holdable
-from virtio_test.errors import (
-    HandlerError,
-    InvalidArgument,
-    PeerError,
-    QueueViolation,
-    StatusViolation,
-)
+from virtio_test.errors import HandlerError, InvalidArgument, PeerError, QueueViolation, StateError, StatusViolation
 from virtio_test.features import FeatureSet, check_own_offer, judge_accepted
 from virtio_test.loop import OwnerLoop
 from virtio_test.status import Action, DeviceStatus, Status
@@ -524,15 +518,25 @@ class RegisterBank(QueueRegisters):
         """Stop each queue, note where it stands, and let it go on; None for one that was never made.
 
         What was under way towards a suspension, or out of it, is done before.
+
+        Raises:
+            StateError: requests in flight are neither in a ring nor answered; everything goes on all the same.
         """
         self.suspension.finish()
         parked: list[tuple[QueueSlot, QueueState | None]] = []
+        flying: list[int] = []
         for slot in self._slots:
             running = slot.started
             self._stop(slot)
             parked.append((slot, None if slot.queue is None else slot.queue.state))
-            if running and slot.queue is not None and slot.queue.latched is None:
-                self._start(slot)
+            if slot.queue is not None and slot.queue.latched is None:
+                if slot.queue.in_flight:
+                    flying.append(slot.index)
+                if running:
+                    self._start(slot)
+        if flying:
+            why = "that fit their rings no more, and it is held, or was suspended so: release or resume it first"
+            raise StateError(f"the device has requests in flight of the queues {flying} {why}")
         return parked
 
     def adopt(

@@ -4,7 +4,8 @@ Theory
 ------
 Guest memory is not part of a state, and neither is the driver: both go on where they are. So nothing may be in flight
 in the device: saving parks and drains each queue first, and what the device has not answered lies in its ring again.
-What it cannot put back, because a later request was answered before, ends as in any queue that stops (`BaseDevice`).
+What it cannot put back, because a later request was answered before, ends as in any queue that stops (`BaseDevice`);
+of a device that is held, and may answer nothing, no state is saved then (`StateError`).
 What was marked and not yet told is told once more after the restore, since nobody knows whether it was.
 
 **A state comes from somewhere else.** `check` judges all of it, and the queues in guest memory too, before anything is
@@ -61,7 +62,11 @@ class Checked:
 
 
 def save(bank: RegisterBank) -> dict[str, object]:
-    """The state of `bank` and its device; everything goes on afterwards."""
+    """The state of `bank` and its device; everything goes on afterwards.
+
+    Raises:
+        StateError: the device is held, and requests in flight can neither be answered nor go back into their rings.
+    """
     queues = [_saved_queue(slot, position) for slot, position in bank.park()]
     return {
         "version": STATE_VERSION,

@@ -7,7 +7,8 @@ status until SUSPEND is 1 and DRIVER_OK is 0 (3.4.1):
 
 1. `suspend`: from now on the device is not live; no kick has an effect.
 2. *drain*: every queue stops, as for a saved state; kept chains are completed or go back to the ring. Notifications of
-   that are marked.
+   that are marked. While the device is held (no bus master, say) it may not write, and the driver must not wait for
+   whoever holds it: what does not fit the ring again stays in flight then, and is taken up at the resume.
 3. *present*, behind those marks: the driver has been told everything, SUSPEND appears.
 
 A queue that cannot be stopped breaks the device: NEEDS_RESET appears instead (3.4.2), and so it is with one that

@@ -147,6 +147,11 @@ impl PyChain {
         Ok(())
     }
 
+    /// Put it back, whichever it is; for who has the right to.
+    pub(crate) fn put_back(&self, queue: &mut DeviceQueue) {
+        queue.put_back(&self.element, &self.segments);
+    }
+
     /// Give the right back: what it was taken for was refused.
     pub(crate) fn reopen(&self) {
         self.done.store(false, Ordering::Release);

@@ -346,6 +346,16 @@ impl PyDeviceQueue {
         put.and_then(|put| Ok(put?)).inspect_err(|_| chain.reopen())
     }
 
+    fn put_back(&self, py: Python<'_>, chain: &Bound<'_, PyChain>) -> PyResult<()> {
+        let chain = chain.get();
+        if !chain.belongs_to(&self.shared) {
+            return Err(Misuse::ForeignChain.into());
+        }
+        chain.close()?;
+        let put = self.with(py, |queue| chain.put_back(queue));
+        put.inspect_err(|_| chain.reopen())
+    }
+
     #[pyo3(signature = (handler, *, limit = Int(32768), max_request = Int(16 << 20), max_bytes = None))]
     #[pyo3(text_signature = "($self, handler, *, limit=32768, max_request=16777216, max_bytes=None)")]
     fn process(
