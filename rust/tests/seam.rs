@@ -398,6 +398,7 @@ fn a_pop_waits_for_each_translation_and_then_takes_the_chain() {
         ];
         for (page, address, len, want, access) in steps {
             assert_eq!(world.pop(), None);
+            assert_eq!(world.pop(), None);
             assert!(world.device.waits_anew());
             assert_eq!(world.pop(), None);
             assert!(!world.device.waits_anew(), "who was told is not told again");

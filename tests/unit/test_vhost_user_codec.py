@@ -15,6 +15,7 @@ from virtio_test.transport.vhost_user.messages import (
     BACKEND_REQUESTS,
     FRONTEND_REQUESTS,
     MAX_FDS,
+    MAX_PAYLOAD,
     BackendRequest,
     Request,
 )
@@ -212,6 +213,14 @@ def test_an_unknown_request_is_a_message_whose_fds_are_closed() -> None:
     (message,) = decode(header(77, 0x9, 3) + b"abc", [a_fd()])
     assert message == Message(77, Unknown(b"abc"), need_reply=True)
     assert open_fds() == before
+
+
+def test_the_longest_payload_that_may_be() -> None:
+    (found,) = decode(header(100, 1, MAX_PAYLOAD) + bytes(MAX_PAYLOAD))
+    assert isinstance(found.payload, Unknown)
+    with pytest.raises(MessageError) as caught:
+        decode(header(100, 1, MAX_PAYLOAD + 1))
+    assert caught.value.rule == "MessageTooLong"
 
 
 def test_replies_are_decoded_by_the_same_table() -> None:

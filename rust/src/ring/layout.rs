@@ -188,6 +188,22 @@ mod tests {
         }
         let top = RingLayout::legacy(1, u64::MAX - 0xfff, 4096);
         assert_eq!(top, None, "the used ring would be beyond the address space");
+        let behind = |base| (RingLayout::legacy(2, base, 4), RingLayout::legacy(2, base, 16));
+        assert!(
+            matches!(behind(u64::MAX - 0x47), (Some(_), None)),
+            "only the padded one would be"
+        );
+    }
+
+    #[test]
+    fn a_layout_ends_in_the_address_space() {
+        // 16 + 8 + 14 bytes.
+        assert!(RingLayout::contiguous(1, false, u64::MAX - 39).is_some());
+        assert_eq!(RingLayout::contiguous(1, false, u64::MAX - 35), None);
+    }
+
+    #[test]
+    fn an_alignment_is_a_power_of_two() {
         assert!(
             [0, 3, 4095]
                 .iter()
