@@ -56,7 +56,8 @@ def check_ring(
         state: where the device stands. If None, a split ring tells it by its used idx, as if chains were used in the
             order of being available; a packed ring counts as fresh.
         driver_state: where the driver stands: its `used` says how many used elements it has taken, and those behind
-            are judged with their lengths. If None, all elements are judged by their ids. Split rings only.
+            are judged with their lengths. If None, those of the last lap are judged by their ids, as far as a used idx
+            that counts from 0 says that they were written. Split rings only.
 
     Returns:
         The violations; empty when all is well.
@@ -217,8 +218,9 @@ class _Lint:
         idx, avail = (field(self._view, layout, name) for name in ("used.idx", "avail.idx"))
         if driver_state is None:
             judge = UsedJudge(config, {})
-            for ahead in range(layout.size):
-                self._judge(judge, idx - layout.size + ahead & _INDEX, whole=False)
+            # 2.7.8: in its first lap the device has written those before its idx; what lies in the others is nobody's.
+            for at in range(max(0, idx - layout.size), idx):
+                self._judge(judge, at, whole=False)
             return
         begin = driver_state.used
         in_flight = avail - begin & _INDEX
