@@ -71,6 +71,17 @@ impl<'a> Iov<'a> {
         Ok(done)
     }
 
+    /// The first buffer of the kind, if it alone holds `len` bytes from its start and was resolved for the present memory.
+    #[inline(always)]
+    fn alone<A: Access>(&self, mem: &A, writable: bool, offset: u64, len: usize) -> Option<At> {
+        if offset != 0 || mem.epoch() != self.epoch {
+            return None;
+        }
+        let first = self.segments.iter().find(|segment| segment.writable == writable)?;
+        // Not for nothing: a copy of no bytes accesses none.
+        (len.wrapping_sub(1) < first.len as usize).then_some(first.at)
+    }
+
     /// Ask the processor to fetch the start of the first segment, which is about to be copied.
     #[inline]
     pub fn prefetch<A: Access>(&self, mem: &A) {
@@ -138,8 +149,29 @@ impl<'a> Iov<'a> {
     ///
     /// # Errors
     /// When memory of the chain is no longer mapped, or lost; `dst` may then be partly written.
-    #[inline]
+    #[inline(always)]
     pub unsafe fn gather<A: Access>(
+        &self,
+        mem: &A,
+        offset: u64,
+        dst: *mut u8,
+        len: usize,
+    ) -> Result<usize, MemoryError> {
+        if let Some(at) = self.alone(mem, false, offset, len) {
+            // SAFETY: our caller's promise.
+            unsafe { mem.read_raw(at, 0, dst, len) }?;
+            self.intact(mem, false, 0, len)?;
+            return Ok(len);
+        }
+        // SAFETY: as above.
+        unsafe { self.gather_pieces(mem, offset, dst, len) }
+    }
+
+    /// `gather`, of several buffers, or not from the first one's start.
+    ///
+    /// # Safety
+    /// As [`Iov::gather`].
+    unsafe fn gather_pieces<A: Access>(
         &self,
         mem: &A,
         offset: u64,
@@ -163,8 +195,29 @@ impl<'a> Iov<'a> {
     ///
     /// # Errors
     /// When memory of the chain is no longer mapped, and then nothing was written; or when it is lost.
-    #[inline]
+    #[inline(always)]
     pub unsafe fn scatter<A: Access>(
+        &self,
+        mem: &A,
+        offset: u64,
+        src: *const u8,
+        len: usize,
+    ) -> Result<usize, MemoryError> {
+        if let Some(at) = self.alone(mem, true, offset, len) {
+            // SAFETY: our caller's promise.
+            unsafe { mem.write_raw(at, 0, src, len) }?;
+            self.intact(mem, true, 0, len)?;
+            return Ok(len);
+        }
+        // SAFETY: as above.
+        unsafe { self.scatter_pieces(mem, offset, src, len) }
+    }
+
+    /// `scatter`, to several buffers, or not from the first one's start.
+    ///
+    /// # Safety
+    /// As [`Iov::scatter`].
+    unsafe fn scatter_pieces<A: Access>(
         &self,
         mem: &A,
         offset: u64,
@@ -186,6 +239,7 @@ impl<'a> Iov<'a> {
     ///
     /// # Errors
     /// As [`Iov::gather`].
+    #[inline(always)]
     pub fn read<A: Access>(&self, mem: &A, offset: u64, dst: &mut [u8]) -> Result<usize, MemoryError> {
         // SAFETY: a slice of ours is valid for its length and never lies in guest memory.
         unsafe { self.gather(mem, offset, dst.as_mut_ptr(), dst.len()) }
@@ -195,41 +249,10 @@ impl<'a> Iov<'a> {
     ///
     /// # Errors
     /// As [`Iov::scatter`].
+    #[inline(always)]
     pub fn write<A: Access>(&self, mem: &A, offset: u64, src: &[u8]) -> Result<usize, MemoryError> {
         // SAFETY: a slice of ours is valid for its length and never lies in guest memory.
         unsafe { self.scatter(mem, offset, src.as_ptr(), src.len()) }
-    }
-
-    /// As [`Iov::read`] from the start: quicker where one buffer holds all of it.
-    ///
-    /// # Errors
-    /// As [`Iov::gather`].
-    #[inline]
-    pub fn read_first<A: Access>(&self, mem: &A, dst: &mut [u8]) -> Result<usize, MemoryError> {
-        match self.segments {
-            [only] if !only.writable && only.len as usize >= dst.len() && mem.epoch() == self.epoch => {
-                mem.read(only.at, 0, dst)?;
-                self.intact(mem, false, 0, dst.len())?;
-                Ok(dst.len())
-            }
-            _ => self.read(mem, 0, dst),
-        }
-    }
-
-    /// As [`Iov::write`] from the start: quicker where one buffer takes all of it.
-    ///
-    /// # Errors
-    /// As [`Iov::scatter`].
-    #[inline]
-    pub fn write_first<A: Access>(&self, mem: &A, src: &[u8]) -> Result<usize, MemoryError> {
-        match self.segments {
-            [only] if only.writable && only.len as usize >= src.len() && mem.epoch() == self.epoch => {
-                mem.write(only.at, 0, src)?;
-                self.intact(mem, true, 0, src.len())?;
-                Ok(src.len())
-            }
-            _ => self.write(mem, 0, src),
-        }
     }
 
     /// Set up to `len` bytes of the writable part from `offset` on to `value`; the number set.

@@ -11,6 +11,7 @@
 use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
+use super::copy::copy;
 use super::table::Table;
 use super::{
     Access, At, DescStores, Descs, HeadStores, Heads, MemoryError, Stores, Useds, Want, Words, any_lost, host_size,
@@ -197,6 +198,37 @@ impl Mapped<'_> {
     }
 }
 
+impl Mapped<'_> {
+    /// `read_raw`, of what has to be translated.
+    ///
+    /// # Safety
+    /// `dst` is valid for writes of `len` bytes.
+    #[cold]
+    unsafe fn read_pieces(self, (gpa, off): (u64, u64), mut dst: *mut u8, len: usize) -> Result<(), MemoryError> {
+        for piece in self.0.pieces(address(At::unresolved(gpa), off)?, len, Want::Read)? {
+            // SAFETY: a piece is valid for its length (M1); pieces add up to `len`, for which `dst` is valid.
+            unsafe { piece.ptr.cast_const().copy_to(dst, piece.len) };
+            dst = dst.wrapping_add(piece.len);
+        }
+        Ok(())
+    }
+
+    /// `write_raw`, of what has to be translated.
+    ///
+    /// # Safety
+    /// `src` is valid for reads of `len` bytes.
+    #[cold]
+    unsafe fn write_pieces(self, (gpa, off): (u64, u64), mut src: *const u8, len: usize) -> Result<(), MemoryError> {
+        for piece in self.0.pieces(address(At::unresolved(gpa), off)?, len, Want::Write)? {
+            // SAFETY: a piece is valid for its length (M1) and was checked to be writable; pieces add up to `len`,
+            // for which `src` is valid.
+            unsafe { src.copy_to(piece.ptr, piece.len) };
+            src = src.wrapping_add(piece.len);
+        }
+        Ok(())
+    }
+}
+
 impl Access for Mapped<'_> {
     #[inline]
     fn epoch(&self) -> u64 {
@@ -320,39 +352,28 @@ impl Access for Mapped<'_> {
         unsafe { self.write_raw(at, off, src.as_ptr(), src.len()) }
     }
 
-    #[inline]
+    #[inline(always)]
     unsafe fn read_raw(&self, at: At, off: u64, dst: *mut u8, len: usize) -> Result<(), MemoryError> {
         if let Some(src) = self.direct(at, off, len as u64, Want::Read) {
             // SAFETY: `src` is valid for `len` bytes (M2), `dst` by our caller's promise. The other side may write
             // the bytes meanwhile: the racing bulk copy of M4.
-            unsafe { src.cast_const().copy_to(dst, len) };
+            unsafe { copy(src.cast_const(), dst, len) };
             return Ok(());
         }
-        let mut dst = dst;
-        for piece in self.0.pieces(address(at, off)?, len, Want::Read)? {
-            // SAFETY: a piece is valid for its length (M1); pieces add up to `len`, for which `dst` is valid.
-            unsafe { piece.ptr.cast_const().copy_to(dst, piece.len) };
-            dst = dst.wrapping_add(piece.len);
-        }
-        Ok(())
+        // SAFETY: our caller's promise.
+        unsafe { self.read_pieces((at.gpa, off), dst, len) }
     }
 
-    #[inline]
+    #[inline(always)]
     unsafe fn write_raw(&self, at: At, off: u64, src: *const u8, len: usize) -> Result<(), MemoryError> {
         if let Some(dst) = self.direct(at, off, len as u64, Want::Write) {
             // SAFETY: `dst` is valid for writes of `len` bytes (M2), `src` for reads by our caller's promise. The
             // other side may access the bytes meanwhile: the racing bulk copy of M4.
-            unsafe { src.copy_to(dst, len) };
+            unsafe { copy(src, dst, len) };
             return Ok(());
         }
-        let mut src = src;
-        for piece in self.0.pieces(address(at, off)?, len, Want::Write)? {
-            // SAFETY: a piece is valid for its length (M1) and was checked to be writable; pieces add up to `len`,
-            // for which `src` is valid.
-            unsafe { src.copy_to(piece.ptr, piece.len) };
-            src = src.wrapping_add(piece.len);
-        }
-        Ok(())
+        // SAFETY: our caller's promise.
+        unsafe { self.write_pieces((at.gpa, off), src, len) }
     }
 
     fn fill(&self, at: At, off: u64, len: u64, value: u8) -> Result<(), MemoryError> {

@@ -4,6 +4,7 @@
 compile_error!("guest addresses are 64-bit and are mapped into the host's: a 64-bit target is needed");
 
 mod access;
+mod copy;
 mod guest;
 mod log;
 mod lost;

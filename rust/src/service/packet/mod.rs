@@ -399,7 +399,7 @@ fn read<A: Access>(
             let Some(whole) = buffer.get_mut(..length) else {
                 return Ok(Read::Gone);
             };
-            match queue.copied(iov.read_first(mem, whole)) {
+            match queue.copied(iov.read(mem, 0, whole)) {
                 Ok(_) => {}
                 Err(QueueError::Violation(fault)) => return Err(fault),
                 // A transfer of remote memory that failed.

@@ -119,7 +119,7 @@ impl Receive {
         for element in self.elements.get(first..first + count).unwrap_or_default() {
             let size = usize::try_from(element.writable).unwrap_or(usize::MAX).min(rest.len());
             let (own, others) = rest.split_at_checked(size).unwrap_or((rest, &[]));
-            match queue.copied(self.iov(element).write_first(mem, own)) {
+            match queue.copied(self.iov(element).write(mem, 0, own)) {
                 Ok(_) => rest = others,
                 Err(QueueError::Violation(fault)) => return Err(fault),
                 Err(QueueError::Misuse(_)) => return Ok(false),
