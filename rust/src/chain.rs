@@ -12,7 +12,7 @@
 //! Σ lengths is bounded by 2^32 (2.7.5.2), so sums fit a `u64` with room to spare.
 
 use crate::error::{Fault, Missing, Violation};
-use crate::mem::{Access, At, Descs, MemoryError, Want};
+use crate::mem::{Access, Area, At, Descs, MemoryError, Near, Want};
 use crate::policy::Policy;
 use crate::queue::Ticket;
 use crate::ring::desc::{self, Desc};
@@ -33,16 +33,11 @@ pub struct Segment {
 }
 
 /// A popped chain; its segments are `count` entries of an arena from `first` on.
+///
+/// In this order, since the compiler stores four small fields side by side as a vector that it first has to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[repr(C)]
 pub struct Element {
-    /// Head descriptor index (split) or buffer id (packed).
-    pub head: u16,
-    /// Position in the avail ring (split) or slot of the first descriptor (packed).
-    pub position: u16,
-    /// Ring slots that it occupies: 1 (split) or its number of descriptors in the ring (packed).
-    pub slots: u16,
-    /// Descriptors walked, those of indirect tables included.
-    pub descriptors: u32,
     /// Bytes that the device may read.
     pub readable: u64,
     /// Bytes that the device may write.
@@ -57,6 +52,14 @@ pub struct Element {
     pub seq: u64,
     /// Generation of the queue that it was popped in.
     pub generation: u64,
+    /// Head descriptor index (split) or buffer id (packed).
+    pub head: u16,
+    /// Position in the avail ring (split) or slot of the first descriptor (packed).
+    pub position: u16,
+    /// Descriptors walked, those of indirect tables included.
+    pub descriptors: u32,
+    /// Ring slots that it occupies: 1 (split) or its number of descriptors in the ring (packed).
+    pub slots: u16,
     /// Entry of the record of what is in flight, if the queue keeps one.
     pub entry: u16,
 }
@@ -195,6 +198,7 @@ impl ChainRules {
 
     /// A fault of this queue.
     #[cold]
+    #[inline(never)]
     pub(crate) fn fault(&self, rule: Rule, message: String) -> Fault {
         Box::new(Violation {
             rule,
@@ -211,18 +215,27 @@ impl ChainRules {
 
     /// A fault of a chain: position, head and descriptor.
     #[cold]
-    fn fault_at(&self, rule: Rule, place: (u16, u16, u32), address: Option<u64>, message: String) -> Fault {
+    #[inline(never)]
+    fn fault_at(
+        &self,
+        rule: Rule,
+        (position, head): (u16, u16),
+        index: u32,
+        address: Option<u64>,
+        message: String,
+    ) -> Fault {
         let mut fault = self.fault(rule, message);
-        fault.position = Some(place.0);
-        fault.head = Some(place.1);
-        fault.descriptor = Some(place.2);
+        fault.position = Some(position);
+        fault.head = Some(head);
+        fault.descriptor = Some(index);
         fault.address = address;
         fault
     }
 
     /// The buffer of a descriptor, address and length, cannot be used.
     #[cold]
-    fn unresolved(&self, place: (u16, u16, u32), buffer: (u64, u32), error: MemoryError) -> Fault {
+    #[inline(never)]
+    fn unresolved(&self, place: (u16, u16), index: u32, buffer: (u64, u32), error: MemoryError) -> Fault {
         let rule = match error {
             MemoryError::Wraps { .. } => Rule::AddressWraps,
             MemoryError::ReadOnly { .. } => Rule::ReadOnlyAddress,
@@ -234,7 +247,7 @@ impl ChainRules {
         };
         let (addr, len) = buffer;
         let message = format!("a buffer of {len} bytes: {error}");
-        let mut fault = self.fault_at(rule, place, Some(error.address()), message);
+        let mut fault = self.fault_at(rule, place, index, Some(error.address()), message);
         fault.missing = missing(addr, u64::from(len), error);
         fault
     }
@@ -249,10 +262,11 @@ pub(crate) struct Table {
 
 /// The state of one walk. It goes from hand to hand by value, and what is cold gets copies of its fields: so it lives in
 /// registers.
-pub(crate) struct Walk<'a, A> {
+pub(crate) struct Walk<'a, 'n, A> {
     mem: &'a A,
-    rules: &'a ChainRules,
-    segments: &'a mut Vec<Segment>,
+    near: &'n mut Near<'a>,
+    rules: &'n ChainRules,
+    segments: &'n mut Vec<Segment>,
     first: usize,
     position: u16,
     head: u16,
@@ -263,18 +277,19 @@ pub(crate) struct Walk<'a, A> {
     seen_writable: bool,
 }
 
-impl<'a, A: Access> Walk<'a, A> {
+impl<'a, 'n, A: Access> Walk<'a, 'n, A> {
     #[inline(always)]
     pub(crate) fn new(
-        mem: &'a A,
-        rules: &'a ChainRules,
-        segments: &'a mut Vec<Segment>,
+        (mem, near): (&'a A, &'n mut Near<'a>),
+        rules: &'n ChainRules,
+        segments: &'n mut Vec<Segment>,
         position: u16,
         head: u16,
     ) -> Self {
         let first = segments.len();
         Self {
             mem,
+            near,
             rules,
             segments,
             first,
@@ -292,7 +307,7 @@ impl<'a, A: Access> Walk<'a, A> {
     pub(crate) fn fault(&mut self, rule: Rule, index: u32, address: Option<u64>, message: String) -> Fault {
         self.segments.truncate(self.first);
         self.rules
-            .fault_at(rule, (self.position, self.head, index), address, message)
+            .fault_at(rule, (self.position, self.head), index, address, message)
     }
 
     /// The descriptor table or ring itself vanished while we walk.
@@ -320,10 +335,10 @@ impl<'a, A: Access> Walk<'a, A> {
 
     /// Take one data descriptor: order, length, sum, translation.
     #[inline(always)]
-    pub(crate) fn take(&mut self, index: u32, addr: u64, len: u32, flags: u16) -> Result<(), Fault> {
+    pub(crate) fn take(&mut self, index: u32, addr: u64, len: u32, writable: bool) -> Result<(), Fault> {
         self.descriptors += 1;
         // 2.7.4.2, 2.8.17: device-writable elements are placed after any device-readable ones.
-        if flags & desc::WRITE != 0 {
+        if writable {
             self.seen_writable = true;
             return self.place::<true>(index, addr, len);
         }
@@ -353,18 +368,20 @@ impl<'a, A: Access> Walk<'a, A> {
         if self.total > MAX_BYTES {
             return Err(self.fault(Rule::ChainTooBig, index, Some(addr), too_big(self.total)));
         }
-        let want = if WRITABLE { Want::Write } else { Want::Read };
-        if let Some(at) = self.mem.resolve_at_once(addr, u64::from(len), want) {
-            let writable = WRITABLE;
-            self.segments.push(Segment { at, len, writable });
-            return Ok(());
-        }
-        let resolved = resolve(self.mem, self.segments, (addr, len), want);
-        resolved.map_err(|error| {
-            self.segments.truncate(self.first);
-            let place = (self.position, self.head, index);
-            self.rules.unresolved(place, (addr, len), error)
-        })
+        let (want, writable) = (if WRITABLE { Want::Write } else { Want::Read }, WRITABLE);
+        let at = match self.mem.resolve_near(self.near, addr, u64::from(len), want) {
+            Some(at) => at,
+            None => match resolve(self.mem, addr, len, want) {
+                Ok(at) => at,
+                Err(error) => {
+                    self.segments.truncate(self.first);
+                    let place = (self.position, self.head);
+                    return Err(self.rules.unresolved(place, index, (addr, len), error));
+                }
+            },
+        };
+        self.segments.push(Segment { at, len, writable });
+        Ok(())
     }
 
     /// Check an INDIRECT descriptor and find its table (2.7.5.3, 2.8.7).
@@ -392,7 +409,7 @@ impl<'a, A: Access> Walk<'a, A> {
             return Err(self.fault(Rule::IndirectTooLong, index, Some(addr), message));
         }
         let bytes = u64::from(entries) * desc::BYTES;
-        if let Some(at) = self.mem.resolve_at_once(addr, bytes, Want::Read) {
+        if let Some(at) = self.mem.resolve_near(self.near, addr, bytes, Want::Read) {
             return Ok(Table { at, entries });
         }
         match self.mem.resolve(addr, bytes, Want::Read) {
@@ -423,7 +440,7 @@ impl<'a, A: Access> Walk<'a, A> {
     /// The words of a table.
     #[inline(always)]
     pub(crate) fn words(&self, table: &Table) -> Descs<'a> {
-        self.mem.descs(table.at)
+        self.mem.descs(Area::of(table.at))
     }
 
     /// Whether a table that was walked lies in memory that is lost: then nothing is made of it.
@@ -480,32 +497,28 @@ impl<'a, A: Access> Walk<'a, A> {
     }
 }
 
-/// Append the segment of a buffer that was not found at once.
+/// A buffer that was not found near.
 #[cold]
-fn resolve<A: Access>(
-    mem: &A,
-    segments: &mut Vec<Segment>,
-    (addr, len): (u64, u32),
-    want: Want,
-) -> Result<(), MemoryError> {
-    let at = mem.resolve(addr, u64::from(len), want)?;
-    let writable = want == Want::Write;
-    segments.push(Segment { at, len, writable });
-    Ok(())
+#[inline(never)]
+fn resolve<A: Access>(mem: &A, addr: u64, len: u32, want: Want) -> Result<At, MemoryError> {
+    mem.resolve(addr, u64::from(len), want)
 }
 
 /// An entry of a table that words do not reach: it need not be aligned at all (2.7.5.3 asks for none).
 #[cold]
+#[inline(never)]
 fn load_entry<A: Access>(mem: &A, table: &Table, index: u32) -> Result<u128, MemoryError> {
     Desc::load_entry(mem, table.at, index).map(desc::whole)
 }
 
 #[cold]
+#[inline(never)]
 fn describe(error: &MemoryError) -> String {
     error.to_string()
 }
 
 #[cold]
+#[inline(never)]
 fn too_big(total: u64) -> String {
     format!("the chain describes {total} bytes so far, more than 2^32")
 }

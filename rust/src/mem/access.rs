@@ -17,7 +17,7 @@
 //! Values are little endian in memory (VIRTIO 1.4, 2.7 and 2.8: `le16`, `le32`, `le64`); the words that
 //! this trait returns and takes are in the host's order.
 
-use super::{DescStores, Descs, HeadStores, Heads, MemoryError, Useds, Words};
+use super::{Area, DescStores, Descs, HeadStores, Heads, MemoryError, Near, Useds, Words};
 
 /// A resolved guest address: where one region holds the whole range, the way to its bytes; else only the address,
 /// and each access is translated anew.
@@ -95,10 +95,11 @@ pub trait Access {
     /// Say that the first bytes at `at` are about to be accessed; nothing more than a hint.
     fn prefetch(&self, _at: At, _want: Want) {}
 
-    /// As [`Access::resolve`] where it takes no search: None says nothing.
+    /// As [`Access::resolve`] where one region holds the range, looked for first where the last one was found, which is noted:
+    /// None says nothing.
     #[inline(always)]
-    fn resolve_at_once(&self, gpa: u64, len: u64, want: Want) -> Option<At> {
-        let _ = (gpa, len, want);
+    fn resolve_near<'a>(&'a self, near: &mut Near<'a>, gpa: u64, len: u64, want: Want) -> Option<At> {
+        let _ = (near, gpa, len, want);
         None
     }
 
@@ -165,17 +166,17 @@ pub trait Access {
     /// When the word is not mapped, not writable or misaligned.
     fn store_u64(&self, at: At, off: u64, value: u64) -> Result<(), MemoryError>;
 
-    /// The descriptors at `at`, to be read many times: none, where each has to be asked for.
+    /// The descriptors of `area`, to be read many times: none, where each has to be asked for.
     #[inline(always)]
-    fn descs(&self, at: At) -> Descs<'_> {
-        let _ = at;
+    fn descs(&self, area: Area<16>) -> Descs<'_> {
+        let _ = area;
         Words::none()
     }
 
-    /// The entries of the avail ring at `at`, to be read many times: none, where each has to be asked for.
+    /// The entries of the avail ring in `area`, to be read many times: none, where each has to be asked for.
     #[inline(always)]
-    fn heads(&self, at: At) -> Heads<'_> {
-        let _ = at;
+    fn heads(&self, area: Area<2>) -> Heads<'_> {
+        let _ = area;
         Words::none()
     }
 

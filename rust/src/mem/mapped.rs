@@ -12,9 +12,10 @@ use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::copy::copy;
-use super::table::Table;
+use super::table::{Near, Table};
 use super::{
-    Access, At, DescStores, Descs, HeadStores, Heads, MemoryError, Stores, Useds, Want, Words, any_lost, host_size,
+    Access, Area, At, DescStores, Descs, HeadStores, Heads, MemoryError, Stores, Useds, Want, Words, any_lost,
+    host_size,
 };
 
 /// Bytes of a cache line.
@@ -61,6 +62,7 @@ impl<'a> Mapped<'a> {
     }
 
     #[cold]
+    #[inline(never)]
     fn word_anew(self, gpa: u64, off: u64, size: u64, want: Want) -> Result<*mut u8, MemoryError> {
         let gpa = address(At::unresolved(gpa), off)?;
         if gpa & (size - 1) != 0 {
@@ -144,12 +146,14 @@ macro_rules! store_all {
 
 impl Mapped<'_> {
     #[cold]
+    #[inline(never)]
     fn desc_anew(self, gpa: u64, off: u64) -> Result<(u64, u64), MemoryError> {
         let at = At::unresolved(gpa);
         Ok((self.load_u64(at, off)?, self.load_u64(at, off + 8)?))
     }
 
     #[cold]
+    #[inline(never)]
     fn packed_desc_anew(self, gpa: u64, off: u64) -> Result<(u64, u32, u16), MemoryError> {
         let at = At::unresolved(gpa);
         let (addr, len) = (self.load_u64(at, off)?, self.load_u32(at, off + 8)?);
@@ -157,18 +161,21 @@ impl Mapped<'_> {
     }
 
     #[cold]
+    #[inline(never)]
     fn used_anew(self, gpa: u64, off: u64) -> Result<(u32, u32), MemoryError> {
         let at = At::unresolved(gpa);
         Ok((self.load_u32(at, off)?, self.load_u32(at, off + 4)?))
     }
 
     #[cold]
+    #[inline(never)]
     fn packed_used_anew(self, gpa: u64, off: u64) -> Result<(u32, u16), MemoryError> {
         let at = At::unresolved(gpa);
         Ok((self.load_u32(at, off)?, self.load_u16(at, off + 4)?))
     }
 
     #[cold]
+    #[inline(never)]
     fn store_packed_used_anew(self, gpa: u64, off: u64, used: (u32, u16)) -> Result<(), MemoryError> {
         let at = At::unresolved(gpa);
         self.store_u32(at, off, used.0)?;
@@ -176,6 +183,7 @@ impl Mapped<'_> {
     }
 
     #[cold]
+    #[inline(never)]
     fn store_desc_anew(self, gpa: u64, off: u64, desc: (u64, u64)) -> Result<(), MemoryError> {
         let at = At::unresolved(gpa);
         self.store_u64(at, off, desc.0)?;
@@ -183,6 +191,7 @@ impl Mapped<'_> {
     }
 
     #[cold]
+    #[inline(never)]
     fn store_packed_desc_anew(self, gpa: u64, off: u64, desc: (u64, u32, u16)) -> Result<(), MemoryError> {
         let at = At::unresolved(gpa);
         self.store_u64(at, off, desc.0)?;
@@ -191,6 +200,7 @@ impl Mapped<'_> {
     }
 
     #[cold]
+    #[inline(never)]
     fn store_used_anew(self, gpa: u64, off: u64, entry: (u32, u32)) -> Result<(), MemoryError> {
         let at = At::unresolved(gpa);
         self.store_u32(at, off, entry.0)?;
@@ -204,6 +214,7 @@ impl Mapped<'_> {
     /// # Safety
     /// `dst` is valid for writes of `len` bytes.
     #[cold]
+    #[inline(never)]
     unsafe fn read_pieces(self, (gpa, off): (u64, u64), mut dst: *mut u8, len: usize) -> Result<(), MemoryError> {
         for piece in self.0.pieces(address(At::unresolved(gpa), off)?, len, Want::Read)? {
             // SAFETY: a piece is valid for its length (M1); pieces add up to `len`, for which `dst` is valid.
@@ -218,6 +229,7 @@ impl Mapped<'_> {
     /// # Safety
     /// `src` is valid for reads of `len` bytes.
     #[cold]
+    #[inline(never)]
     unsafe fn write_pieces(self, (gpa, off): (u64, u64), mut src: *const u8, len: usize) -> Result<(), MemoryError> {
         for piece in self.0.pieces(address(At::unresolved(gpa), off)?, len, Want::Write)? {
             // SAFETY: a piece is valid for its length (M1) and was checked to be writable; pieces add up to `len`,
@@ -241,8 +253,8 @@ impl Access for Mapped<'_> {
     }
 
     #[inline(always)]
-    fn resolve_at_once(&self, gpa: u64, len: u64, want: Want) -> Option<At> {
-        self.0.resolve_at_once(gpa, len, want)
+    fn resolve_near<'a>(&'a self, near: &mut Near<'a>, gpa: u64, len: u64, want: Want) -> Option<At> {
+        self.0.resolve_near(near, gpa, len, want)
     }
 
     #[inline]
@@ -273,22 +285,15 @@ impl Access for Mapped<'_> {
     }
 
     #[inline(always)]
-    fn descs(&self, at: At) -> Descs<'_> {
-        match self.words(at, 0, at.len, 8, Want::Read) {
-            // SAFETY: `words` gave an address that is valid for `at.len` bytes while the table lives (M2), which `self`
-            // borrows, and aligned to 8.
-            Some(base) => unsafe { Words::new(base, at.len) },
-            None => Words::none(),
-        }
+    fn descs(&self, area: Area<16>) -> Descs<'_> {
+        // SAFETY: `self` has the table pinned, and the result borrows it.
+        unsafe { area.words(self.0.stamp()) }
     }
 
     #[inline(always)]
-    fn heads(&self, at: At) -> Heads<'_> {
-        match self.words(at, 0, at.len, 2, Want::Read) {
-            // SAFETY: as above, aligned to 2.
-            Some(base) => unsafe { Words::new(base, at.len) },
-            None => Words::none(),
-        }
+    fn heads(&self, area: Area<2>) -> Heads<'_> {
+        // SAFETY: as above.
+        unsafe { area.words(self.0.stamp()) }
     }
 
     #[inline(always)]

@@ -32,11 +32,11 @@ pub use mapped::Mapped;
 pub use mediated::Mediated;
 pub use region::{Backing, Mapping, OWN_ALIGN, RECEIVED_ALIGN, Region, RegionError};
 pub use stores::{DescStores, HeadStores, Stores};
-pub use table::{MAX_REGIONS, MAX_TRANSLATIONS, Table};
+pub use table::{MAX_REGIONS, MAX_TRANSLATIONS, Near, Table};
 pub use traced::{AccessKind, Record, Trace};
 pub use transfer::{MAX_TRANSFER, Transfer, TransferFailed, transferring};
 pub use vector::Vector;
-pub use words::{Descs, Heads, Useds, Words};
+pub use words::{Area, Descs, Heads, Useds, Words};
 
 /// A number of bytes as the host counts them.
 #[expect(

@@ -6,7 +6,9 @@
 //! the regions that they have in common. Each table has a *stamp* besides, unique in the process: it is what an `At`
 //! carries, so that an address resolved by one table is never used directly under another, whosever it is (M2).
 //!
-//! Few regions are the rule, so up to 16 are scanned from the first on; more are searched by halving.
+//! Few regions are the rule, so up to 16 are scanned, more are searched by halving. A scan begins where [`Starts`] says: of
+//! regions of like sizes it then looks at one. And who asks for many addresses, as for those of a queue's buffers, first looks
+//! [`Near`] the last one.
 //!
 //! Remote regions have a list of their own. What is resolved, and all of [`Mapped`](super::Mapped), knows nothing of it:
 //! only [`Mediated`](super::Mediated) looks there, when nothing is mapped at an address.
@@ -32,6 +34,8 @@ pub const MAX_REGIONS: usize = 509;
 pub const MAX_TRANSLATIONS: usize = 4096;
 /// Up to this many regions are scanned, more are searched.
 const SCAN_LIMIT: usize = 16;
+/// Pieces of guest memory that have a start of their own.
+const PIECES: usize = 64;
 
 /// Next stamp; odd, so that the even number below marks an address that is for reading only, and never 1, which
 /// an unresolved address (0) would then match.
@@ -48,6 +52,58 @@ pub(super) struct Slot {
     stamps: [u64; 2],
     pub(super) readable: bool,
     pub(super) writable: bool,
+}
+
+/// Holds no address.
+static NOWHERE: Slot = Slot {
+    gpa: 0,
+    size: 0,
+    ptr: std::ptr::null_mut(),
+    stamps: [0; 2],
+    readable: false,
+    writable: false,
+};
+
+/// Where an address was found last, so that the next is looked for there first.
+#[derive(Clone, Copy, Debug)]
+pub struct Near<'a>(&'a Slot);
+
+impl Near<'_> {
+    /// Nowhere yet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn nothing() -> Self {
+        Self(&NOWHERE)
+    }
+}
+
+/// Where a scan for an address begins: guest memory as far as it reaches in pieces of like sizes, a power of two, and for
+/// each of them the first region that ends in it or behind it.
+#[derive(Debug)]
+struct Starts {
+    shift: u32,
+    firsts: [u8; PIECES],
+}
+
+impl Starts {
+    fn new(slots: &[Slot]) -> Self {
+        let last = |slot: &Slot| slot.gpa.saturating_add(slot.size.saturating_sub(1));
+        // The last address of all is in the last piece.
+        let reach = slots.last().map_or(0, last);
+        let shift = (u64::BITS - reach.leading_zeros()).saturating_sub(PIECES.ilog2());
+        let mut firsts = [0; PIECES];
+        for (piece, first) in (0u64..).zip(&mut firsts) {
+            let before = slots.iter().take_while(|slot| last(slot) >> shift < piece).count();
+            *first = u8::try_from(before).unwrap_or(u8::MAX);
+        }
+        Self { shift, firsts }
+    }
+
+    /// Slots before this one do not hold `gpa`.
+    #[inline(always)]
+    fn of(&self, gpa: u64) -> Option<usize> {
+        self.firsts.get(host_size(gpa >> self.shift)).copied().map(usize::from)
+    }
 }
 
 impl Slot {
@@ -132,8 +188,8 @@ pub struct Table {
     epoch: u64,
     stamp: u64,
     slots: Vec<Slot>,
-    /// Whether they are searched rather than scanned.
-    many: bool,
+    /// Where they are scanned from; None where they are searched.
+    starts: Option<Starts>,
     remotes: Vec<Remote>,
     regions: Vec<Arc<Region>>,
     translated: bool,
@@ -195,7 +251,7 @@ impl Table {
         Ok(Self {
             epoch,
             stamp,
-            many: slots.len() > SCAN_LIMIT,
+            starts: (slots.len() <= SCAN_LIMIT).then(|| Starts::new(&slots)),
             slots,
             remotes,
             regions,
@@ -320,14 +376,19 @@ impl Table {
     }
 
     /// The mapped region that holds `gpa`.
-    #[inline]
+    #[inline(always)]
     pub(super) fn find(&self, gpa: u64) -> Option<&Slot> {
-        if self.many {
-            let next = self.slots.partition_point(|slot| slot.gpa <= gpa);
-            self.slots.get(next.checked_sub(1)?).filter(|slot| slot.holds(gpa))
-        } else {
-            self.slots.iter().find(|slot| slot.holds(gpa))
-        }
+        let Some(starts) = &self.starts else {
+            return self.search(gpa);
+        };
+        let slots = self.slots.get(starts.of(gpa)?..)?;
+        slots.iter().find(|slot| slot.holds(gpa))
+    }
+
+    #[cold]
+    fn search(&self, gpa: u64) -> Option<&Slot> {
+        let next = self.slots.partition_point(|slot| slot.gpa <= gpa);
+        self.slots.get(next.checked_sub(1)?).filter(|slot| slot.holds(gpa))
     }
 
     /// Resolve `len` bytes at `gpa` as one operation; see `Access::resolve`.
@@ -339,18 +400,13 @@ impl Table {
         self.check(gpa, len, want).map(|()| At::unresolved(gpa))
     }
 
-    /// See `Access::resolve_at_once`: in one of few regions.
+    /// See `Access::resolve_near`.
     #[inline(always)]
-    pub(super) fn resolve_at_once(&self, gpa: u64, len: u64, want: Want) -> Option<At> {
-        if self.many {
-            return None;
+    pub(super) fn resolve_near<'a>(&'a self, near: &mut Near<'a>, gpa: u64, len: u64, want: Want) -> Option<At> {
+        if !near.0.holds(gpa) {
+            *near = Near(self.find(gpa)?);
         }
-        for slot in &self.slots {
-            if slot.holds(gpa) {
-                return slot.resolve(gpa, len, want);
-            }
-        }
-        None
+        near.0.resolve(gpa, len, want)
     }
 
     /// Check that all `len` bytes at `gpa` are mapped, and writable if so wanted; names the first that is not.

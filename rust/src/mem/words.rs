@@ -3,9 +3,10 @@
 //! # Theory
 //!
 //! An area of a ring is resolved once for each table, yet each access through an `At` shows anew that this very table
-//! resolved it. [`Words`] shows it once: it borrows the pinned view that made it, so the table stays, and with it the
-//! mapping (M1). What is left to judge at each access is its place. It holds nothing where the area cannot be reached
-//! directly. There, and behind its end, the answer is None, and the seam itself has to be asked.
+//! resolved it, and how the place is aligned. [`Area`] knows the latter from when it was resolved. [`Words`] shows the
+//! former once: it borrows the pinned view that made it, so the table stays, and with it the mapping (M1). What is left to
+//! judge at each access is its place. It holds nothing where the area cannot be reached directly. There, and behind its end,
+//! the answer is None, and the seam itself has to be asked.
 //!
 //! A group is what lies side by side and is of one entry: a descriptor of 16 bytes, an entry of the used ring of 8, one of
 //! the avail ring of 2.
@@ -13,7 +14,42 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
-use super::host_size;
+use super::{At, host_size};
+
+/// An area of groups of `SIZE` bytes as it was resolved; see the module's head.
+#[derive(Clone, Copy, Debug)]
+pub struct Area<const SIZE: u64>(At);
+
+impl<const SIZE: u64> Area<SIZE> {
+    /// What was resolved at `at`: nothing, where that is not aligned for the largest word of a group, or holds none.
+    #[inline(always)]
+    #[must_use]
+    pub fn of(at: At) -> Self {
+        let align = if SIZE < 8 { SIZE } else { 8 };
+        if at.len < SIZE || at.ptr.addr() & host_size(align - 1) != 0 {
+            return Self(At::unresolved(at.gpa));
+        }
+        // What may be written may be read.
+        let (len, stamp) = (at.len - SIZE + 1, at.stamp | 1);
+        Self(At { len, stamp, ..at })
+    }
+
+    /// Its words under a pin of the table with this stamp.
+    ///
+    /// # Safety
+    /// The table stays pinned as long as the result lives (M1).
+    #[inline(always)]
+    pub(super) unsafe fn words<'a>(self, stamp: u64) -> Words<'a, SIZE> {
+        if self.0.stamp != stamp {
+            return Words::none();
+        }
+        Words {
+            base: self.0.ptr,
+            end: self.0.len,
+            pinned: PhantomData,
+        }
+    }
+}
 
 /// Groups of `SIZE` bytes in one area; see the module's head.
 #[derive(Clone, Copy, Debug)]
@@ -76,8 +112,9 @@ impl<const SIZE: u64> Words<'_, SIZE> {
 
 macro_rules! word {
     ($atomic:ty, $word:ident, $group:expr, $at:literal) => {{
-        // SAFETY: `group` is the address of a whole group, mapped while `self` lives and aligned as its words are (M1, M3):
-        // `new` was promised so, and all offsets here are multiples. A relaxed load is defined for read-only memory.
+        // SAFETY: `group` is the address of a whole group, mapped while `self` lives (M2: the table that is pinned resolved
+        // it, or `new` was promised so) and aligned as its words are (M3: `Area::of` looked, or the same, and all offsets
+        // here are multiples). A relaxed load is defined for read-only memory.
         let atom = unsafe { <$atomic>::from_ptr($group.wrapping_add($at).cast()) };
         $word::from_le(atom.load(Ordering::Relaxed))
     }};
@@ -131,6 +168,16 @@ impl Words<'_, 8> {
 }
 
 impl Words<'_, 2> {
+    /// The `idx` of the avail ring, loaded with acquire ordering.
+    #[inline(always)]
+    #[must_use]
+    pub fn idx(&self) -> Option<u16> {
+        let group = self.group(2)?;
+        let idx = word!(AtomicU16, u16, group, 0);
+        fence(Ordering::Acquire);
+        Some(idx)
+    }
+
     /// Entry `slot` of the avail ring, whose `flags` and `idx` come first: a relaxed load.
     #[inline(always)]
     #[must_use]

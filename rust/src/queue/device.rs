@@ -353,7 +353,7 @@ impl DeviceQueue {
 
     /// Whether anything becomes of a completion beside its used entry.
     #[inline(always)]
-    const fn keeps(&self) -> bool {
+    pub(super) const fn keeps(&self) -> bool {
         self.waiting.is_some() || self.recorded.is_some()
     }
 

@@ -72,6 +72,7 @@ macro_rules! common_to_both_ends {
         }
 
         #[cold]
+        #[inline(never)]
         fn find_lost<A: Access>(&self, mem: &A) -> Result<(), Fault> {
             let mut spans = self.spans().into_iter();
             spans
@@ -87,6 +88,7 @@ macro_rules! common_to_both_ends {
         }
 
         #[cold]
+        #[inline(never)]
         fn latch_lost<A: Access>(&mut self, mem: &A) -> Result<(), Fault> {
             self.find_lost(mem).map_err(|fault| self.latched_by(fault))
         }
@@ -120,6 +122,7 @@ macro_rules! common_to_both_ends {
         }
 
         #[cold]
+        #[inline(never)]
         fn ring_lost(&mut self, error: MemoryError) -> Fault {
             let fault = each!(&self.ring, ring => ring.unmapped(&self.rules, error));
             self.latched_by(fault)

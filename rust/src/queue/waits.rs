@@ -23,6 +23,7 @@ pub(super) struct Waits(Option<Wait>);
 impl Waits {
     /// What a pop that failed broke: nothing, if all that it lacks is a translation.
     #[cold]
+    #[inline(never)]
     pub(super) fn judge(&mut self, epoch: u64, fault: Fault) -> Option<Fault> {
         if fault.missing.is_some() {
             self.wait(epoch, fault);
@@ -30,6 +31,12 @@ impl Waits {
         }
         self.0 = None;
         Some(fault)
+    }
+
+    /// Whether it waits for nothing.
+    #[inline(always)]
+    pub(super) const fn is_none(&self) -> bool {
+        self.0.is_none()
     }
 
     /// A pop lacked nothing.
@@ -41,6 +48,7 @@ impl Waits {
     }
 
     #[cold]
+    #[inline(never)]
     fn wait(&mut self, epoch: u64, fault: Fault) {
         let known = self.0.as_ref().is_some_and(|wait| wait.fault.missing == fault.missing);
         let told = known && self.0.as_ref().is_some_and(|wait| wait.told);

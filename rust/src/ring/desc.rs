@@ -38,6 +38,13 @@ impl Desc {
         }
     }
 
+    /// Whether the second word of a split descriptor has this flag: asked of the word itself, so that the flags need no
+    /// register of their own.
+    #[inline(always)]
+    pub(crate) const fn has(rest: u64, flag: u16) -> bool {
+        rest & (flag as u64) << 32 != 0
+    }
+
     /// `len`, `flags` and `next` as the second word of a split descriptor.
     pub(crate) const fn rest(len: u32, flags: u16, next: u16) -> u64 {
         len as u64 | (flags as u64) << 32 | (next as u64) << 48

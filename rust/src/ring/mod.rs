@@ -16,7 +16,7 @@ pub(crate) mod split;
 pub use event::{PackedEvent, need_event, packed_need_event};
 pub use layout::{Field, MAX_SIZE, RingLayout};
 
-use crate::mem::{Access, At, MemoryError, Want};
+use crate::mem::{Access, Area, At, MemoryError, Want};
 
 /// The three areas of a queue, resolved for one epoch of guest memory.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +24,9 @@ pub(crate) struct Areas {
     pub(crate) desc: At,
     pub(crate) driver: At,
     pub(crate) device: At,
+    /// The same as `desc` and `driver`: descriptors, and entries of a split avail ring.
+    pub(crate) descs: Area<16>,
+    pub(crate) heads: Area<2>,
     epoch: u64,
 }
 
@@ -40,9 +43,13 @@ impl Areas {
         let ours = |yes: bool| if yes { Want::Write } else { Want::Read };
         // The packed ring is written by both ends; of the split ring each end writes its own part.
         let desc = ours(end == Side::Driver || layout.packed);
+        let desc = mem.resolve(layout.desc, layout.desc_bytes(), desc)?;
+        let driver = mem.resolve(layout.driver, layout.driver_bytes(), ours(end == Side::Driver))?;
         Ok(Self {
-            desc: mem.resolve(layout.desc, layout.desc_bytes(), desc)?,
-            driver: mem.resolve(layout.driver, layout.driver_bytes(), ours(end == Side::Driver))?,
+            desc,
+            driver,
+            descs: Area::of(desc),
+            heads: Area::of(driver),
             device: mem.resolve(layout.device, layout.device_bytes(), ours(end == Side::Device))?,
             epoch: mem.epoch(),
         })

@@ -20,6 +20,13 @@ const ONE: Bounds = Bounds {
     segments: usize::MAX,
 };
 
+/// A call that is under way: how many chains it wants, what the arena had before, and how many it has so far.
+struct Begun {
+    limit: usize,
+    first: usize,
+    count: usize,
+}
+
 impl DeviceQueue {
     /// Pop the next chain; its segments are appended to `segments`.
     ///
@@ -51,6 +58,7 @@ impl DeviceQueue {
         self.pop_up_to(mem, limit, segments, elements)
     }
 
+    #[inline(always)]
     fn pop_up_to<A: Access, E: Elements>(
         &mut self,
         mem: &A,
@@ -58,36 +66,73 @@ impl DeviceQueue {
         segments: &mut Vec<Segment>,
         elements: &mut E,
     ) -> Result<usize, Fault> {
+        let begun = Begun {
+            limit,
+            first: segments.len(),
+            count: 0,
+        };
+        // All that is asked for, out of the ring, and nothing beside it: what nearly every call comes to.
+        let plain = matches!(self.life, Life::Running) && self.returned.is_empty() && !self.keeps();
+        if !plain || limit == 0 {
+            return self.pop_on(mem, begun, End::More, segments, elements);
+        }
+        let bounds = Bounds {
+            chains: limit as u64,
+            segments: begun.first.saturating_add(MAX_SEGMENTS),
+        };
+        let (popped, end) = self.pop_burst(mem, bounds, segments, elements);
+        let count = usize::try_from(popped).unwrap_or(usize::MAX);
+        if !matches!(end, End::More) || !self.waits.is_none() || any_lost() {
+            let begun = Begun { count, ..begun };
+            return self.pop_on(mem, begun, end, segments, elements);
+        }
+        Ok(count)
+    }
+
+    /// Go on where a burst of pops ended so.
+    #[inline(never)]
+    fn pop_on<A: Access, E: Elements>(
+        &mut self,
+        mem: &A,
+        Begun {
+            limit,
+            first,
+            mut count,
+        }: Begun,
+        mut end: End,
+        segments: &mut Vec<Segment>,
+        elements: &mut E,
+    ) -> Result<usize, Fault> {
         if !matches!(self.life, Life::Running) {
             return Ok(0);
         }
-        let first = segments.len();
         let full = first.saturating_add(MAX_SEGMENTS);
-        let (mut count, mut fault) = (0, None);
-        while count < limit && segments.len() < full {
+        let fault = loop {
+            match end {
+                // Who comes to the end asks for a kick, and then looks once more: each in its turn.
+                End::Empty => match self.arm(mem) {
+                    Ok(true) => {}
+                    Ok(false) => break None,
+                    Err(found) => break Some(found),
+                },
+                End::More => {}
+                End::Fault(found) => break Some(found),
+            }
+            if count >= limit || segments.len() >= full {
+                break None;
+            }
             let bounds = Bounds {
                 chains: (limit - count) as u64,
                 segments: full,
             };
-            let (popped, end) = if self.returned.is_empty() && self.recorded.is_none() {
+            let popped;
+            (popped, end) = if self.returned.is_empty() && self.recorded.is_none() {
                 self.pop_ring(mem, bounds, segments, elements)
             } else {
                 self.pop_kept(mem, segments, elements)
             };
             count = count.saturating_add(usize::try_from(popped).unwrap_or(usize::MAX));
-            let found = match end {
-                // Who comes to the end asks for a kick, and then looks once more: each in its turn.
-                End::Empty => match self.arm(mem) {
-                    Ok(true) => continue,
-                    Ok(false) => break,
-                    Err(found) => found,
-                },
-                End::More => continue,
-                End::Fault(found) => found,
-            };
-            fault = Some(found);
-            break;
-        }
+        };
         let broken = if let Some(fault) = fault {
             self.waits.judge(mem.epoch(), fault)
         } else {
@@ -104,7 +149,7 @@ impl DeviceQueue {
     }
 
     /// Take from the ring.
-    #[inline(always)]
+    #[inline(never)]
     fn pop_ring<A: Access, E: Elements>(
         &mut self,
         mem: &A,
@@ -229,6 +274,7 @@ impl DeviceQueue {
 
     /// What was just popped was perhaps read from lost memory: then it goes back, and the queue is latched.
     #[cold]
+    #[inline(never)]
     fn withdraw<A: Access, E: Elements>(
         &mut self,
         mem: &A,

@@ -3,7 +3,7 @@
 use super::{Place, arm, disarm};
 use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk, burst};
 use crate::error::Fault;
-use crate::mem::{Access, Descs, MemoryError};
+use crate::mem::{Access, Descs, MemoryError, Near};
 use crate::queue::heads::HeadSet;
 use crate::ring::desc::Raw;
 use crate::ring::event::DISABLE;
@@ -79,6 +79,7 @@ impl PackedDevice {
     }
 
     #[cold]
+    #[inline(never)]
     pub(crate) fn unmapped(&self, rules: &ChainRules, error: MemoryError) -> Fault {
         let mut fault = rules.fault(Rule::RingUnmapped.of_memory(&error), error.to_string());
         fault.position = Some(self.next_avail.slot);
@@ -103,17 +104,18 @@ impl PackedDevice {
         busy: &mut HeadSet,
         mut copies: Option<&mut Vec<Raw>>,
     ) -> (u64, End) {
-        let words = mem.descs(self.areas.desc).settled();
+        let words = mem.descs(self.areas.descs).settled();
+        let mut near = Near::nothing();
         burst!(bounds, segments, count => {
-            self.pop_one((mem, words), rules, (segments, elements), stamp.later(count), busy, copies.as_deref_mut())
+            self.pop_one((mem, &mut near, words), rules, (segments, elements), stamp.later(count), busy, copies.as_deref_mut())
         })
     }
 
     /// Pop the next list; whether there was one.
     #[inline(always)]
-    fn pop_one<A: Access>(
+    fn pop_one<'a, A: Access>(
         &mut self,
-        (mem, words): (&A, Descs<'_>),
+        (mem, near, words): (&'a A, &mut Near<'a>, Descs<'_>),
         rules: &ChainRules,
         (segments, elements): (&mut Vec<Segment>, &mut impl Elements),
         stamp: Stamp,
@@ -129,7 +131,7 @@ impl PackedDevice {
         if !place.is_avail(flags) {
             return Ok(false);
         }
-        let mut walk = Walk::new(mem, rules, segments, place.slot, 0);
+        let mut walk = Walk::new((mem, near), rules, segments, place.slot, 0);
         let (mut slots, taken) = (0u16, self.slots_in_flight);
         loop {
             let index = u32::from(place.slot);
@@ -164,7 +166,7 @@ impl PackedDevice {
                     return Err(in_flight(rules, id, self.next_avail.slot));
                 }
             } else {
-                walk.take(index, addr, len, flags)?;
+                walk.take(index, addr, len, flags & desc::WRITE != 0)?;
                 if flags & desc::NEXT != 0 {
                     if slots >= size {
                         return Err(walk.fault(Rule::ChainTooLong, index, None, too_long(size)));
@@ -201,7 +203,8 @@ impl PackedDevice {
         segments: &mut Vec<Segment>,
         descs: &[Raw],
     ) -> Result<Option<Element>, Fault> {
-        let mut walk = Walk::new(mem, rules, segments, self.published.slot, 0);
+        let mut near = Near::nothing();
+        let mut walk = Walk::new((mem, &mut near), rules, segments, self.published.slot, 0);
         let mut slots = 0;
         for (index, desc) in (0u32..).zip(descs) {
             slots += 1;
@@ -226,7 +229,7 @@ impl PackedDevice {
                 )?;
                 return Ok(found);
             }
-            walk.take(index, desc.addr, desc.len, desc.flags)?;
+            walk.take(index, desc.addr, desc.len, desc.flags & desc::WRITE != 0)?;
         }
         Ok(Some(walk.finish(slots, Stamp::default())))
     }
@@ -304,6 +307,7 @@ impl PackedDevice {
 }
 
 #[cold]
+#[inline(never)]
 fn no_room(index: u32, slots: u16, size: u16, busy: u32) -> (Rule, String) {
     if slots >= size {
         return (Rule::ChainTooLong, too_long(size));
@@ -313,16 +317,19 @@ fn no_room(index: u32, slots: u16, size: u16, busy: u32) -> (Rule, String) {
 }
 
 #[cold]
+#[inline(never)]
 fn too_long(size: u16) -> String {
     format!("the list goes on after all {size} descriptors of the ring")
 }
 
 #[cold]
+#[inline(never)]
 fn not_available(slot: u16) -> String {
     format!("the list goes on in slot {slot}, which is not available")
 }
 
 #[cold]
+#[inline(never)]
 fn in_flight(rules: &ChainRules, id: u16, position: u16) -> Fault {
     let mut fault = rules.fault(Rule::IdInFlight, format!("buffer id {id} is already in flight"));
     fault.position = Some(position);
@@ -334,7 +341,7 @@ fn in_flight(rules: &ChainRules, id: u16, position: u16) -> Fault {
 /// descriptor: address, length, flags. A `double` one, whose id is in flight, is judged like any other and given to nobody.
 #[inline(never)]
 fn walk_table<A: Access>(
-    mut walk: Walk<'_, A>,
+    mut walk: Walk<'_, '_, A>,
     rules: &ChainRules,
     index: u32,
     (addr, len, flags): (u64, u32, u16),
@@ -355,7 +362,7 @@ fn walk_table<A: Access>(
 }
 
 #[inline(always)]
-fn walk_entries<A: Access>(walk: &mut Walk<'_, A>, rules: &ChainRules, table: &Table) -> Result<(), Fault> {
+fn walk_entries<A: Access>(walk: &mut Walk<'_, '_, A>, rules: &ChainRules, table: &Table) -> Result<(), Fault> {
     let words = walk.words(table);
     for index in 0..table.entries {
         // The two formats keep flags at different offsets of an entry.
@@ -364,7 +371,7 @@ fn walk_entries<A: Access>(walk: &mut Walk<'_, A>, rules: &ChainRules, table: &T
             let message = "an entry of an indirect table has INDIRECT set".to_owned();
             return Err(walk.fault(Rule::NestedIndirect, index, Some(entry.addr), message));
         }
-        walk.take(index, entry.addr, entry.len, entry.flags)?;
+        walk.take(index, entry.addr, entry.len, entry.flags & desc::WRITE != 0)?;
     }
     Ok(())
 }

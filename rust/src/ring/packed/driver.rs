@@ -249,7 +249,7 @@ impl PackedDriver {
         rules: &ChainRules,
         mut judge: impl FnMut(u32, u32) -> Option<(u16, u16, u16)>,
     ) -> Option<Used> {
-        let (descs, trusted) = (mem.descs(self.areas.desc), trusted(rules));
+        let (descs, trusted) = (mem.descs(self.areas.descs), trusted(rules));
         let (mut left, mut odd) = (limit, None);
         while left > 0 {
             let slot = self.next_used.slot;

@@ -1,9 +1,9 @@
 //! The device end of a split virtqueue.
 
 use super::{arm, disarm};
-use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk, burst};
+use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk};
 use crate::error::Fault;
-use crate::mem::{Access, Descs, Heads, MemoryError};
+use crate::mem::{Access, Descs, Heads, MemoryError, Near};
 use crate::queue::heads::HeadSet;
 use crate::ring::desc::{self, Desc, halves, whole};
 use crate::ring::layout::{AVAIL_IDX, AVAIL_RING, FLAGS, USED_IDX, USED_RING};
@@ -67,15 +67,15 @@ impl SplitDevice {
         if self.next_avail != self.seen_avail {
             return Ok(true);
         }
-        self.load_avail(mem, rules)
+        self.load_avail(mem, mem.heads(self.areas.heads), rules)
     }
 
     /// Load `avail.idx` and check it against what was consumed.
     #[inline(always)]
-    fn load_avail<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<bool, Fault> {
-        let idx = match mem.load_u16_acquire(self.areas.driver, AVAIL_IDX) {
-            Ok(idx) => idx,
-            Err(error) => return Err(self.unmapped(rules, error)),
+    fn load_avail<A: Access>(&mut self, mem: &A, heads: Heads<'_>, rules: &ChainRules) -> Result<bool, Fault> {
+        let idx = match heads.idx() {
+            Some(idx) => idx,
+            None => self.load_idx(mem, rules)?,
         };
         let ahead = idx.wrapping_sub(self.next_avail);
         // 2.7.6.1: idx is never decremented; a free-running index at most `size` ahead is all that can be.
@@ -86,7 +86,16 @@ impl SplitDevice {
         Ok(ahead != 0)
     }
 
+    /// `avail.idx`, where words cannot be reached directly.
     #[cold]
+    #[inline(never)]
+    fn load_idx<A: Access>(&self, mem: &A, rules: &ChainRules) -> Result<u16, Fault> {
+        let idx = mem.load_u16_acquire(self.areas.driver, AVAIL_IDX);
+        idx.map_err(|error| self.unmapped(rules, error))
+    }
+
+    #[cold]
+    #[inline(never)]
     fn too_far(&self, rules: &ChainRules, idx: u16, ahead: u16) -> Fault {
         let message = format!(
             "avail.idx is {idx}, {ahead} ahead of the {} consumed, in a queue of {}",
@@ -96,10 +105,11 @@ impl SplitDevice {
     }
 
     /// Strict: load `avail.idx` for every pop and compare it with the highest value seen (2.7.6.1).
-    fn check_decrease<A: Access>(&mut self, mem: &A, rules: &ChainRules) -> Result<(), Fault> {
+    #[inline(never)]
+    fn check_decrease<A: Access>(&mut self, mem: &A, heads: Heads<'_>, rules: &ChainRules) -> Result<(), Fault> {
         let before = self.seen_avail;
         let known = before.wrapping_sub(self.next_avail);
-        self.load_avail(mem, rules)?;
+        self.load_avail(mem, heads, rules)?;
         if self.seen_avail.wrapping_sub(self.next_avail) < known {
             let message = format!("avail.idx went back from {before} to {}", self.seen_avail);
             // Nothing changes on a fault: who swallows it (`pop_many` behind good chains) meets it again.
@@ -110,6 +120,7 @@ impl SplitDevice {
     }
 
     #[cold]
+    #[inline(never)]
     fn avail_fault(&self, rules: &ChainRules, rule: Rule, message: String) -> Fault {
         let mut fault = rules.fault(rule, message);
         fault.position = Some(self.next_avail);
@@ -118,6 +129,7 @@ impl SplitDevice {
     }
 
     #[cold]
+    #[inline(never)]
     pub(crate) fn unmapped(&self, rules: &ChainRules, error: MemoryError) -> Fault {
         let mut fault = rules.fault(Rule::RingUnmapped.of_memory(&error), error.to_string());
         fault.position = Some(self.next_avail);
@@ -131,6 +143,7 @@ impl SplitDevice {
         clippy::too_many_arguments,
         reason = "each is another's, and all of them are changed"
     )]
+    #[inline(always)]
     pub(crate) fn pop<A: Access>(
         &mut self,
         mem: &A,
@@ -142,36 +155,60 @@ impl SplitDevice {
         room: u64,
     ) -> (u64, End) {
         let words = (
-            mem.descs(self.areas.desc).settled(),
-            mem.heads(self.areas.driver).settled(),
+            mem.descs(self.areas.descs).settled(),
+            mem.heads(self.areas.heads).settled(),
         );
-        burst!(bounds, segments, count => {
-            self.pop_one((mem, words), rules, (segments, elements), stamp.later(count), busy, count < room)
+        let (mut near, mut count) = (Near::nothing(), 0);
+        loop {
+            if count >= bounds.chains || segments.len() >= bounds.segments {
+                return (count, End::More);
+            }
+            let ready = match self.ready((mem, words.1), rules) {
+                Ok(0) => return (count, End::Empty),
+                Ok(ready) => u64::from(ready),
+                Err(fault) => return (count, End::Fault(fault)),
+            };
+            // 2.7.13.1: only free descriptors are made available, so `size` heads in flight is the most.
+            if count >= room {
+                return (count, End::Fault(self.no_room(rules)));
+            }
+            let end = bounds.chains.min(room).min(count.saturating_add(ready));
+            while count < end && segments.len() < bounds.segments {
+                let place = (mem, &mut near, words);
+                if let Err(fault) = self.pop_one(place, rules, (segments, elements), stamp.later(count), busy) {
+                    return (count, End::Fault(fault));
+                }
+                count += 1;
+            }
+        }
+    }
+
+    /// How many chains are known to be available, and may be popped before anything else is looked at.
+    #[inline(always)]
+    fn ready<A: Access>(&mut self, (mem, heads): (&A, Heads<'_>), rules: &ChainRules) -> Result<u16, Fault> {
+        if self.next_avail == self.seen_avail {
+            self.load_avail(mem, heads, rules)?;
+        } else if !rules.policy.avail_decrease {
+            self.check_decrease(mem, heads, rules)?;
+        }
+        let ready = self.seen_avail.wrapping_sub(self.next_avail);
+        Ok(if rules.policy.avail_decrease {
+            ready
+        } else {
+            ready.min(1)
         })
     }
 
-    /// Pop the next chain; whether there was one.
+    /// Pop the next chain, which is known to be available.
     #[inline(always)]
-    fn pop_one<A: Access>(
+    fn pop_one<'a, A: Access>(
         &mut self,
-        (mem, (descs, heads)): (&A, (Descs<'_>, Heads<'_>)),
+        (mem, near, (descs, heads)): (&'a A, &mut Near<'a>, (Descs<'_>, Heads<'_>)),
         rules: &ChainRules,
         (segments, elements): (&mut Vec<Segment>, &mut impl Elements),
         stamp: Stamp,
         busy: &mut HeadSet,
-        room: bool,
-    ) -> Result<bool, Fault> {
-        if self.next_avail == self.seen_avail {
-            if !self.load_avail(mem, rules)? {
-                return Ok(false);
-            }
-        } else if !rules.policy.avail_decrease {
-            self.check_decrease(mem, rules)?;
-        }
-        // 2.7.13.1: only free descriptors are made available, so `size` heads in flight is the most.
-        if !room {
-            return Err(self.no_room(rules));
-        }
+    ) -> Result<(), Fault> {
         let position = self.next_avail;
         let slot = position & self.mask;
         let head = match heads.head(slot) {
@@ -182,14 +219,14 @@ impl SplitDevice {
         if head >= self.layout.size {
             return Err(self.head_fault(rules, position, head));
         }
-        let mut walk = Walk::new(mem, rules, segments, position, head);
+        let mut walk = Walk::new((mem, near), rules, segments, position, head);
         if !rules.policy.duplicate_heads && busy.contains(head) {
             return Err(walk.fault(Rule::HeadInFlight, u32::from(head), None, in_flight(head)));
         }
         self.walk(walk, (mem, descs), head, stamp, |element| elements.put(element))?;
         self.next_avail = position.wrapping_add(1);
         busy.insert(head);
-        Ok(true)
+        Ok(())
     }
 
     /// Follow the chain from `head`, and give what it is to `done`; every table is visited at most once per entry, so a loop
@@ -197,7 +234,7 @@ impl SplitDevice {
     #[inline(always)]
     fn walk<A: Access>(
         &self,
-        mut walk: Walk<'_, A>,
+        mut walk: Walk<'_, '_, A>,
         (mem, descs): (&A, Descs<'_>),
         head: u16,
         stamp: Stamp,
@@ -214,11 +251,11 @@ impl SplitDevice {
                 }
             };
             let desc = Desc::from_words(addr, rest);
-            if desc.flags & desc::INDIRECT != 0 {
-                return self.walk_table(walk, index, desc, stamp, done);
+            if Desc::has(rest, desc::INDIRECT) {
+                return self.walk_table(walk, index, (addr, rest), stamp, done);
             }
-            walk.take(index, desc.addr, desc.len, desc.flags)?;
-            if desc.flags & desc::NEXT == 0 {
+            walk.take(index, desc.addr, desc.len, Desc::has(rest, desc::WRITE))?;
+            if !Desc::has(rest, desc::NEXT) {
                 done(walk.finish(1, stamp));
                 return Ok(());
             }
@@ -235,24 +272,28 @@ impl SplitDevice {
 
     /// Descriptor `index`, where words cannot be reached directly.
     #[cold]
+    #[inline(never)]
     fn load_desc<A: Access>(&self, mem: &A, index: u32) -> Result<u128, MemoryError> {
         mem.load_desc(self.areas.desc, desc::BYTES * u64::from(index))
             .map(whole)
     }
 
     #[cold]
+    #[inline(never)]
     fn load_head<A: Access>(&self, mem: &A, rules: &ChainRules, slot: u16) -> Result<u16, Fault> {
         mem.load_u16(self.areas.driver, AVAIL_RING + 2 * u64::from(slot))
             .map_err(|error| self.unmapped(rules, error))
     }
 
     #[cold]
+    #[inline(never)]
     fn no_room(&self, rules: &ChainRules) -> Fault {
         let message = format!("a chain is available while {} are in flight", self.layout.size);
         self.avail_fault(rules, Rule::TooManyInFlight, message)
     }
 
     #[cold]
+    #[inline(never)]
     fn head_fault(&self, rules: &ChainRules, position: u16, head: u16) -> Fault {
         let message = format!(
             "avail ring entry {head} is no index of {} descriptors",
@@ -270,12 +311,13 @@ impl SplitDevice {
     #[inline(never)]
     fn walk_table<A: Access>(
         &self,
-        mut walk: Walk<'_, A>,
+        mut walk: Walk<'_, '_, A>,
         index: u32,
-        desc: Desc,
+        (addr, rest): (u64, u64),
         stamp: Stamp,
         done: impl FnOnce(Element),
     ) -> Result<(), Fault> {
+        let desc = Desc::from_words(addr, rest);
         let table = walk.table(index, desc.addr, desc.len, desc.flags)?;
         let walked = self.walk_entries(&mut walk, &table);
         walk.read_from(&table)?;
@@ -283,7 +325,7 @@ impl SplitDevice {
     }
 
     #[inline(always)]
-    fn walk_entries<A: Access>(&self, walk: &mut Walk<'_, A>, table: &Table) -> Result<(), Fault> {
+    fn walk_entries<A: Access>(&self, walk: &mut Walk<'_, '_, A>, table: &Table) -> Result<(), Fault> {
         let limit = if walk.beyond_queue() {
             u32::MAX
         } else {
@@ -301,7 +343,7 @@ impl SplitDevice {
                 let message = format!("the chain has more than {limit} descriptors with its table");
                 return Err(walk.fault(Rule::ChainTooLong, index, None, message));
             }
-            walk.take(index, entry.addr, entry.len, entry.flags)?;
+            walk.take(index, entry.addr, entry.len, entry.flags & desc::WRITE != 0)?;
             if entry.flags & desc::NEXT == 0 {
                 return Ok(());
             }
@@ -326,9 +368,10 @@ impl SplitDevice {
         segments: &mut Vec<Segment>,
         head: u16,
     ) -> Result<Option<Element>, Fault> {
-        let walk = Walk::new(mem, rules, segments, self.published, head);
+        let mut near = Near::nothing();
+        let walk = Walk::new((mem, &mut near), rules, segments, self.published, head);
         let mut found = None;
-        let descs = mem.descs(self.areas.desc);
+        let descs = mem.descs(self.areas.descs);
         self.walk(walk, (mem, descs), head, Stamp::default(), |element| {
             found = Some(element);
         })?;
@@ -406,16 +449,19 @@ impl SplitDevice {
 }
 
 #[cold]
+#[inline(never)]
 fn in_flight(head: u16) -> String {
     format!("head {head} was made available again while it is in flight")
 }
 
 #[cold]
+#[inline(never)]
 fn beyond_table(next: u16, size: u16) -> String {
     format!("next is {next}, the table has {size} descriptors")
 }
 
 #[cold]
+#[inline(never)]
 fn looping(size: u16) -> String {
     format!("the chain goes on after {size} descriptors, so it loops")
 }
