@@ -381,11 +381,23 @@ impl Table {
         let Some(starts) = &self.starts else {
             return self.search(gpa);
         };
-        let slots = self.slots.get(starts.of(gpa)?..)?;
+        let first = starts.of(gpa)?;
+        let slot = self.slots.get(first)?;
+        if slot.holds(gpa) {
+            return Some(slot);
+        }
+        self.scan(first, gpa)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn scan(&self, first: usize, gpa: u64) -> Option<&Slot> {
+        let slots = self.slots.get(first..)?;
         slots.iter().find(|slot| slot.holds(gpa))
     }
 
     #[cold]
+    #[inline(never)]
     fn search(&self, gpa: u64) -> Option<&Slot> {
         let next = self.slots.partition_point(|slot| slot.gpa <= gpa);
         self.slots.get(next.checked_sub(1)?).filter(|slot| slot.holds(gpa))
@@ -476,5 +488,102 @@ impl Iterator for Pieces<'_> {
         self.gpa = self.gpa.saturating_add(piece.len as u64);
         self.left = self.left.saturating_sub(piece.len);
         Some(piece)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that panics has failed")]
+mod tests {
+    use super::*;
+    use crate::mem::Backing;
+
+    const PAGE: u64 = 4096;
+
+    fn table(places: &[(u64, u64)]) -> Table {
+        let region = |&(gpa, size): &(u64, u64)| Arc::new(Region::new(gpa, size, Backing::Anonymous).unwrap());
+        Table::new(0, 0, places.iter().map(region).collect(), false).unwrap()
+    }
+
+    #[test]
+    fn an_address_is_found_wherever_the_search_for_it_begins() {
+        let side_by_side = |count: u64| (0..count).map(|i| (i * PAGE, PAGE)).collect::<Vec<_>>();
+        let scattered = |count: u64| (0..count).map(|i| (i * i * i * PAGE, PAGE)).collect::<Vec<_>>();
+        let layouts = [
+            Vec::new(),
+            vec![(0, PAGE)],
+            vec![(5 * PAGE, PAGE)],
+            vec![
+                (0, 160 * PAGE),
+                (1 << 20, 3 * PAGE),
+                (4 << 30, PAGE),
+                ((4 << 30) + PAGE, PAGE),
+            ],
+            vec![(0, PAGE), (1 << 52, PAGE), ((1 << 52) + 2 * PAGE, PAGE)],
+            vec![(1 << 63, PAGE), (u64::MAX - 2 * PAGE + 1, PAGE)],
+            side_by_side(8),
+            side_by_side(16),
+            side_by_side(17),
+            scattered(16),
+            scattered(17),
+        ];
+        for places in layouts {
+            let table = table(&places);
+            let mut near = Near::nothing();
+            let ends = places.iter().flat_map(|&(gpa, size)| [gpa, gpa + size / 2, gpa + size]);
+            let around = ends.flat_map(|at| [at.wrapping_sub(1), at, at.wrapping_add(1)]);
+            // Forwards, backwards, and from one end to the other.
+            let forth: Vec<u64> = around.chain([0, PAGE, 1 << 40, u64::MAX]).collect();
+            let back = forth.iter().rev();
+            let across = forth.iter().zip(back.clone()).flat_map(|(low, high)| [low, high]);
+            for &gpa in forth.iter().chain(back).chain(across) {
+                let holds = |region: &&Arc<Region>| gpa.wrapping_sub(region.gpa()) < region.size();
+                let expected = table.regions().iter().find(holds).map(|region| {
+                    let (mapping, skip) = region.mapping().unwrap();
+                    mapping
+                        .ptr()
+                        .wrapping_add(skip)
+                        .wrapping_add(host_size(gpa - region.gpa()))
+                });
+                let found = table.resolve_near(&mut near, gpa, 1, Want::Write);
+                assert_eq!(found.map(|at| at.ptr), expected, "{gpa:#x} of {places:x?}");
+                let found = table.resolve(gpa, 1, Want::Write).ok();
+                assert_eq!(
+                    found.map(|at| at.ptr),
+                    expected,
+                    "{gpa:#x} of {places:x?}, searched anew"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_near_is_refused_beyond_its_end_and_for_what_it_does_not_allow() {
+        let table = table(&[(0, PAGE), (PAGE, PAGE)]);
+        let mut near = Near::nothing();
+        for (gpa, len, fits) in [
+            (0, PAGE, true),
+            (0, PAGE + 1, false),
+            (PAGE - 8, 8, true),
+            (PAGE - 8, 9, false),
+        ] {
+            let found = table.resolve_near(&mut near, gpa, len, Want::Read);
+            assert_eq!(found.is_some(), fits, "{len} bytes at {gpa:#x}");
+        }
+        assert!(
+            Slot {
+                stamps: [3, 0],
+                ..NOWHERE
+            }
+            .resolve(0, 0, Want::Read)
+            .is_some()
+        );
+        assert!(
+            Slot {
+                stamps: [3, 0],
+                ..NOWHERE
+            }
+            .resolve(0, 0, Want::Write)
+            .is_none()
+        );
     }
 }

@@ -416,13 +416,24 @@ impl SplitDevice {
         mem.fence();
         let lap = std::mem::take(&mut self.moved) > u32::from(u16::MAX);
         let wants = if self.event_idx {
-            let event = mem.load_u16(self.areas.driver, self.layout.used_event())?;
+            // It lies behind the ring's last entry.
+            let event = match mem.heads(self.areas.heads).head(self.layout.size) {
+                Some(event) => event,
+                None => self.load_event(mem)?,
+            };
             lap || self.signalled.is_none_or(|old| need_event(event, new, old))
         } else {
             mem.load_u16(self.areas.driver, FLAGS)? & 1 == 0
         };
         self.signalled = Some(new);
         Ok(wants)
+    }
+
+    /// `used_event`, where words cannot be reached directly.
+    #[cold]
+    #[inline(never)]
+    fn load_event<A: Access>(&self, mem: &A) -> Result<u16, MemoryError> {
+        mem.load_u16(self.areas.driver, self.layout.used_event())
     }
 
     /// Whether everything that the driver made available was used (6.3, NOTIFY_ON_EMPTY).
