@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 
-use virtio_test::mem::{Access, At, DescStores, Descs, HeadStores, MemoryError, Useds, Want, Words};
+use virtio_test::mem::{Access, Area, At, DescStores, Descs, HeadStores, MemoryError, Useds, Want, Words};
 
 /// A stretch of guest addresses: first byte and length.
 pub type Span = (u64, u64);
@@ -104,8 +104,8 @@ impl<A: Access> Access for Watched<'_, A> {
         self.mem.intact(gpa, len)
     }
 
-    fn descs(&self, at: At) -> Descs<'_> {
-        self.beside(|mem| Some(mem.descs(at))).unwrap_or(Words::none())
+    fn descs(&self, area: Area<16>) -> Descs<'_> {
+        self.beside(|mem| Some(mem.descs(area))).unwrap_or(Words::none())
     }
 
     fn useds(&self, at: At) -> Option<Useds<'_>> {
