@@ -192,8 +192,12 @@ def test_a_given_fd_is_a_unix_stream_socket(tmp_path: Path) -> None:
 
 def test_another_fd_is_refused_and_stays_open(tmp_path: Path) -> None:
     plain = os.open(tmp_path, os.O_RDONLY)
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as wrong:
-        for fd in (plain, wrong.fileno()):
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM) as wrong,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as packets,
+    ):
+        for fd in (plain, wrong.fileno(), datagrams.fileno(), packets.fileno()):
             with pytest.raises(InvalidArgument, match="UNIX stream socket"):
                 Endpoint(fd=fd)
             os.fstat(fd)
