@@ -94,7 +94,7 @@ class Source:
                 return f"crate::not({self.new(node, 'not')}, {self.change(node.children[1])})"
             case "expression_statement" if node.children[0].type == "try_expression":
                 call = self.change(node.children[0].children[0])
-                return f"if {self.new(node, 'try')} {{ let _ = {call}; }} else {{ {call}?; }}"
+                return f"{{ let found = {call}; if !{self.new(node, 'try')} {{ found?; }} }}"
             case "function_item":
                 return self.function(node)
             case kind if kind in _AS_IT_IS:
