@@ -8,7 +8,10 @@
 //! lie in memory that is mapped for reading only, where only relaxed atomic loads are defined.
 
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
+use std::arch::{
+    asm,
+    x86_64::{_MM_HINT_T0, _mm_prefetch},
+};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::copy::copy;
@@ -262,13 +265,14 @@ impl Access for Mapped<'_> {
         #[cfg(target_arch = "x86_64")]
         if let Some(ptr) = self.direct(at, 0, 1, want) {
             for line in [ptr, ptr.wrapping_add(LINE)] {
-                let line = line.cast_const().cast();
                 if want == Want::Write {
-                    // SAFETY: a hint accesses nothing as the language sees it, and faults at no address (M2).
-                    unsafe { _mm_prefetch::<_MM_HINT_ET0>(line) };
+                    // Of the intrinsic the compiler makes a fetch for reading, and the line would come twice.
+                    // SAFETY: a hint accesses nothing as the language sees it, and faults at no address (M2); processors
+                    // that do not know it do nothing.
+                    unsafe { asm!("prefetchw [{}]", in(reg) line, options(nostack, preserves_flags, readonly)) };
                 } else {
                     // SAFETY: as above.
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast_const().cast()) };
                 }
             }
         }

@@ -1,13 +1,15 @@
 //! The device end of a virtqueue.
 
+mod complete;
 mod pop;
 mod recorded;
 mod returned;
 
 use std::collections::VecDeque;
 
+use complete::{InOrder, stage};
+use recorded::Recorded;
 pub use recorded::StartError;
-use recorded::{Done, Recorded};
 use returned::Returned;
 
 use super::heads::HeadSet;
@@ -44,16 +46,6 @@ pub struct Ticket {
     pub entry: u16,
 }
 
-/// With IN_ORDER: a chain that waits for those popped before it.
-#[derive(Clone, Copy, Debug)]
-struct Waiting {
-    seq: u64,
-    head: u16,
-    slots: u16,
-    entry: u16,
-    written: Option<u32>,
-}
-
 /// Segments that `pop_many` gathers before it stops: hostile chains share descriptors, so their sum has no
 /// bound of its own.
 const MAX_SEGMENTS: usize = 1 << 17;
@@ -70,7 +62,7 @@ pub struct DeviceQueue {
     next_seq: u64,
     in_flight: u32,
     busy: HeadSet,
-    waiting: Option<VecDeque<Waiting>>,
+    order: Option<InOrder>,
     /// Chains put back that could not go back into the ring, oldest first: the next pops hand them out again.
     returned: VecDeque<Returned>,
     /// The record of what is in flight, of queues that keep one.
@@ -110,7 +102,7 @@ impl DeviceQueue {
             next_seq: 0,
             in_flight: 0,
             busy: HeadSet::new(!config.policy.duplicate_heads),
-            waiting: config.has(feature::IN_ORDER).then(VecDeque::new),
+            order: config.has(feature::IN_ORDER).then(InOrder::default),
             returned: VecDeque::new(),
             recorded: None,
             kicks: true,
@@ -256,172 +248,6 @@ impl DeviceQueue {
         ticket.generation == self.generation && !self.broken()
     }
 
-    /// Complete a chain with `written` bytes; not visible before `publish`. False when it was dropped.
-    ///
-    /// # Errors
-    /// `WrittenTooBig`, with nothing changed; a violation when the ring is no longer mapped.
-    #[inline(always)]
-    pub fn complete<A: Access>(&mut self, mem: &A, ticket: &Ticket, written: u64) -> Result<bool, QueueError> {
-        if written > ticket.writable {
-            return Err(written_too_big(written, ticket.writable));
-        }
-        // Of an old generation, or after a latch, nothing is written (2.4.1, 2.1.1).
-        if !self.is_current(ticket) {
-            self.counters.dropped += 1;
-            return Ok(false);
-        }
-        let Some(in_flight) = self.in_flight.checked_sub(1) else {
-            return Err(stale_chain());
-        };
-        // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
-        let written = u32::try_from(written).unwrap_or(u32::MAX);
-        if self.keeps() {
-            self.complete_kept(mem, ticket.seq, (ticket.head, ticket.slots, ticket.entry), written)?;
-        } else {
-            self.use_up_now(mem, ticket.head, ticket.slots, written)?;
-        }
-        self.in_flight = in_flight;
-        self.counters.pushed += 1;
-        Ok(true)
-    }
-
-    /// Complete chains one after the other, each with the bytes written to it, as [`DeviceQueue::complete`] does; how many
-    /// were not dropped.
-    ///
-    /// # Errors
-    /// As [`DeviceQueue::complete`], at the first that is wrong; those before it are completed.
-    pub fn complete_many<A: Access>(
-        &mut self,
-        mem: &A,
-        done: impl Iterator<Item = (Ticket, u64)>,
-    ) -> Result<u64, QueueError> {
-        let refreshed = each!(&mut self.ring, ring => ring.refresh(mem));
-        if self.keeps() || self.broken() || refreshed.is_err() {
-            return self.complete_each(mem, done);
-        }
-        let (generation, in_flight) = (self.generation, u64::from(self.in_flight));
-        let (mut count, mut dropped) = (0, 0);
-        let mut wrong = None;
-        let (busy, ring) = (&mut self.busy, &mut self.ring);
-        for (ticket, written) in done {
-            if written > ticket.writable {
-                wrong = Some(written_too_big(written, ticket.writable));
-                break;
-            }
-            // Of an old generation nothing is written (2.4.1, 2.1.1).
-            if ticket.generation != generation {
-                dropped += 1;
-                continue;
-            }
-            if count >= in_flight {
-                wrong = Some(stale_chain());
-                break;
-            }
-            // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
-            let written = u32::try_from(written).unwrap_or(u32::MAX);
-            if let Err(error) = stage(ring, mem, ticket.head, ticket.slots, written) {
-                let fault = each!(ring, ring => ring.unmapped(&self.rules, error));
-                wrong = Some(fault.into());
-                break;
-            }
-            busy.remove(ticket.head);
-            count += 1;
-        }
-        self.in_flight = self.in_flight.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
-        self.counters.pushed += count;
-        self.counters.dropped += dropped;
-        match wrong {
-            None => Ok(count),
-            Some(QueueError::Violation(fault)) => Err(self.latched_by(fault).into()),
-            Some(misuse) => Err(misuse),
-        }
-    }
-
-    /// As `complete_many`, where something becomes of a completion beside its used entry.
-    #[cold]
-    fn complete_each<A: Access>(
-        &mut self,
-        mem: &A,
-        done: impl Iterator<Item = (Ticket, u64)>,
-    ) -> Result<u64, QueueError> {
-        let mut count = 0;
-        for (ticket, written) in done {
-            count += u64::from(self.complete(mem, &ticket, written)?);
-        }
-        Ok(count)
-    }
-
-    /// Whether anything becomes of a completion beside its used entry.
-    #[inline(always)]
-    pub(super) const fn keeps(&self) -> bool {
-        self.waiting.is_some() || self.recorded.is_some()
-    }
-
-    /// Of a queue that completes in order, or keeps a record.
-    #[cold]
-    fn complete_kept<A: Access>(
-        &mut self,
-        mem: &A,
-        seq: u64,
-        (head, slots, entry): (u16, u16, u16),
-        written: u32,
-    ) -> Result<(), Fault> {
-        if self.waiting.is_some() {
-            return self.complete_in_order(mem, seq, written);
-        }
-        self.use_up(mem, head, slots, entry, written)
-    }
-
-    /// 2.7.9, 2.8.8: with IN_ORDER chains are used in the order in which they were made available.
-    fn complete_in_order<A: Access>(&mut self, mem: &A, seq: u64, written: u32) -> Result<(), Fault> {
-        let mut waiting = self.waiting.take().unwrap_or_default();
-        if let Some(entry) = waiting.iter_mut().find(|entry| entry.seq == seq) {
-            entry.written = Some(written);
-        }
-        let mut staged = Ok(());
-        while let Some(&Waiting {
-            head,
-            slots,
-            entry,
-            written: Some(written),
-            ..
-        }) = waiting.front()
-        {
-            staged = self.use_up(mem, head, slots, entry, written);
-            if staged.is_err() {
-                break;
-            }
-            waiting.pop_front();
-        }
-        self.waiting = Some(waiting);
-        staged
-    }
-
-    /// Write the used entry of a chain, or keep it until it is published, where that is recorded.
-    fn use_up<A: Access>(&mut self, mem: &A, head: u16, slots: u16, entry: u16, written: u32) -> Result<(), Fault> {
-        let done = Done {
-            head,
-            slots,
-            written,
-            entry,
-        };
-        if self.keep_done(done) {
-            self.busy.remove(head);
-            return Ok(());
-        }
-        self.use_up_now(mem, head, slots, written)
-    }
-
-    #[inline(always)]
-    fn use_up_now<A: Access>(&mut self, mem: &A, head: u16, slots: u16, written: u32) -> Result<(), Fault> {
-        let refreshed = each!(&mut self.ring, ring => ring.refresh(mem));
-        if let Err(error) = refreshed.and_then(|()| stage(&mut self.ring, mem, head, slots, written)) {
-            return Err(self.ring_lost(error));
-        }
-        self.busy.remove(head);
-        Ok(())
-    }
-
     /// Make all completed chains visible to the driver.
     ///
     /// # Errors
@@ -506,27 +332,9 @@ impl DeviceQueue {
     }
 }
 
-#[inline(always)]
-fn stage<A: Access>(ring: &mut Ring, mem: &A, head: u16, slots: u16, written: u32) -> Result<(), MemoryError> {
-    match ring {
-        Ring::Split(ring) => ring.stage(mem, head, written),
-        Ring::Packed(ring) => ring.stage(mem, head, slots, written),
-    }
-}
-
 #[cold]
 pub(super) fn unmapped(rules: &ChainRules, error: MemoryError) -> Fault {
     let mut fault = rules.fault(Rule::RingUnmapped.of_memory(&error), error.to_string());
     fault.address = Some(error.address());
     fault
-}
-
-#[cold]
-fn written_too_big(written: u64, writable: u64) -> QueueError {
-    Misuse::WrittenTooBig { written, writable }.into()
-}
-
-#[cold]
-fn stale_chain() -> QueueError {
-    Misuse::StaleChain.into()
 }

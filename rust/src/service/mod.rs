@@ -196,6 +196,16 @@ impl Burst {
         Some((element, Iov::new(segments, element.epoch)))
     }
 
+    /// Complete the chains before `end`, with no byte used; not visible before it is published.
+    ///
+    /// # Errors
+    /// As [`complete`].
+    #[inline]
+    pub fn complete<A: Access>(&self, mem: &A, queue: &mut DeviceQueue, end: usize) -> Result<(), Fault> {
+        let elements = self.elements.get(..end).unwrap_or_default();
+        complete_all(mem, queue, elements.iter().map(|element| (element, 0)))
+    }
+
     /// Put the chains from `first` on back, newest first.
     pub fn put_back(&mut self, queue: &mut DeviceQueue, first: usize) {
         while self.elements.len() > first {
@@ -260,6 +270,26 @@ pub fn complete<A: Access>(mem: &A, queue: &mut DeviceQueue, element: &Element, 
     match queue.complete(mem, &element.ticket(), used.min(element.writable)) {
         Err(QueueError::Violation(fault)) => Err(fault),
         // The queue was locked all the time and the chain is its own: there is no misuse.
+        Ok(_) | Err(QueueError::Misuse(_)) => Ok(()),
+    }
+}
+
+/// Complete chains that this very turn has popped, each with the bytes used; not visible before they are published.
+///
+/// # Errors
+/// As [`complete`].
+#[inline]
+pub fn complete_all<'a, A: Access>(
+    mem: &A,
+    queue: &mut DeviceQueue,
+    done: impl ExactSizeIterator<Item = (&'a Element, u64)>,
+) -> Result<(), Fault> {
+    if done.len() == 0 {
+        return Ok(());
+    }
+    let done = done.map(|(element, used)| (element.ticket(), used.min(element.writable)));
+    match queue.complete_many(mem, done) {
+        Err(QueueError::Violation(fault)) => Err(fault),
         Ok(_) | Err(QueueError::Misuse(_)) => Ok(()),
     }
 }

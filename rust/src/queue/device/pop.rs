@@ -9,7 +9,7 @@
 //! Beside the ring there are two more places where chains come from, both rare: those that were put back (`returned`) and
 //! those that an earlier device end left (`recorded`).
 
-use super::{DeviceQueue, Life, MAX_SEGMENTS, Ring, Waiting};
+use super::{DeviceQueue, Life, MAX_SEGMENTS, Ring};
 use crate::chain::{Bounds, Element, Elements, End, Segment, Stamp};
 use crate::error::Fault;
 use crate::mem::{Access, any_lost};
@@ -72,7 +72,7 @@ impl DeviceQueue {
             count: 0,
         };
         // All that is asked for, out of the ring, and nothing beside it: what nearly every call comes to.
-        let plain = matches!(self.life, Life::Running) && self.returned.is_empty() && !self.keeps();
+        let plain = matches!(self.life, Life::Running) && self.returned.is_empty() && self.recorded.is_none();
         if !plain || limit == 0 {
             return self.pop_on(mem, begun, End::More, segments, elements);
         }
@@ -157,14 +157,10 @@ impl DeviceQueue {
         segments: &mut Vec<Segment>,
         elements: &mut E,
     ) -> (u64, End) {
-        let (popped, end) = self.pop_burst(mem, bounds, segments, elements);
-        if popped > 0 && self.waiting.is_some() {
-            self.note_waiting(elements.newest(usize::try_from(popped).unwrap_or(usize::MAX)));
-        }
-        (popped, end)
+        self.pop_burst(mem, bounds, segments, elements)
     }
 
-    /// As `pop_ring`, but what waits with IN_ORDER is not noted.
+    /// As `pop_ring`, in line.
     #[inline(always)]
     fn pop_burst<A: Access, E: Elements>(
         &mut self,
@@ -174,8 +170,8 @@ impl DeviceQueue {
         elements: &mut E,
     ) -> (u64, End) {
         // With IN_ORDER a completed chain that waits for earlier ones is still in flight for the driver.
-        let busy_slots = match &self.waiting {
-            Some(waiting) => waiting.len() as u64,
+        let busy_slots = match &self.order {
+            Some(order) => order.waiting(self.next_seq),
             None => u64::from(self.in_flight),
         };
         let room = u64::from(self.layout.size).saturating_sub(busy_slots);
@@ -203,18 +199,6 @@ impl DeviceQueue {
             self.armed = false;
         }
         (popped, end)
-    }
-
-    fn note_waiting(&mut self, elements: &[Element]) {
-        if let Some(waiting) = &mut self.waiting {
-            waiting.extend(elements.iter().map(|element| Waiting {
-                seq: element.seq,
-                head: element.head,
-                slots: element.slots,
-                entry: element.entry,
-                written: None,
-            }));
-        }
     }
 
     /// One chain of those put back, of those that an earlier device end left, or of a ring of which a record is kept.
@@ -257,7 +241,6 @@ impl DeviceQueue {
             elements.drop_newest(1);
             return (0, End::Fault(fault));
         }
-        self.note_waiting(std::slice::from_ref(element));
         (1, End::More)
     }
 
@@ -269,7 +252,6 @@ impl DeviceQueue {
         self.armed = false;
         self.counters.popped += 1;
         self.busy.insert(element.head);
-        self.note_waiting(std::slice::from_ref(element));
     }
 
     /// What was just popped was perhaps read from lost memory: then it goes back, and the queue is latched.

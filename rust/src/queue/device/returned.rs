@@ -60,8 +60,8 @@ impl DeviceQueue {
         self.counters.popped = self.counters.popped.saturating_sub(1);
         self.armed = false;
         self.busy.remove(ticket.head);
-        if let Some(waiting) = &mut self.waiting {
-            waiting.pop_back();
+        if let Some(order) = &mut self.order {
+            order.forget(ticket.seq);
         }
     }
 

@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use frame::{Header, judge};
 use receive::{Placed, Receive};
 
-use super::{BURST, Bounds, Burst, Service, Turn, complete};
+use super::{BURST, Bounds, Burst, Service, Turn};
 use crate::chain::Element;
 use crate::error::{Fault, QueueError};
 use crate::iov::Iov;
@@ -274,6 +274,7 @@ impl Packets {
             turn.done += 1;
             bytes = bytes.saturating_add(length as u64);
             if turn.done % BURST == 0 {
+                self.receive.complete(mem, queue)?;
                 queue.publish(mem)?;
             }
         }
@@ -341,7 +342,7 @@ impl Packets {
                                 Err(fault) => {
                                     // The transmit queue is not to blame, and its chain is answered.
                                     tally.dropped += 1;
-                                    complete(mem, tx, element, 0)?;
+                                    sent.complete(mem, tx, index + 1)?;
                                     sent.put_back(tx, index + 1);
                                     return Err(fault);
                                 }
@@ -351,12 +352,13 @@ impl Packets {
                     Read::Broken => tally.broken += 1,
                     Read::Gone => {}
                 }
-                complete(mem, tx, element, 0)?;
                 let moved = element.readable.saturating_add(element.writable);
                 bytes = bytes.saturating_add(moved).saturating_add(length as u64);
                 index += 1;
             }
             turn.done += index;
+            sent.complete(mem, tx, index)?;
+            receive.complete(mem, rx)?;
             tx.publish(mem)?;
             rx.publish(mem)?;
         }
@@ -446,9 +448,11 @@ impl Service for Packets {
             Ok(Turn::default())
         };
         let taken = self.take(mem, (rx, tx), bounds, &mut tally);
+        let full = self.receive.complete(mem, rx);
         self.receive.put_back(rx);
         tally.tell(&self.told);
         let (made, taken) = (made?, taken?);
+        full?;
         Ok(Turn {
             done: made.done + taken.done,
             more: made.more || taken.more,

@@ -6,12 +6,12 @@ use crate::error::{Fault, QueueError};
 use crate::iov::Iov;
 use crate::mem::Access;
 use crate::queue::DeviceQueue;
-use crate::service::complete;
+use crate::service::complete_all;
 
 /// What became of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Placed {
-    /// It is in receive buffers, completed and not yet published.
+    /// It is in receive buffers, which are to be completed and published.
     Done,
     /// There are none.
     Empty,
@@ -21,11 +21,15 @@ pub(super) enum Placed {
     Small,
 }
 
-/// Receive buffers that were taken and not yet used: those from `next` on.
+/// Receive buffers that were taken: those from `next` on are not yet used, those before it are full, and completed up to
+/// `completed`: many at once cost less.
 #[derive(Debug, Default)]
 pub(super) struct Receive {
     segments: Vec<Segment>,
     elements: Vec<Element>,
+    /// Bytes used of each full one.
+    used: Vec<u64>,
+    completed: usize,
     next: usize,
 }
 
@@ -45,9 +49,8 @@ impl Receive {
         told: &Told,
     ) -> Result<Placed, Fault> {
         if self.next == self.elements.len() {
-            self.segments.clear();
-            self.elements.clear();
-            self.next = 0;
+            self.complete(mem, queue)?;
+            self.clear();
         }
         let total = whole.len() as u64;
         let (first, mut room, mut count) = (self.next, 0_u64, 0_usize);
@@ -81,7 +84,7 @@ impl Receive {
         let mut left = total;
         for element in self.elements.get(first..first + count).unwrap_or_default() {
             let used = left.min(element.writable);
-            complete(mem, queue, element, used)?;
+            self.used.push(used);
             left -= used;
         }
         self.next = first + count;
@@ -91,12 +94,34 @@ impl Receive {
     /// Take up to `ahead` buffers; whether there are any.
     #[inline]
     fn take<A: Access>(&mut self, mem: &A, queue: &mut DeviceQueue, ahead: usize) -> Result<bool, Fault> {
+        // What is full stays so, whatever is found broken now.
+        self.complete(mem, queue)?;
         let before = self.elements.len();
         queue.pop_many(mem, ahead.max(1), &mut self.segments, &mut self.elements)?;
         for element in self.elements.get(before..).unwrap_or_default() {
             self.iov(element).prefetch(mem);
         }
         Ok(self.elements.len() > before)
+    }
+
+    /// Complete what is full; not visible before it is published.
+    ///
+    /// # Errors
+    /// As [`complete_all`].
+    #[inline]
+    pub(super) fn complete<A: Access>(&mut self, mem: &A, queue: &mut DeviceQueue) -> Result<(), Fault> {
+        let full = self.completed..self.next;
+        self.completed = self.next;
+        let elements = self.elements.get(full.clone()).unwrap_or_default();
+        let used = self.used.get(full).unwrap_or_default();
+        complete_all(mem, queue, elements.iter().zip(used.iter().copied()))
+    }
+
+    fn clear(&mut self) {
+        self.segments.clear();
+        self.elements.clear();
+        self.used.clear();
+        (self.completed, self.next) = (0, 0);
     }
 
     fn iov(&self, element: &Element) -> Iov<'_> {
@@ -146,15 +171,13 @@ impl Receive {
         });
     }
 
-    /// Put back what was not used, newest first.
+    /// Put back what was not used, newest first; what is full was completed.
     pub(super) fn put_back(&mut self, queue: &mut DeviceQueue) {
         while self.elements.len() > self.next {
             let Some(element) = self.elements.pop() else { break };
             let segments = self.segments.get(element.first..).unwrap_or_default();
             queue.put_back(&element, segments.get(..element.count).unwrap_or_default());
         }
-        self.segments.clear();
-        self.elements.clear();
-        self.next = 0;
+        self.clear();
     }
 }

@@ -1,0 +1,251 @@
+//! Completing chains: one by one, or a burst.
+//!
+//! # Theory
+//!
+//! With IN_ORDER chains are used in the order in which they were made available (2.7.9, 2.8.8). Most handlers complete them in
+//! that order anyhow, and then one number says all there is to know: that of the oldest that is not used up. What is
+//! completed before its turn waits beside it, and is used up when all that were popped earlier are.
+//!
+//! Of a queue that keeps a record of what is in flight, nothing is written before it is published.
+
+use std::collections::VecDeque;
+use std::iter::once;
+
+use super::recorded::Done;
+use super::{DeviceQueue, Ring, Ticket};
+use crate::error::{Fault, Misuse, QueueError};
+use crate::mem::{Access, MemoryError};
+
+/// What is in flight, with IN_ORDER.
+#[derive(Debug, Default)]
+pub(super) struct InOrder {
+    /// Number of the oldest pop that is not used up.
+    oldest: u64,
+    /// Those that are completed before their turn, by number.
+    early: VecDeque<(u64, Done)>,
+}
+
+impl InOrder {
+    /// How many wait, completed or not; `next` is the number of the next pop.
+    #[inline(always)]
+    pub(super) const fn waiting(&self, next: u64) -> u64 {
+        next.saturating_sub(self.oldest)
+    }
+
+    /// Whether it is this one's turn, and no other's after it.
+    #[inline(always)]
+    fn is_next(&self, seq: u64) -> bool {
+        seq == self.oldest && self.early.is_empty()
+    }
+
+    /// Keep one until it is its turn; the latest that is said of it holds, and nothing of one that is used up.
+    fn keep(&mut self, seq: u64, done: Done) {
+        if seq < self.oldest {
+            return;
+        }
+        let place = self.early.partition_point(|(other, _)| *other < seq);
+        match self.early.get_mut(place) {
+            Some((other, kept)) if *other == seq => *kept = done,
+            _ => self.early.insert(place, (seq, done)),
+        }
+    }
+
+    /// The one whose turn it is, if it is completed.
+    fn due(&self) -> Option<Done> {
+        let (seq, done) = self.early.front()?;
+        (*seq == self.oldest).then_some(*done)
+    }
+
+    /// That one is used up.
+    fn pass(&mut self) {
+        self.early.pop_front();
+        self.oldest += 1;
+    }
+
+    /// The newest pop is undone, and the next has its number.
+    pub(super) fn forget(&mut self, seq: u64) {
+        self.oldest = self.oldest.min(seq);
+        if self.early.back().is_some_and(|(other, _)| *other == seq) {
+            self.early.pop_back();
+        }
+    }
+}
+
+impl DeviceQueue {
+    /// Complete a chain with `written` bytes; not visible before `publish`. False when it was dropped.
+    ///
+    /// # Errors
+    /// `WrittenTooBig`, with nothing changed; a violation when the ring is no longer mapped.
+    #[inline(always)]
+    pub fn complete<A: Access>(&mut self, mem: &A, ticket: &Ticket, written: u64) -> Result<bool, QueueError> {
+        if written > ticket.writable {
+            return Err(written_too_big(written, ticket.writable));
+        }
+        // Of an old generation, or after a latch, nothing is written (2.4.1, 2.1.1).
+        if !self.is_current(ticket) {
+            self.counters.dropped += 1;
+            return Ok(false);
+        }
+        let Some(in_flight) = self.in_flight.checked_sub(1) else {
+            return Err(stale_chain());
+        };
+        // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
+        let written = u32::try_from(written).unwrap_or(u32::MAX);
+        let order = self.order.as_ref();
+        if self.recorded.is_some() || order.is_some_and(|order| !order.is_next(ticket.seq)) {
+            self.complete_kept(mem, ticket, written)?;
+        } else {
+            self.use_up_now(mem, ticket.head, ticket.slots, written)?;
+            if let Some(order) = &mut self.order {
+                order.oldest += 1;
+            }
+        }
+        self.in_flight = in_flight;
+        self.counters.pushed += 1;
+        Ok(true)
+    }
+
+    /// Complete chains one after the other, each with the bytes written to it, as [`DeviceQueue::complete`] does; how many
+    /// were not dropped.
+    ///
+    /// # Errors
+    /// As [`DeviceQueue::complete`], at the first that is wrong; those before it are completed.
+    pub fn complete_many<A: Access>(
+        &mut self,
+        mem: &A,
+        mut done: impl Iterator<Item = (Ticket, u64)>,
+    ) -> Result<u64, QueueError> {
+        let refreshed = each!(&mut self.ring, ring => ring.refresh(mem));
+        if self.recorded.is_some() || self.broken() || refreshed.is_err() {
+            return self.complete_each(mem, done);
+        }
+        let (generation, in_flight) = (self.generation, u64::from(self.in_flight));
+        let (mut count, mut dropped) = (0, 0);
+        let (mut wrong, mut early) = (None, None);
+        let (busy, ring, order) = (&mut self.busy, &mut self.ring, &mut self.order);
+        for (ticket, written) in done.by_ref() {
+            if written > ticket.writable {
+                wrong = Some(written_too_big(written, ticket.writable));
+                break;
+            }
+            // Of an old generation nothing is written (2.4.1, 2.1.1).
+            if ticket.generation != generation {
+                dropped += 1;
+                continue;
+            }
+            if count >= in_flight {
+                wrong = Some(stale_chain());
+                break;
+            }
+            if order.as_ref().is_some_and(|order| !order.is_next(ticket.seq)) {
+                early = Some((ticket, written));
+                break;
+            }
+            // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
+            let written = u32::try_from(written).unwrap_or(u32::MAX);
+            if let Err(error) = stage(ring, mem, ticket.head, ticket.slots, written) {
+                let fault = each!(ring, ring => ring.unmapped(&self.rules, error));
+                wrong = Some(fault.into());
+                break;
+            }
+            busy.remove(ticket.head);
+            if let Some(order) = order {
+                order.oldest += 1;
+            }
+            count += 1;
+        }
+        self.in_flight = self.in_flight.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
+        self.counters.pushed += count;
+        self.counters.dropped += dropped;
+        if let Some(early) = early {
+            return Ok(count + self.complete_each(mem, once(early).chain(done))?);
+        }
+        match wrong {
+            None => Ok(count),
+            Some(QueueError::Violation(fault)) => Err(self.latched_by(fault).into()),
+            Some(misuse) => Err(misuse),
+        }
+    }
+
+    /// As `complete_many`, where something becomes of a completion beside its used entry.
+    #[cold]
+    fn complete_each<A: Access>(
+        &mut self,
+        mem: &A,
+        done: impl Iterator<Item = (Ticket, u64)>,
+    ) -> Result<u64, QueueError> {
+        let mut count = 0;
+        for (ticket, written) in done {
+            count += u64::from(self.complete(mem, &ticket, written)?);
+        }
+        Ok(count)
+    }
+
+    /// Of a queue that keeps a record, or of a chain before whose turn there are others, or after.
+    #[cold]
+    fn complete_kept<A: Access>(&mut self, mem: &A, ticket: &Ticket, written: u32) -> Result<(), Fault> {
+        let &Ticket { head, slots, entry, .. } = ticket;
+        let done = Done {
+            head,
+            slots,
+            written,
+            entry,
+        };
+        let Some(order) = &mut self.order else {
+            return self.use_up(mem, done);
+        };
+        if ticket.seq < self.next_seq {
+            order.keep(ticket.seq, done);
+        }
+        while let Some(done) = self.order.as_ref().and_then(InOrder::due) {
+            self.use_up(mem, done)?;
+            if let Some(order) = &mut self.order {
+                order.pass();
+            }
+        }
+        Ok(())
+    }
+
+    /// Write the used entry of a chain, or keep it until it is published, where that is recorded.
+    fn use_up<A: Access>(&mut self, mem: &A, done: Done) -> Result<(), Fault> {
+        if self.keep_done(done) {
+            self.busy.remove(done.head);
+            return Ok(());
+        }
+        self.use_up_now(mem, done.head, done.slots, done.written)
+    }
+
+    #[inline(always)]
+    fn use_up_now<A: Access>(&mut self, mem: &A, head: u16, slots: u16, written: u32) -> Result<(), Fault> {
+        let refreshed = each!(&mut self.ring, ring => ring.refresh(mem));
+        if let Err(error) = refreshed.and_then(|()| stage(&mut self.ring, mem, head, slots, written)) {
+            return Err(self.ring_lost(error));
+        }
+        self.busy.remove(head);
+        Ok(())
+    }
+}
+
+#[inline(always)]
+pub(super) fn stage<A: Access>(
+    ring: &mut Ring,
+    mem: &A,
+    head: u16,
+    slots: u16,
+    written: u32,
+) -> Result<(), MemoryError> {
+    match ring {
+        Ring::Split(ring) => ring.stage(mem, head, written),
+        Ring::Packed(ring) => ring.stage(mem, head, slots, written),
+    }
+}
+
+#[cold]
+fn written_too_big(written: u64, writable: u64) -> QueueError {
+    Misuse::WrittenTooBig { written, writable }.into()
+}
+
+#[cold]
+fn stale_chain() -> QueueError {
+    Misuse::StaleChain.into()
+}
