@@ -86,7 +86,7 @@ impl<'a> Iov<'a> {
     #[inline]
     pub fn prefetch<A: Access>(&self, mem: &A) {
         if let Some(segment) = self.segments.first() {
-            mem.prefetch(segment.at, if segment.writable { Want::Write } else { Want::Read });
+            mem.prefetch(segment.at, 0, if segment.writable { Want::Write } else { Want::Read });
         }
     }
 

@@ -116,3 +116,84 @@ fn no_more_are_completed_than_are_in_flight() {
         assert_eq!((world.device.in_flight(), world.device.counters().pushed), (0, 4));
     }
 }
+
+#[test]
+fn in_order_any_mix_of_calls_shows_what_is_complete_from_the_first_on() {
+    for features in [IN_ORDER, PACKED | IN_ORDER] {
+        let mut world = World::interop(16, features);
+        let mut state = 1_u64;
+        let mut draw = move |below: usize| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            usize::try_from(state >> 33).unwrap() % below
+        };
+        // Of the driver, oldest first: all that it gave, and what it may see used.
+        let (mut given, mut expected) = (Vec::new(), Vec::new());
+        // Popped ones, oldest first, and what they are complete with.
+        let mut popped: Vec<(Element, Option<u64>)> = Vec::new();
+        let mut shown = 0;
+        for step in 0..5_000 {
+            let open: Vec<usize> = (0..popped.len()).filter(|&at| popped[at].1.is_none()).collect();
+            match draw(5) {
+                0 | 1 if given.len() + expected.len() < 8 => given.push(world.give(false)),
+                0 | 1 => popped.extend(world.pop_many(1 + draw(4)).unwrap().into_iter().map(|new| (new, None))),
+                2 if !open.is_empty() => {
+                    let at = open[draw(open.len())];
+                    popped[at].1 = Some(step % 17);
+                    assert!(world.complete(&popped[at].0, step % 17));
+                }
+                3 if !open.is_empty() => {
+                    let mut some = open;
+                    let turn = draw(some.len());
+                    // Half of the time in order.
+                    if draw(2) == 0 {
+                        some.rotate_left(turn);
+                    }
+                    some.truncate(1 + draw(4));
+                    for &at in &some {
+                        popped[at].1 = Some(at as u64);
+                    }
+                    let done: Vec<_> = some.iter().map(|&at| (&popped[at].0, at as u64)).collect();
+                    assert_eq!(complete_many(&mut world, &done), Ok(some.len() as u64));
+                }
+                4 if popped.last().is_some_and(|(_, written)| written.is_none()) => {
+                    let (newest, _) = popped.pop().unwrap();
+                    world.device.unpop(&newest.ticket()).unwrap();
+                }
+                _ => {}
+            }
+            while let Some(&(_, Some(written))) = popped.first() {
+                popped.remove(0);
+                expected.push((given.remove(0), u32::try_from(written).unwrap()));
+            }
+            assert_eq!(
+                usize::try_from(world.device.in_flight()).unwrap(),
+                popped.iter().filter(|(_, written)| written.is_none()).count()
+            );
+            if draw(3) == 0 {
+                world.show();
+                let used = used_many(&mut world, 16);
+                assert_eq!(used, expected, "step {step}");
+                shown += used.len();
+                expected.clear();
+            }
+        }
+        assert!(shown > 500, "{shown}");
+    }
+}
+
+#[test]
+fn in_order_what_was_completed_and_put_back_is_not_complete() {
+    for features in [IN_ORDER, PACKED | IN_ORDER] {
+        let (mut world, elements) = popped(features);
+        assert!(world.complete(&elements[3], 5));
+        world.device.unpop(&elements[3].ticket()).unwrap();
+        let again = world.take();
+        assert_eq!(again.seq, elements[3].seq);
+        for element in &elements[..3] {
+            assert!(world.finish(element, 1));
+        }
+        assert_eq!(used_many(&mut world, 8), [(0, 1), (1, 1), (2, 1)]);
+    }
+}

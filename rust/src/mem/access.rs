@@ -57,6 +57,9 @@ impl At {
     }
 }
 
+/// Bytes that one [`Access::prefetch`] fetches: those of two cache lines.
+pub(crate) const AHEAD: usize = 128;
+
 /// What an access wants to do with a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Want {
@@ -92,8 +95,11 @@ pub trait Access {
     /// `Untranslated`. A `len` of 0 can be resolved at any address.
     fn resolve(&self, gpa: u64, len: u64, want: Want) -> Result<At, MemoryError>;
 
-    /// Say that the first bytes at `at` are about to be accessed; nothing more than a hint.
-    fn prefetch(&self, _at: At, _want: Want) {}
+    /// Say that the first bytes at `at + off` are about to be accessed; nothing more than a hint.
+    #[inline(always)]
+    fn prefetch(&self, at: At, off: u64, want: Want) {
+        let _ = (at, off, want);
+    }
 
     /// As [`Access::resolve`] where one region holds the range, looked for first where the last one was found, which is noted:
     /// None says nothing.

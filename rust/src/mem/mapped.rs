@@ -14,16 +14,14 @@ use std::arch::{
 };
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
+#[cfg(target_arch = "x86_64")]
+use super::AHEAD;
 use super::copy::copy;
 use super::table::{Near, Table};
 use super::{
     Access, Area, At, DescStores, Descs, HeadStores, Heads, MemoryError, Stores, Useds, Want, Words, any_lost,
     host_size,
 };
-
-/// Bytes of a cache line.
-#[cfg(target_arch = "x86_64")]
-const LINE: usize = 64;
 
 /// A pinned view of guest memory; see the module's head.
 #[derive(Clone, Copy, Debug)]
@@ -261,10 +259,10 @@ impl Access for Mapped<'_> {
     }
 
     #[inline]
-    fn prefetch(&self, at: At, want: Want) {
+    fn prefetch(&self, at: At, off: u64, want: Want) {
         #[cfg(target_arch = "x86_64")]
-        if let Some(ptr) = self.direct(at, 0, 1, want) {
-            for line in [ptr, ptr.wrapping_add(LINE)] {
+        if let Some(ptr) = self.direct(at, off, 1, want) {
+            for line in [ptr, ptr.wrapping_add(AHEAD / 2)] {
                 if want == Want::Write {
                     // Of the intrinsic the compiler makes a fetch for reading, and the line would come twice.
                     // SAFETY: a hint accesses nothing as the language sees it, and faults at no address (M2); processors

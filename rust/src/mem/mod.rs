@@ -21,6 +21,7 @@ mod transfer;
 mod vector;
 mod words;
 
+pub(crate) use access::AHEAD;
 pub use access::{Access, At, Want};
 // Only the Python face does not know at compile time what kind of memory it has.
 #[cfg(any(feature = "python", test))]

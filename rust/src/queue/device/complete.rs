@@ -167,6 +167,13 @@ impl DeviceQueue {
         }
     }
 
+    /// Say that this many chains are about to be completed; nothing more than a hint.
+    #[inline]
+    pub fn prefetch_used<A: Access>(&self, mem: &A, count: usize) {
+        let count = u16::try_from(count).unwrap_or(u16::MAX);
+        each!(&self.ring, ring => ring.prefetch_used(mem, count));
+    }
+
     /// As `complete_many`, where something becomes of a completion beside its used entry.
     #[cold]
     fn complete_each<A: Access>(

@@ -3,7 +3,7 @@
 use super::{Place, arm, disarm};
 use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk, burst};
 use crate::error::Fault;
-use crate::mem::{Access, Descs, MemoryError, Near};
+use crate::mem::{AHEAD, Access, Descs, MemoryError, Near, Want};
 use crate::queue::heads::HeadSet;
 use crate::ring::desc::Raw;
 use crate::ring::event::DISABLE;
@@ -267,6 +267,16 @@ impl PackedDevice {
         self.staged_slots = self.staged_slots.saturating_add(u32::from(slots));
         self.slots_in_flight = self.slots_in_flight.saturating_sub(u32::from(slots));
         Ok(())
+    }
+
+    /// Have what the next `count` used descriptors are written to fetched.
+    #[inline(always)]
+    pub(crate) fn prefetch_used<A: Access>(&self, mem: &A, count: u16) {
+        let size = self.layout.size;
+        for ahead in (0..count.min(size)).step_by(AHEAD / 16) {
+            let Place { slot, .. } = self.next_used.forward(ahead, size);
+            mem.prefetch(self.areas.desc, desc::BYTES * u64::from(slot), Want::Write);
+        }
     }
 
     /// Make all staged descriptors visible; whether there were any.

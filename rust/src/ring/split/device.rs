@@ -3,7 +3,7 @@
 use super::{arm, disarm};
 use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk};
 use crate::error::Fault;
-use crate::mem::{Access, Descs, Heads, MemoryError, Near};
+use crate::mem::{AHEAD, Access, Descs, Heads, MemoryError, Near, Want};
 use crate::queue::heads::HeadSet;
 use crate::ring::desc::{self, Desc, halves, whole};
 use crate::ring::layout::{AVAIL_IDX, AVAIL_RING, FLAGS, USED_IDX, USED_RING};
@@ -395,6 +395,15 @@ impl SplitDevice {
         mem.store_used(self.areas.device, entry, (u32::from(head), written))?;
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
+    }
+
+    /// Have what the next `count` used entries are written to fetched.
+    #[inline(always)]
+    pub(crate) fn prefetch_used<A: Access>(&self, mem: &A, count: u16) {
+        for ahead in (0..count).step_by(AHEAD / 8) {
+            let slot = self.next_used.wrapping_add(ahead) & self.mask;
+            mem.prefetch(self.areas.device, USED_RING + 8 * u64::from(slot), Want::Write);
+        }
     }
 
     /// Make all staged entries visible (2.7.8.2: len is set before idx is updated); whether there were any.

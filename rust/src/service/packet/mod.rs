@@ -317,6 +317,7 @@ impl Packets {
                     iov.prefetch(mem);
                 }
             }
+            tx.prefetch_used(mem, count);
             let mut index = 0;
             while let Some((element, iov)) = sent.get(index) {
                 if bytes >= bounds.bytes {

@@ -101,6 +101,7 @@ impl Receive {
         for element in self.elements.get(before..).unwrap_or_default() {
             self.iov(element).prefetch(mem);
         }
+        queue.prefetch_used(mem, self.elements.len() - before);
         Ok(self.elements.len() > before)
     }
 
