@@ -9,6 +9,7 @@ import faulthandler
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -412,3 +413,122 @@ def test_a_request_whose_handler_was_interrupted_is_asked_again(ring: str, way: 
     assert [each.done for each in requests] == [True] * 4
     assert [each.wait() for each in requests] == [bytes([number]) for number in range(4)]
     assert asked == [b"\0", b"\1", b"\1", b"\2", b"\3"]
+
+
+def kept_world(
+    handler: Callable[[BaseDevice, Chain], None], memory: GuestMemory | None = None
+) -> tuple[BaseDevice, Lone, DriverQueue]:
+    """A device that keeps what it is asked, with two requests."""
+
+    def keep(chain: Chain) -> None:
+        handler(device, chain)
+
+    device = BaseDevice(7, handlers={0: kept(keep)}, on_handler_error="complete0")
+    bus, driver = lone(device, memory or GuestMemory([(0, SIZE)]), packed=False)
+    for number in range(2):
+        driver.add([(DATA + 64 * number, 4)], [(DATA + 64 * number + 32, 4)])
+    driver.publish()
+    return device, bus, driver
+
+
+def test_an_answer_that_shows_no_bytes_leaves_the_request_to_be_answered() -> None:
+    chains = list[Chain]()
+    device, bus, driver = kept_world(lambda _, chain: chains.append(chain))
+    turns(device)
+    with pytest.raises(TypeError):
+        device.complete(chains[0], "text")  # pyright: ignore[reportArgumentType]
+    assert device.complete(chains[0], b"yyyy")
+    assert not device.complete(chains[0], b"yyyy")
+    assert driver.get_used_many() == [(0, 4)]
+    # And in the handler, whose request is completed as one that failed.
+    device, bus, driver = kept_world(lambda device, chain: device.complete(chain, "text") and None)  # pyright: ignore[reportArgumentType]
+    turns(device)
+    assert driver.get_used_many() == [(0, 0), (1, 0)]
+    assert (device.handler_errors, bus.errors, device.queue(0).in_flight) == (2, [], 0)
+
+
+def test_an_interrupted_answer_leaves_the_request_to_be_answered() -> None:
+    other = Other()
+    chains = list[Chain]()
+    device, _, driver = kept_world(lambda _, chain: chains.append(chain), other.memory)
+    turns(device)
+    other.before = raising(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        device.complete(chains[0], b"yyyy")
+    other.before = int
+    assert device.complete(chains[0], b"yyyy")
+    assert driver.get_used_many() == [(0, 4)]
+
+
+def test_a_handler_that_fails_takes_no_request_from_the_thread_that_answers_it() -> None:
+    other = Other()
+    threads = list[threading.Thread]()
+    under_way, failed = threading.Event(), threading.Event()
+
+    def before(address: int) -> None:
+        if address == DATA + 32 and threading.current_thread() in threads:
+            under_way.set()
+            assert failed.wait(10)
+
+    def hand_over(device: BaseDevice, chain: Chain) -> None:
+        if threads:
+            return
+        threads.append(threading.Thread(target=device.complete, args=(chain, b"yyyy")))
+        threads[0].start()
+        assert under_way.wait(10)
+        other.before = int
+        threading.Timer(0.2, failed.set).start()
+        raise ValueError("no")
+
+    device, bus, driver = kept_world(hand_over, other.memory)
+    other.before = before
+    turns(device)
+    threads[0].join(10)
+    assert driver.get_used_many() == [(0, 4)]
+    assert (device.handler_errors, bus.errors) == (1, [])
+
+
+def test_an_interrupt_asks_nobody_again_whose_answer_had_nowhere_to_go() -> None:
+    memory = GuestMemory([(0, SIZE), (SIZE, PAGE)])
+    asked = list[bytes]()
+
+    def answer(request: bytes) -> bytes:
+        asked.append(request)
+        if len(asked) == 2:
+            memory.remove_region(SIZE, PAGE)
+            raise KeyboardInterrupt
+        return request
+
+    device = BaseDevice(7, handlers={0: answer})
+    bus, driver = lone(device, memory, packed=False)
+    for number, at in enumerate((SIZE, DATA + 32)):
+        memory.write(DATA + number, bytes([number]))
+        driver.add([(DATA + number, 1)], [(at, 1)])
+    driver.publish()
+    with pytest.raises(KeyboardInterrupt):
+        device.kicked(0)
+    turns(device)
+    assert asked == [b"\0", b"\1", b"\1"]
+    assert sorted(driver.get_used_many()) == [(0, 0), (1, 1)]
+    assert bus.errors == []
+
+
+def test_input_whose_writing_is_interrupted_loses_no_buffer() -> None:
+    other = Other()
+    device = ConsoleDevice(print)
+    _, driver = lone(device, other.memory, packed=False)
+    driver.add([], [(DATA, 4)])
+    driver.publish()
+
+    def before(address: int) -> None:
+        if address == DATA:
+            raise KeyboardInterrupt
+
+    other.before = before
+    with pytest.raises(KeyboardInterrupt):
+        device.feed(b"text")
+    assert device.queue(0).in_flight == 0
+    other.before = int
+    device.kicked(0)
+    assert driver.get_used_many() == [(0, 4)]
+    assert other.memory.read(DATA, 4) == b"text"

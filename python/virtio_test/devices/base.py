@@ -223,11 +223,14 @@ class BaseDevice:
 
     def stop_queue(self, queue_index: int) -> None:
         """See `Device.stop_queue`."""
-        queue = self._queues.pop(queue_index, None)
+        # `complete` asks under the same lock whether the queue is one of ours: its answer is late by now, or never.
+        with self._settled:
+            queue = self._queues.pop(queue_index, None)
         if queue is None:
             return
         queue.stop()
-        mine = [chain for chain, of, _ in self._kept.values() if of is queue]
+        with self._settled:
+            mine = [chain for chain, of, _ in self._kept.values() if of is queue]
         for chain in reversed(mine):
             # An answer that waits will not be written any more; whoever gave it has let go of the chain.
             if self._late.pop(id(chain), None) is not None or self.cancel(chain):
@@ -354,6 +357,8 @@ class BaseDevice:
 
         Returns:
             False when the chain is no longer ours: completed before, given back, or lost with its queue.
+
+        What raises (`data` that shows no bytes, an interrupt) leaves the chain kept, for another call to complete.
         """
         with self._settled:
             entry = self._kept.get(id(chain))
@@ -370,19 +375,26 @@ class BaseDevice:
                 self._settled.notify_all()
                 return False
             self._kept[id(chain)] = (chain, queue, True)
+        written = False
         try:
             fits = memoryview(data).nbytes <= chain.writable
             if fits:
                 chain.write(data)
+            written = True
             done = self._push(queue, chain, None if fits else 0)
         except StaleChain:
+            written = True
             return False
         except StaleMemory:
             # The driver's side has taken the buffer away under us: there is nothing to write to.
+            written = True
             done = self._push(queue, chain, 0)
         finally:
             with self._settled:
-                self._kept.pop(id(chain), None)
+                if written or id(chain) not in self._kept:
+                    self._kept.pop(id(chain), None)
+                else:
+                    self._kept[id(chain)] = (chain, queue, False)
                 self._settled.notify_all()
         return done
 
@@ -417,8 +429,13 @@ class BaseDevice:
             self._handler_failed(queue, error, list(iter(queue.take_failed, None)))
             return BUDGET
         except BaseException:
-            for chain in iter(queue.take_failed, None):
-                queue.put_back(chain)
+            # The newest is the one whose handler was interrupted; one before it was answered, and its memory had gone.
+            for number, chain in enumerate(iter(queue.take_failed, None)):
+                if number == 0:
+                    self._put_back(queue, chain)
+                else:
+                    with suppress(StaleChain, QueueViolation):
+                        queue.push(chain, 0)
             raise
         finally:
             self._processing = None
@@ -470,7 +487,11 @@ class BaseDevice:
                 keeper.handler(chain)
             except Exception as error:  # noqa: BLE001 - logged with its traceback; the server lives
                 with self._settled:
-                    still_ours = self._kept.pop(id(chain), None) is not None
+                    # Not while another thread is about to complete it.
+                    entry = self._kept.get(id(chain))
+                    still_ours = entry is not None and not entry[2]
+                    if still_ours:
+                        del self._kept[id(chain)]
                 self._handler_failed(queue, error, [chain] if still_ours else [])
                 return BUDGET
             except BaseException:

@@ -114,8 +114,7 @@ class ChainDevice(BaseDevice):
                     self._handler_failed(queue, error, [chain])
                     return True
                 except BaseException:
-                    with suppress(StaleChain):
-                        queue.put_back(chain)
+                    self._put_back(queue, chain)
                     raise
                 else:
                     queue.push(chain, used)
@@ -128,5 +127,11 @@ class ChainDevice(BaseDevice):
 
     def _let_go(self, queue: DeviceQueue, chain: Chain) -> None:
         with suppress(StaleMemory, StaleChain):
-            self.lost(chain)
+            try:
+                self.lost(chain)
+            except (StaleMemory, StaleChain):
+                raise
+            except BaseException:
+                self._put_back(queue, chain)
+                raise
         queue.push(chain, 0)

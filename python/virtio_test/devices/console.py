@@ -290,6 +290,9 @@ class ConsoleDevice(ChainDevice):
                     used = self._fill_control(chain) if port is None else self._fill(chain, port)
                 except StaleMemory:
                     used = 0
+                except BaseException:
+                    self._put_back(queue, chain)
+                    raise
                 queue.push(chain, used)
         finally:
             queue.signal()

@@ -519,6 +519,10 @@ class NetDevice(NativeDevice):
             # What was taken before it is not ours any more either.
             self.bus.broken(error)
             return False
+        except BaseException:
+            for chain in reversed(taken):
+                self._put_back(queue, chain)
+            raise
         # A ring full of tiny buffers makes each frame that does not fit as much work as this.
         self.charge(_TAKEN * len(taken))
         for chain in reversed(taken):
