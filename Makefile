@@ -102,7 +102,7 @@ deep: $(VENV)/.core $(VENV)/.dev ## the properties with the deep profile, and th
 	$(BIN)/pytest -n $(JOBS) -m "not deep" --timeout=7200 --hypothesis-profile=virtio-deep $(FOUND) tests/property
 	$(BIN)/pytest -n $(JOBS) -m deep --timeout=7200 --hypothesis-profile=virtio-deep $(FOUND)
 
-mutants: $(VENV)/.core $(VENV)/.dev ## each check of the Python protocol code changed once: a test must notice (an hour)
+mutants: $(VENV)/.core $(VENV)/.dev ## each check of the Python protocol code changed once: a test must notice (hours; in part: python -m tests.mutants MODULE)
 	$(BIN)/python -m tests.mutants --jobs $(JOBS)
 
 # Kernels and QEMU are built and fetched before pytest starts, so that no test's time limit runs meanwhile.
@@ -156,7 +156,7 @@ coverage: | toolchain ## lines of the core that the Rust tests reach; COVER='tes
 
 # The Rust tests are the judge. FILES='queue ring/split' takes a part, by what stands in a file's path.
 FILES ?=
-mutants-rust: $(VENV)/.dev | toolchain ## each check of the core changed once: a Rust test must notice (half an hour; FILES='queue' a part)
+mutants-rust: $(VENV)/.dev | toolchain ## each check of the core changed once: a Rust test must notice (long; FILES='queue' a part)
 	$(BIN)/python -m tests.mutants_rust --jobs $(JOBS) $(FILES)
 
 wheel: $(VENV)/.tools ## a wheel for this Python, one for every Python from 3.11 on, and the sdist, in dist/

@@ -30,6 +30,7 @@ from virtio_test._core import (
 from virtio_test.devices.base import BaseDevice, batched, kept
 from virtio_test.devices.chains import ChainDevice
 from virtio_test.devices.console import ConsoleDevice
+from virtio_test.devices.net import NetDevice
 from virtio_test.errors import HandlerError, QueueViolation, StaleMemory, StateError
 
 from .remote_world import DATA, FORMATS, PAGE, RING, SIZE, Other, config, ends, raising
@@ -532,3 +533,25 @@ def test_input_whose_writing_is_interrupted_loses_no_buffer() -> None:
     device.kicked(0)
     assert driver.get_used_many() == [(0, 4)]
     assert other.memory.read(DATA, 4) == b"text"
+
+
+def test_a_frame_whose_placing_is_interrupted_loses_no_buffer() -> None:
+    other = Other()
+    device = NetDevice("drop")
+    _, driver = lone(device, other.memory, packed=False)
+    for at in (DATA, DATA + 64):
+        driver.add([], [(at, 64)])
+    driver.publish()
+
+    def before(address: int) -> None:
+        # The frame needs both: it is interrupted in the second.
+        if address == DATA + 64:
+            raise KeyboardInterrupt
+
+    other.before = before
+    with pytest.raises(KeyboardInterrupt):
+        device.deliver(b"f" * 100)
+    assert device.queue(0).in_flight == 0
+    other.before = int
+    assert device.deliver(b"f" * 100)
+    assert [length for _, length in driver.get_used_many()] == [64, 48]
