@@ -102,7 +102,7 @@ deep: $(VENV)/.core $(VENV)/.dev ## the properties with the deep profile, and th
 	$(BIN)/pytest -n $(JOBS) -m "not deep" --timeout=7200 --hypothesis-profile=virtio-deep $(FOUND) tests/property
 	$(BIN)/pytest -n $(JOBS) -m deep --timeout=7200 --hypothesis-profile=virtio-deep $(FOUND)
 
-mutants: $(VENV)/.core $(VENV)/.dev ## each check of the Python protocol code changed once: a test must notice (hours; in part: python -m tests.mutants MODULE)
+mutants: $(VENV)/.core $(VENV)/.dev ## each check of the Python protocol code changed once: a test must notice (hours; in part: python -m tests.mutants MODULE; what is none: tests/mutants.txt)
 	$(BIN)/python -m tests.mutants --jobs $(JOBS)
 
 # Kernels and QEMU are built and fetched before pytest starts, so that no test's time limit runs meanwhile.

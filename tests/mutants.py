@@ -10,8 +10,10 @@ and what a predicate returns. Its mutants:
 
 All of them are compiled into the modules as they are imported, behind a question that costs next to nothing. pytest
 collects once; a first run of every test notes which checks it reaches and how long it takes. For each mutant a process
-is then forked, which runs the tests that reach its check, the quickest first, until one fails. Usage:
-``python -m tests.mutants [module …] [--jobs N] [--list] [--tests FILE …]``; the exit status is 1 if any survives.
+is then forked, which runs the tests that reach its check, the quick ones and those of its module first, until one
+fails. One that only time ended is run once more. What survives with a reason in `tests/mutants.txt` is shown as
+equivalent. Usage: ``python -m tests.mutants [module …] [--jobs N] [--list] [--tests FILE …]``; the exit status is 1 if
+any other survives.
 """
 
 from __future__ import annotations
@@ -23,16 +25,20 @@ import copy
 import importlib
 import importlib.abc
 import importlib.machinery
+import itertools
 import mmap
 import os
 import pickle
 import pkgutil
+import re
 import signal
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Final, NamedTuple
@@ -40,45 +46,58 @@ from typing import Any, Final, NamedTuple
 import pytest
 from hypothesis import settings
 
+from tests import reasons
+
 ROOT: Final = Path(__file__).parents[1]
 PACKAGE: Final = "virtio_test"
 SECONDS: Final = 400
-"""One test alone."""
-BUDGET: Final = 60.0
+"""One test alone, without a mutant."""
+PATIENCE: Final = 15.0
+"""One test alone with a mutant, beside twenty times what it takes without."""
+BUDGET: Final = 30.0
 """All tests of one mutant, by what they took without it: the quickest."""
+LATE: Final = (3, -signal.SIGKILL)
+"""How a process ends where only time ended a test."""
+REASONS: Final = ROOT / "tests/mutants.txt"
 LEFT_OUT: Final = ("spec", "cli", "checks", "strategies", "judge")
 """What is no protocol code: it checks what its own user says."""
 
 
 class Mutant(NamedTuple):
-    """One other condition: which check, which of its variants, and what it says."""
+    """One other condition: which check, which of its variants, where, and what it says."""
 
     check: int
     variant: int
     module: str
     line: int
+    function: str
     kind: str
     text: str
 
+    @property
+    def name(self) -> str:
+        """What it is called wherever its lines move to."""
+        return f"{self.module}.{self.function} {self.kind}: {self.text}"
+
     def __str__(self) -> str:
-        return f"{self.module.removeprefix('virtio_test.')}:{self.line} {self.kind:6} {self.text}"
+        return f"{self.module}:{self.line} {self.function} {self.kind}: {self.text}"
 
 
 MUTANTS: Final[list[Mutant]] = []
-REACHED: Final = mmap.mmap(-1, 1 << 14)
-"""One byte for each check, shared with whatever a test forks."""
 
 
 class Active:
-    """The mutant that is alive in this process."""
+    """The mutant that is alive in this process, and what was reached in it."""
 
     check = 0
     variant = 0
+    reached = mmap.mmap(-1, 1 << 14)
+    """One byte for each check, shared with whatever a test forks."""
 
 
 def _usual(check: int) -> bool:
     """What stands before each condition: whether it is to be asked as it was written."""
-    REACHED[check] = 1
+    Active.reached[check] = 1
     return check != Active.check
 
 
@@ -128,10 +147,19 @@ def _copied(test: ast.expr, number: int) -> tuple[ast.expr, ast.AST]:
 
 
 class Changeable(ast.NodeTransformer):
-    """Puts all variants of each check into a module, and itself into `MUTANTS`."""
+    """Puts all variants of each check into a module, and their descriptions into `found`."""
 
-    def __init__(self, module: str) -> None:
-        self.module = module
+    def __init__(self, module: str, found: list[Mutant]) -> None:
+        self.module, self.inside, self.found = module.removeprefix(PACKAGE + "."), list[str](), found
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        self.within(node)
+        return node
+
+    def within(self, node: ast.ClassDef | ast.FunctionDef) -> None:
+        self.inside.append(node.name)
+        self.generic_visit(node)
+        self.inside.pop()
 
     def visit_If(self, node: ast.If) -> ast.AST:
         self.generic_visit(node)
@@ -140,7 +168,8 @@ class Changeable(ast.NodeTransformer):
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        self.generic_visit(node)
+        self.within(node)
+        self.inside.append(node.name)
         if isinstance(node.returns, ast.Name) and node.returns.id == "bool":
             for last in ast.walk(node):
                 if isinstance(last, ast.Return) and isinstance(
@@ -148,16 +177,17 @@ class Changeable(ast.NodeTransformer):
                 ):
                     always: tuple[str, ast.expr] = ("always", ast.Constant(value=True))
                     last.value = self.choice(last.value, [*changes(last.value), always])
+        self.inside.pop()
         return node
 
     def choice(self, test: ast.expr, others: Iterable[tuple[str, ast.expr]]) -> ast.expr:
         """A condition that is `test`, or one of the others where its mutant is active."""
-        check = MUTANTS[-1].check + 1 if MUTANTS else 1
+        check = self.found[-1].check + 1 if self.found else 1
         result: ast.expr = ast.Constant(value=False)
         variants = list(others)
         for variant, (kind, changed) in enumerate(variants):
-            text = f"{ast.unparse(test)}  ->  {ast.unparse(changed)}"
-            MUTANTS.append(Mutant(check, variant, self.module, test.lineno, kind, text))
+            text, function = f"{ast.unparse(test)} -> {ast.unparse(changed)}", ".".join(self.inside)
+            self.found.append(Mutant(check, variant, self.module, test.lineno, function, kind, text))
         for variant, (_, changed) in reversed(list(enumerate(variants))):
             chosen = ast.parse(f"__active__.variant == {variant}", mode="eval").body
             result = ast.IfExp(test=chosen, body=changed, orelse=result)
@@ -165,13 +195,28 @@ class Changeable(ast.NodeTransformer):
         return ast.fix_missing_locations(ast.copy_location(ast.IfExp(test=usual, body=test, orelse=result), test))
 
 
+def changeable(module: str, text: bytes, found: list[Mutant]) -> ast.Module:
+    """A module with all its mutants, which it puts into `found`; as it was where it is no protocol code."""
+    tree = ast.parse(text)
+    if module != PACKAGE and module.split(".")[1] not in LEFT_OUT:
+        Changeable(module, found).visit(tree)
+    return tree
+
+
+def everywhere() -> list[Mutant]:
+    """The mutants of all modules, as their texts say, and nothing imported."""
+    found = list[Mutant]()
+    for path in sorted((ROOT / "python" / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT / "python").with_suffix("").parts
+        changeable(".".join(part for part in parts if part != "__init__"), path.read_bytes(), found)
+    return found
+
+
 class Loader(importlib.machinery.SourceFileLoader):
     """Compiles a module with all its mutants; nothing is cached."""
 
     def get_code(self, fullname: str) -> CodeType:
-        tree = ast.parse(self.get_data(self.path), self.path)
-        if fullname != PACKAGE and fullname.split(".")[1] not in LEFT_OUT:
-            tree = ast.fix_missing_locations(Changeable(fullname).visit(tree))
+        tree = changeable(fullname, self.get_data(self.path), MUTANTS)
         return compile(tree, self.path, "exec", dont_inherit=True)
 
 
@@ -208,29 +253,40 @@ class Seen(NamedTuple):
     reached: bytes
     failed: bool
 
+    def limit(self) -> float:
+        """How long it may take with a mutant."""
+        return PATIENCE + 20 * self.seconds
+
+
+class Running(NamedTuple):
+    """A mutant whose tests run, how many, and until when they may."""
+
+    mutant: Mutant
+    tests: int
+    end: float
+
 
 class Judge:
     """Takes the place of pytest's loop over the tests."""
 
-    def __init__(self, chosen: Callable[[Mutant], bool], jobs: int, show: Callable[[str], object]) -> None:
-        self.chosen, self.jobs, self.show = chosen, jobs, show
+    def __init__(self, mutants: Sequence[Mutant], jobs: int, show: Callable[[str], object]) -> None:
+        self.mutants, self.jobs, self.show = mutants, jobs, show
+        self.reasons = reasons.read(REASONS)
         self.failed = self.late = False
-        self.survivors: list[str] = []
-        self.status = 2
+        self.survive = self.equivalent = 0
+        self.ran = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed = self.failed or report.failed
         self.late = self.late or (report.failed and "Timeout (>" in str(report.longrepr))
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        # In a process of its own: threads and locks that a test leaves would go along into every mutant.
-        with tempfile.NamedTemporaryFile() as file:
-            os.waitpid(self.fork(lambda: self.look(session, Path(file.name))), 0)
-            seen: list[Seen] = pickle.loads(file.read())
+        seen = list(self.look(session))
         for each in seen:
             if each.failed:
                 self.show(f"fails without any mutant: {session.items[each.item].nodeid}")
-        self.run(session, sorted((each for each in seen if not each.failed), key=lambda each: each.seconds))
+        self.run(session, [each for each in seen if not each.failed])
+        self.ran = True
         return True
 
     def fork(self, do: Callable[[], int]) -> int:
@@ -251,66 +307,125 @@ class Judge:
     def one(session: pytest.Session, item: pytest.Item, following: pytest.Item | None) -> None:
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
 
-    def look(self, session: pytest.Session, path: Path) -> int:
-        """Run every test once, and note what it reaches."""
+    def look(self, session: pytest.Session) -> Iterator[Seen]:
+        """Run every test once, and note what it reaches: file by file, each taken by the process that is free.
+
+        Not in this process: threads and locks that a test leaves would go along into every mutant.
+        """
+        files = [
+            list(group) for _, group in itertools.groupby(range(len(session.items)), lambda at: session.items[at].path)
+        ]
+        left, right = os.pipe()
+        os.write(right, b"".join(number.to_bytes(2) for number in range(len(files))))
+        os.close(right)
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder, str(job)) for job in range(self.jobs)]
+            for pid in [self.fork(lambda path=path: self.note(session, files, left, path)) for path in paths]:
+                os.waitpid(pid, 0)
+            for path in paths:
+                yield from pickle.loads(path.read_bytes())
+
+    def note(self, session: pytest.Session, files: list[list[int]], left: int, path: Path) -> int:
+        Active.reached = mmap.mmap(-1, len(Active.reached))
         found: list[Seen] = []
-        for number, item in enumerate(session.items):
-            REACHED[:] = bytes(len(REACHED))
-            self.failed, begin = False, time.monotonic()
-            self.one(session, item, session.items[number + 1] if number + 1 < len(session.items) else None)
-            found.append(Seen(number, time.monotonic() - begin, REACHED[:].rstrip(b"\0"), self.failed))
-            if number % 200 == 199:
-                self.show(f"{number + 1} of {len(session.items)} tests")
+        while number := os.read(left, 2):
+            file = files[int.from_bytes(number)]
+            for at, following in itertools.zip_longest(file, file[1:]):
+                Active.reached[:] = bytes(len(Active.reached))
+                self.failed, begin = False, time.monotonic()
+                self.one(session, session.items[at], None if following is None else session.items[following])
+                reached = Active.reached[:].rstrip(b"\0")
+                found.append(Seen(at, time.monotonic() - begin, reached, self.failed))
+            self.show(f"looked at {session.items[file[0]].path.name}")
         path.write_bytes(pickle.dumps(found))
         return 0
 
-    def judge(self, session: pytest.Session, mutant: Mutant, items: list[pytest.Item]) -> int:
-        """0 when no test notices, 1 when one does, 3 when only time did."""
+    def tests(self, session: pytest.Session, seen: list[Seen], mutant: Mutant) -> list[Seen]:
+        """Those that reach it, as many as the budget allows."""
+
+        def price(each: Seen) -> float:
+            words = set(re.split(r"\W|_", session.items[each.item].path.stem))
+            return each.seconds / (1 + 4 * len(words & set(re.split(r"\W|_", mutant.module))))
+
+        found, left = list[Seen](), BUDGET
+        there = (each for each in seen if len(each.reached) > mutant.check and each.reached[mutant.check])
+        for each in sorted(there, key=price):
+            if left > 0:
+                found.append(each)
+                left -= each.seconds
+        return found
+
+    def judge(self, session: pytest.Session, mutant: Mutant, tests: list[Seen]) -> int:
+        """0 when no test notices, 1 when one does, and late when only time did."""
         os.setsid()
         Active.check, Active.variant = mutant.check, mutant.variant
-        for item in items:
+        for each in tests:
+            item = session.items[each.item]
+            item.add_marker(pytest.mark.timeout(each.limit()), append=False)
             self.one(session, item, None)
             if self.failed:
-                return 3 if self.late else 1
+                return LATE[0] if self.late else 1
         return 0
 
     def run(self, session: pytest.Session, seen: list[Seen]) -> None:
-        waiting = [mutant for mutant in reversed(MUTANTS) if self.chosen(mutant)]
-        total, done, begin = len(waiting), 0, time.monotonic()
-        running: dict[int, Mutant] = {}
+        waiting, running, late = deque(self.mutants), dict[int, Running](), set[Mutant]()
+        done, begin = 0, time.monotonic()
         while waiting or running:
             while waiting and len(running) < self.jobs:
-                mutant = waiting.pop()
-                items, left = list[pytest.Item](), BUDGET
-                for each in seen:
-                    if len(each.reached) > mutant.check and each.reached[mutant.check] and left > 0:
-                        items.append(session.items[each.item])
-                        left -= each.seconds
-                if items:
-                    running[self.fork(lambda mutant=mutant, items=items: self.judge(session, mutant, items))] = mutant
-                else:
-                    done += 1
-                    self.lives(f"NOT REACHED: {mutant}")
-            if not running:
-                continue
-            pid, status = os.wait()
-            mutant = running.pop(pid)
-            done += 1
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(status)
-            if code == 3:
-                self.show(f"LATE: {mutant}")
-            if code == 0:
-                self.lives(f"SURVIVES: {mutant}")
-            if done % 50 == 0:
-                self.show(f"{done} of {total} after {time.monotonic() - begin:.0f} s, {len(self.survivors)} survive")
-        self.show(f"{total} mutants, {len(self.survivors)} survive")
-        self.status = 1 if self.survivors else 0
+                mutant = waiting.popleft()
+                tests = self.tests(session, seen, mutant)
+                pid = self.fork(partial(self.judge, session, mutant, tests))
+                end = time.monotonic() + 8 * PATIENCE + 5 * sum(each.seconds for each in tests)
+                running[pid] = Running(mutant, len(tests), end)
+            ended = [(pid, code) for pid, each in running.items() if (code := _status(pid, each.end)) is not None]
+            if not ended:
+                time.sleep(0.005)
+            for pid, code in ended:
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+                mutant, tests, _ = running.pop(pid)
+                if code in LATE and mutant not in late:
+                    late.add(mutant)
+                    waiting.append(mutant)
+                    continue
+                done += 1
+                self.say(mutant, tests, code)
+                if done % 50 == 0:
+                    self.show(f"{done} of {len(self.mutants)} after {time.monotonic() - begin:.0f} s")
 
-    def lives(self, line: str) -> None:
-        self.survivors.append(line)
-        self.show(line)
+    def say(self, mutant: Mutant, tests: int, code: int) -> None:
+        """What is worth a line of a mutant that was judged."""
+        reason = self.reasons.get(reasons.plain(mutant.name))
+        if code != 0 and reason:
+            self.show(f"noticed, though it has a reason: {mutant}")
+        elif code in LATE:
+            self.show(f"ended by time alone: {mutant}")
+        elif code == 0 and reason:
+            self.equivalent += 1
+            self.show(f"equivalent: {mutant}: {reason}")
+        elif code == 0:
+            self.survive += 1
+            self.show(f"{f'SURVIVES {tests} tests' if tests else 'NOT REACHED'}: {mutant}")
+
+    def end(self) -> int:
+        """The last line, and the exit status."""
+        for name in (stale := reasons.stale(self.reasons, (mutant.name for mutant in MUTANTS))):
+            self.show(f"no such mutant, though it has a reason: {name}")
+        self.show(f"{len(self.mutants)} mutants, {self.survive} survive, {self.equivalent} are equivalent")
+        return 1 if self.survive or stale else 0
+
+
+def _status(pid: int, end: float) -> int | None:
+    """How a process ended, if it has; at its end in time it is killed."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done == 0 and time.monotonic() > end:
+        os.kill(pid, signal.SIGKILL)
+        done, status = os.waitpid(pid, 0)
+    return None if done == 0 else os.waitstatus_to_exitcode(status)
+
+
+def _is_of(mutant: Mutant, name: str) -> bool:
+    return mutant.module.startswith(name) or mutant.module.endswith(name)
 
 
 def main() -> int:
@@ -328,24 +443,19 @@ def main() -> int:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     import_all()
-    kinds, names = arguments.kinds.split(","), arguments.modules
-
-    def chosen(mutant: Mutant) -> bool:
-        module = mutant.module.removeprefix(PACKAGE + ".")
-        at = any(module.startswith(name) or module.endswith(name) for name in names)
-        return mutant.kind in kinds and (at or not names)
-
+    kinds, names = arguments.kinds.split(","), arguments.modules or [""]
+    mutants = [mutant for name in names for mutant in MUTANTS if mutant.kind in kinds and _is_of(mutant, name)]
+    mutants = list(dict.fromkeys(mutants))
     if arguments.list:
-        found = [mutant for mutant in MUTANTS if chosen(mutant)]
-        print(*found, f"{len(found)} mutants", sep="\n")
+        print(*mutants, f"{len(mutants)} mutants", sep="\n")
         return 0
     settings.register_profile("virtio-mutants", parent=settings(), max_examples=15, deadline=None, derandomize=True)
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    judge = Judge(chosen, arguments.jobs, lambda line: print(line, file=out))
+    judge = Judge(mutants, arguments.jobs, lambda line: print(line, file=out))
     options = ["-q", "--assert=plain", "-p", "no:cacheprovider", "-s", f"--timeout={SECONDS}", "-W", "ignore"]
     options += ["-m", "not kernel and not peers", "--ignore=tests/benches", "--hypothesis-profile=virtio-mutants"]
     pytest.main([*options, *arguments.tests], plugins=[judge])
-    return judge.status
+    return judge.end() if judge.ran else 2
 
 
 if __name__ == "__main__":
