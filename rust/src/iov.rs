@@ -71,13 +71,18 @@ impl<'a> Iov<'a> {
         Ok(done)
     }
 
-    /// The first buffer of the kind, if it alone holds `len` bytes from its start and was resolved for the present memory.
+    /// The first buffer of the kind, if it alone holds `len` bytes from its start, was resolved for the present memory, and is
+    /// where most requests have it: at the start of the chain, or behind one buffer of the other kind.
     #[inline(always)]
     fn alone<A: Access>(&self, mem: &A, writable: bool, offset: u64, len: usize) -> Option<At> {
         if offset != 0 || mem.epoch() != self.epoch {
             return None;
         }
-        let first = self.segments.iter().find(|segment| segment.writable == writable)?;
+        let first = match self.segments {
+            [first, ..] if first.writable == writable => first,
+            [_, second, ..] if second.writable == writable => second,
+            _ => return None,
+        };
         // Not for nothing: a copy of no bytes accesses none.
         (len.wrapping_sub(1) < first.len as usize).then_some(first.at)
     }

@@ -3,7 +3,7 @@
 use crate::cores;
 use crate::device::{Bursts, Side};
 use crate::driver;
-use crate::ends::{ByIter, ByPop, ByReader, Ours};
+use crate::ends::{ByIter, ByPop, ByReader, Ours, OursSingly};
 use crate::shape::{self, Shape};
 use crate::world::{Ring, World};
 
@@ -94,10 +94,11 @@ impl Case {
 
     /// Our device end in this ring.
     pub fn our_device(&self, ring: Ring) -> Side {
-        if self.copies {
-            self.side(ring, Ours::<true>::new)
-        } else {
-            self.side(ring, Ours::<false>::new)
+        match (self.burst, self.copies) {
+            (1, true) => self.side(ring, OursSingly::<true>::new),
+            (1, false) => self.side(ring, OursSingly::<false>::new),
+            (_, true) => self.side(ring, Ours::<true>::new),
+            (_, false) => self.side(ring, Ours::<false>::new),
         }
     }
 

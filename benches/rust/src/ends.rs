@@ -101,15 +101,11 @@ impl<const COPY: bool> End for Ours<COPY> {
         }
         let mut sum = Sum::default();
         for element in &self.elements {
-            let mut copied: &[u8] = &[];
-            if COPY {
-                let segments = &self.segments[element.first..element.first + element.count];
-                let iov = Iov::new(segments, element.epoch);
-                let room = usize::try_from(element.readable).unwrap_or(ROOM).min(ROOM);
-                let got = iov.read(mem, 0, &mut self.request[..room]).expect("it is mapped");
-                copied = &self.request[..got];
-                iov.write(mem, 0, &RESPONSE).expect("it is mapped");
-            }
+            let copied = if COPY {
+                answer(mem, element, &self.segments, &mut self.request)
+            } else {
+                &[]
+            };
             done.chain(&mut sum, element.head, element.readable, element.writable, copied);
         }
         let tickets = self.elements.iter().map(|element| (element.ticket(), element.writable));
@@ -123,6 +119,65 @@ impl<const COPY: bool> End for Ours<COPY> {
     #[inline]
     fn notify(&mut self) -> bool {
         self.queue.wants_call(self.mem).expect("the ring is mapped")
+    }
+}
+
+/// Read a request and write its answer; what was read.
+#[inline(always)]
+fn answer<'a>(
+    mem: &Mapped<'_>,
+    element: &Element,
+    segments: &[Segment],
+    request: &'a mut [u8; ROOM],
+) -> &'a [u8] {
+    let segments = &segments[element.first..element.first + element.count];
+    let iov = Iov::new(segments, element.epoch);
+    let room = usize::try_from(element.readable).unwrap_or(ROOM).min(ROOM);
+    let got = iov.read(mem, 0, &mut request[..room]).expect("it is mapped");
+    iov.write(mem, 0, &RESPONSE).expect("it is mapped");
+    &request[..got]
+}
+
+/// Our device end for who takes one chain at a time.
+pub struct OursSingly<const COPY: bool>(Ours<COPY>);
+
+impl<const COPY: bool> OursSingly<COPY> {
+    pub fn new(world: &World) -> Self {
+        Self(Ours::new(world))
+    }
+}
+
+impl<const COPY: bool> End for OursSingly<COPY> {
+    #[inline]
+    fn serve(&mut self, burst: usize, done: &mut Done) -> usize {
+        assert_eq!(burst, 1, "chains of a burst");
+        let Ours {
+            mem,
+            queue,
+            segments,
+            request,
+            ..
+        } = &mut self.0;
+        segments.clear();
+        let popped = queue.pop(*mem, segments).expect("the driver breaks no rule");
+        let Some(element) = popped else { return 0 };
+        let mut sum = Sum::default();
+        let copied = if COPY {
+            answer(mem, &element, segments, request)
+        } else {
+            &[]
+        };
+        done.chain(&mut sum, element.head, element.readable, element.writable, copied);
+        done.add(&sum);
+        let used = queue.complete(*mem, &element.ticket(), element.writable);
+        assert!(used.expect("the ring is mapped"), "the chain is completed");
+        queue.publish(*mem).expect("the ring is mapped");
+        1
+    }
+
+    #[inline]
+    fn notify(&mut self) -> bool {
+        self.0.notify()
     }
 }
 

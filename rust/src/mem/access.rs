@@ -17,7 +17,7 @@
 //! Values are little endian in memory (VIRTIO 1.4, 2.7 and 2.8: `le16`, `le32`, `le64`); the words that
 //! this trait returns and takes are in the host's order.
 
-use super::{Area, DescStores, Descs, HeadStores, Heads, MemoryError, Near, Useds, Words};
+use super::{Area, DescStores, Descs, HeadStores, Heads, MemoryError, Near, UsedStores, Useds, Words};
 
 /// A resolved guest address: where one region holds the whole range, the way to its bytes; else only the address,
 /// and each access is translated anew.
@@ -203,6 +203,13 @@ pub trait Access {
     /// The entries of the avail ring at `at`, to be written: none, where each store goes its own way.
     #[inline(always)]
     fn head_stores(&self, at: At) -> Option<HeadStores<'_>> {
+        let _ = at;
+        None
+    }
+
+    /// The entries of the used ring at `at`, to be written many times: none, where each store goes its own way.
+    #[inline(always)]
+    fn used_stores(&self, at: At) -> Option<UsedStores<'_>> {
         let _ = at;
         None
     }

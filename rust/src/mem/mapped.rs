@@ -19,8 +19,8 @@ use super::AHEAD;
 use super::copy::copy;
 use super::table::{Near, Table};
 use super::{
-    Access, Area, At, DescStores, Descs, HeadStores, Heads, MemoryError, Stores, Useds, Want, Words, any_lost,
-    host_size,
+    Access, Area, At, DescStores, Descs, HeadStores, Heads, MemoryError, Stores, UsedStores, Useds, Want, Words,
+    any_lost, host_size,
 };
 
 /// A pinned view of guest memory; see the module's head.
@@ -316,6 +316,13 @@ impl Access for Mapped<'_> {
     fn head_stores(&self, at: At) -> Option<HeadStores<'_>> {
         let base = self.words(at, 0, at.len, 2, Want::Write)?;
         // SAFETY: as above, aligned to 2, and writable, as was asked (M2).
+        Some(unsafe { Stores::new(base, at.len) })
+    }
+
+    #[inline(always)]
+    fn used_stores(&self, at: At) -> Option<UsedStores<'_>> {
+        let base = self.words(at, 0, at.len, 4, Want::Write)?;
+        // SAFETY: as above, aligned to 4, and writable, as was asked (M2).
         Some(unsafe { Stores::new(base, at.len) })
     }
 

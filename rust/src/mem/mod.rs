@@ -32,7 +32,7 @@ pub(crate) use lost::any_lost;
 pub use mapped::Mapped;
 pub use mediated::Mediated;
 pub use region::{Backing, Mapping, OWN_ALIGN, RECEIVED_ALIGN, Region, RegionError};
-pub use stores::{DescStores, HeadStores, Stores};
+pub use stores::{DescStores, HeadStores, Stores, UsedStores};
 pub use table::{MAX_REGIONS, MAX_TRANSLATIONS, Near, Table};
 pub use traced::{AccessKind, Record, Trace};
 pub use transfer::{MAX_TRANSFER, Transfer, TransferFailed, transferring};

@@ -1,4 +1,4 @@
-//! As [`words`](super::words), for what is written: descriptors, and entries of the avail ring.
+//! As [`words`](super::words), for what is written: descriptors, and entries of the avail ring and of the used ring.
 //!
 //! Each call says whether it stored; where it did not, nothing was touched and the seam itself has to be asked.
 
@@ -19,13 +19,26 @@ pub struct Stores<'a, const SIZE: u64> {
 pub type DescStores<'a> = Stores<'a, 16>;
 /// Entries of an avail ring.
 pub type HeadStores<'a> = Stores<'a, 2>;
+/// Entries of a used ring.
+pub type UsedStores<'a> = Stores<'a, 8>;
 
 impl<const SIZE: u64> Stores<'_, SIZE> {
+    /// None at all.
+    #[inline(always)]
+    #[must_use]
+    pub const fn none() -> Self {
+        Self {
+            base: std::ptr::null_mut(),
+            len: 0,
+            pinned: PhantomData,
+        }
+    }
+
     /// Those in the `len` bytes from `base` on.
     ///
     /// # Safety
     /// The `len` bytes from `base` on stay mapped and writable as long as the result lives (M1, M2), and `base` is aligned for
-    /// the largest word of a group: 8 for descriptors, 2 for entries of an avail ring.
+    /// the largest word of a group: 8 for descriptors, 4 for entries of a used ring, 2 for those of an avail ring.
     #[inline(always)]
     pub(super) const unsafe fn new(base: *mut u8, len: u64) -> Self {
         Self {
@@ -33,6 +46,15 @@ impl<const SIZE: u64> Stores<'_, SIZE> {
             len,
             pinned: PhantomData,
         }
+    }
+
+    /// The same, with its length as one number in the eyes of the compiler, which else asks at each store whether there are
+    /// any words at all.
+    #[inline(always)]
+    #[must_use]
+    pub fn settled(self) -> Self {
+        let len = std::hint::black_box(self.len);
+        Self { len, ..self }
     }
 
     /// Host address of the group at `off`, a multiple of its alignment and a small one: valid for `SIZE` bytes.
@@ -78,6 +100,18 @@ impl Stores<'_, 16> {
         true
     }
 
+    /// Length and id of used packed descriptor `slot`: two relaxed stores.
+    #[inline(always)]
+    #[must_use]
+    pub fn packed_used(&self, slot: u16, (len, id): (u32, u16)) -> bool {
+        let Some(group) = self.group(16 * u32::from(slot)) else {
+            return false;
+        };
+        put!(AtomicU32, group, 8, len, Relaxed);
+        put!(AtomicU16, group, 12, id, Relaxed);
+        true
+    }
+
     /// The flags of packed descriptor `slot`, stored with release ordering.
     #[inline(always)]
     #[must_use]
@@ -86,6 +120,20 @@ impl Stores<'_, 16> {
             return false;
         };
         put!(AtomicU16, group, 14, flags, Release);
+        true
+    }
+}
+
+impl Stores<'_, 8> {
+    /// Entry `slot` of the used ring, whose `flags` and `idx` come first: two relaxed stores.
+    #[inline(always)]
+    #[must_use]
+    pub fn used(&self, slot: u16, (id, len): (u32, u32)) -> bool {
+        let Some(group) = self.group(4 + 8 * u32::from(slot)) else {
+            return false;
+        };
+        put!(AtomicU32, group, 0, id, Relaxed);
+        put!(AtomicU32, group, 4, len, Relaxed);
         true
     }
 }

@@ -27,17 +27,16 @@ impl HeadSet {
     pub(crate) fn insert(&mut self, head: u16) {
         match self.words.get_mut(usize::from(head >> 6)) {
             Some(word) => *word |= 1 << (head & 63),
-            None => self.grow(head),
+            None if self.tracking => self.grow(head),
+            None => {}
         }
     }
 
     /// Most queues are small, and tests make millions: zeros for all heads cost more than the rest of a new one.
     #[cold]
     fn grow(&mut self, head: u16) {
-        if self.tracking {
-            self.words.resize(usize::from(head >> 6), 0);
-            self.words.push(1 << (head & 63));
-        }
+        self.words.resize(usize::from(head >> 6), 0);
+        self.words.push(1 << (head & 63));
     }
 
     #[inline]

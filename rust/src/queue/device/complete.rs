@@ -71,6 +71,17 @@ impl InOrder {
     }
 }
 
+/// What ended a burst of completions.
+enum Stop {
+    Done,
+    /// Before its turn.
+    Early(Ticket, u64),
+    /// Bytes written, and how many can be.
+    TooBig(u64, u64),
+    Stale,
+    Unmapped(MemoryError),
+}
+
 impl DeviceQueue {
     /// Complete a chain with `written` bytes; not visible before `publish`. False when it was dropped.
     ///
@@ -116,54 +127,54 @@ impl DeviceQueue {
         mut done: impl Iterator<Item = (Ticket, u64)>,
     ) -> Result<u64, QueueError> {
         let refreshed = each!(&mut self.ring, ring => ring.refresh(mem));
-        if self.recorded.is_some() || self.broken() || refreshed.is_err() {
+        let early = self.order.as_ref().is_some_and(|order| !order.early.is_empty());
+        if early || self.recorded.is_some() || self.broken() || refreshed.is_err() {
             return self.complete_each(mem, done);
         }
         let (generation, in_flight) = (self.generation, u64::from(self.in_flight));
         let (mut count, mut dropped) = (0, 0);
-        let (mut wrong, mut early) = (None, None);
-        let (busy, ring, order) = (&mut self.busy, &mut self.ring, &mut self.order);
-        for (ticket, written) in done.by_ref() {
-            if written > ticket.writable {
-                wrong = Some(written_too_big(written, ticket.writable));
-                break;
+        let mut turn = self.order.as_ref().map(|order| order.oldest);
+        // One loop for each format, so that what a ring knows lives in registers.
+        let end = each!(&mut self.ring, ring => {
+            let stores = ring.stores(mem).settled();
+            loop {
+                let Some((ticket, written)) = done.next() else { break Stop::Done };
+                if written > ticket.writable {
+                    break Stop::TooBig(written, ticket.writable);
+                }
+                // Of an old generation nothing is written (2.4.1, 2.1.1).
+                if ticket.generation != generation {
+                    dropped += 1;
+                    continue;
+                }
+                if count >= in_flight {
+                    break Stop::Stale;
+                }
+                if turn.is_some_and(|turn| turn != ticket.seq) {
+                    break Stop::Early(ticket, written);
+                }
+                // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
+                let written = u32::try_from(written).unwrap_or(u32::MAX);
+                if let Err(error) = ring.stage((mem, stores), ticket.head, ticket.slots, written) {
+                    break Stop::Unmapped(error);
+                }
+                self.busy.remove(ticket.head);
+                turn = turn.map(|turn| turn + 1);
+                count += 1;
             }
-            // Of an old generation nothing is written (2.4.1, 2.1.1).
-            if ticket.generation != generation {
-                dropped += 1;
-                continue;
-            }
-            if count >= in_flight {
-                wrong = Some(stale_chain());
-                break;
-            }
-            if order.as_ref().is_some_and(|order| !order.is_next(ticket.seq)) {
-                early = Some((ticket, written));
-                break;
-            }
-            // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
-            let written = u32::try_from(written).unwrap_or(u32::MAX);
-            if let Err(error) = stage(ring, mem, ticket.head, ticket.slots, written) {
-                let fault = each!(ring, ring => ring.unmapped(&self.rules, error));
-                wrong = Some(fault.into());
-                break;
-            }
-            busy.remove(ticket.head);
-            if let Some(order) = order {
-                order.oldest += 1;
-            }
-            count += 1;
+        });
+        if let (Some(order), Some(turn)) = (&mut self.order, turn) {
+            order.oldest = turn;
         }
         self.in_flight = self.in_flight.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
         self.counters.pushed += count;
         self.counters.dropped += dropped;
-        if let Some(early) = early {
-            return Ok(count + self.complete_each(mem, once(early).chain(done))?);
-        }
-        match wrong {
-            None => Ok(count),
-            Some(QueueError::Violation(fault)) => Err(self.latched_by(fault).into()),
-            Some(misuse) => Err(misuse),
+        match end {
+            Stop::Done => Ok(count),
+            Stop::Early(ticket, written) => Ok(count + self.complete_each(mem, once((ticket, written)).chain(done))?),
+            Stop::TooBig(written, writable) => Err(written_too_big(written, writable)),
+            Stop::Stale => Err(stale_chain()),
+            Stop::Unmapped(error) => Err(self.ring_lost(error).into()),
         }
     }
 
@@ -241,10 +252,7 @@ pub(super) fn stage<A: Access>(
     slots: u16,
     written: u32,
 ) -> Result<(), MemoryError> {
-    match ring {
-        Ring::Split(ring) => ring.stage(mem, head, written),
-        Ring::Packed(ring) => ring.stage(mem, head, slots, written),
-    }
+    each!(ring, ring => ring.stage((mem, ring.stores(mem)), head, slots, written))
 }
 
 #[cold]

@@ -3,7 +3,7 @@
 use super::{Place, arm, disarm};
 use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk, burst};
 use crate::error::Fault;
-use crate::mem::{AHEAD, Access, Descs, MemoryError, Near, Want};
+use crate::mem::{AHEAD, Access, DescStores, Descs, MemoryError, Near, Want};
 use crate::queue::heads::HeadSet;
 use crate::ring::desc::Raw;
 use crate::ring::event::DISABLE;
@@ -250,17 +250,30 @@ impl PackedDevice {
         self.slots_in_flight = self.slots_in_flight.saturating_sub(u32::from(slots));
     }
 
+    /// Where used descriptors go, if that is all there is to storing them.
+    #[inline(always)]
+    pub(crate) fn stores<'a, A: Access>(&self, mem: &'a A) -> DescStores<'a> {
+        mem.desc_stores(self.areas.desc).unwrap_or(DescStores::none())
+    }
+
     /// Write a used descriptor that is not visible yet: of several the first one's flags come last.
     #[inline(always)]
-    pub(crate) fn stage<A: Access>(&mut self, mem: &A, id: u16, slots: u16, written: u32) -> Result<(), MemoryError> {
+    pub(crate) fn stage<A: Access>(
+        &mut self,
+        (mem, descs): (&A, DescStores<'_>),
+        id: u16,
+        slots: u16,
+        written: u32,
+    ) -> Result<(), MemoryError> {
         let Place { slot, .. } = self.next_used;
-        let off = desc::BYTES * u64::from(slot);
-        mem.store_packed_used(self.areas.desc, off + 8, (written, id))?;
+        if !descs.packed_used(slot, (written, id)) {
+            mem.store_packed_used(self.areas.desc, desc::BYTES * u64::from(slot) + 8, (written, id))?;
+        }
         // 2.8.3: WRITE says that something was written; 2.8.6: all other flags are reserved.
         let flags = self.next_used.used_flags() | if written > 0 { desc::WRITE } else { 0 };
         if self.staged.is_none() {
             self.staged = Some((slot, flags));
-        } else {
+        } else if !descs.flags(slot, flags) {
             mem.store_u16_release(self.areas.desc, desc::flags_off(slot), flags)?;
         }
         self.next_used = self.next_used.forward(slots, self.layout.size);

@@ -3,7 +3,7 @@
 use super::{arm, disarm};
 use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk};
 use crate::error::Fault;
-use crate::mem::{AHEAD, Access, Descs, Heads, MemoryError, Near, Want};
+use crate::mem::{AHEAD, Access, Descs, Heads, MemoryError, Near, UsedStores, Want};
 use crate::queue::heads::HeadSet;
 use crate::ring::desc::{self, Desc, halves, whole};
 use crate::ring::layout::{AVAIL_IDX, AVAIL_RING, FLAGS, USED_IDX, USED_RING};
@@ -388,11 +388,25 @@ impl SplitDevice {
         self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
-    /// Write a used entry that is not visible yet.
+    /// Where used entries go, if that is all there is to storing them.
     #[inline(always)]
-    pub(crate) fn stage<A: Access>(&mut self, mem: &A, head: u16, written: u32) -> Result<(), MemoryError> {
-        let entry = USED_RING + 8 * u64::from(self.next_used & self.mask);
-        mem.store_used(self.areas.device, entry, (u32::from(head), written))?;
+    pub(crate) fn stores<'a, A: Access>(&self, mem: &'a A) -> UsedStores<'a> {
+        mem.used_stores(self.areas.device).unwrap_or(UsedStores::none())
+    }
+
+    /// Write a used entry that is not visible yet; a chain has one slot.
+    #[inline(always)]
+    pub(crate) fn stage<A: Access>(
+        &mut self,
+        (mem, useds): (&A, UsedStores<'_>),
+        head: u16,
+        _slots: u16,
+        written: u32,
+    ) -> Result<(), MemoryError> {
+        let (slot, entry) = (self.next_used & self.mask, (u32::from(head), written));
+        if !useds.used(slot, entry) {
+            mem.store_used(self.areas.device, USED_RING + 8 * u64::from(slot), entry)?;
+        }
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
     }
