@@ -9,9 +9,10 @@ the tests that reach it; a first run of every test, without any, notes which tho
 * **edge**: `<` for `<=`, `>` for `>=`, and the other way;
 * **try**: what a call found is let go; **ok**, **true**, **false**: a function gives that and does nothing.
 
-What runs for too long is killed as well, and is shown. Constants and what only macros make of their arguments stay as
-they are. Usage: ``python -m tests.mutants_rust [part of a file's path …] [--jobs N]``; the exit status is 1 if
-any survives.
+What runs for too long twice is killed as well, and is shown. Constants and what only macros make of their arguments
+stay as they are. What survives with a reason in `tests/mutants_rust.txt` is shown as equivalent. Usage: ``python -m
+tests.mutants_rust [part of a file's path …] [--jobs N] [--list]``; the exit status is 1 if any other survives, or the
+mutant of a reason is gone.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -34,8 +36,11 @@ from typing import Final, NamedTuple
 import tree_sitter_rust
 from tree_sitter import Language, Node, Parser
 
+from tests import reasons
+
 ROOT: Final = Path(__file__).parents[1]
 SCRATCH: Final = ROOT / "target/mutants"
+REASONS: Final = ROOT / "tests/mutants_rust.txt"
 SECONDS: Final = 20  # beside twenty times what a test takes without a mutant
 
 _TOO_LONG: Final = 128 + signal.SIGKILL
@@ -44,14 +49,34 @@ _EDGES: Final = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 _AS_IT_IS: Final = {"const_item", "static_item", "array_type", "attribute_item", "token_tree", "use_declaration"}
 _CALLED_BY_CONSTANTS: Final = ("mem/lost.rs", "mem/sigbus.rs")
 
+
+class Mutant(NamedTuple):
+    """Where a check is, what is done to it, and what stands there."""
+
+    file: str
+    line: int
+    function: str
+    kind: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        """What it is called wherever its lines move to."""
+        return f"{self.file} {self.function} {self.kind}: {self.text}"
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} {self.function} {self.kind}: {self.text}"
+
+
 # --- the choices ---------------------------------------------------------------------------------------------------
 
 
 class Source:
     """One text, part of `file` from byte `start` on, with a choice in the place of each check."""
 
-    def __init__(self, file: str, whole: bytes, found: list[str], part: bytes | None = None, start: int = 0) -> None:
+    def __init__(self, file: str, whole: bytes, found: list[Mutant], part: bytes | None = None, start: int = 0) -> None:
         self.file, self.whole, self.found, self.start = file, whole, found, start
+        self.named = list[str]()
         self.source = whole if part is None else part
         # What a macro calls its arguments parses as a name.
         self.root = _PARSER.parse(self.source.replace(b"$", b"_")).root_node
@@ -64,7 +89,8 @@ class Source:
 
     def new(self, node: Node, kind: str) -> str:
         line = self.whole.count(b"\n", 0, node.start_byte + self.start) + 1
-        self.found.append(f"{self.file}:{line} {kind:5} {' '.join(self.text(node).split())[:100]}")
+        text = " ".join(self.text(node).split())
+        self.found.append(Mutant(self.file, line, self.named[-1] if self.named else "-", kind, text))
         return f"crate::mutant({len(self.found)})"
 
     def inside(self, node: Node, changed: dict[int, str] | None = None) -> str:
@@ -79,7 +105,8 @@ class Source:
         match node.type:
             case "macro_definition":
                 rules = [rule for rule in node.children if rule.type == "macro_rule"]
-                return self.inside(node, {rule.id: self.macro_rule(rule) for rule in rules})
+                with self.within(self.text(_field(node, "name"))):
+                    return self.inside(node, {rule.id: self.macro_rule(rule) for rule in rules})
             case "mod_item" if self.text(_field(node, "name")) == "tests":
                 return self.text(node)
             case "if_expression":
@@ -96,11 +123,19 @@ class Source:
                 call = self.change(node.children[0].children[0])
                 return f"{{ let found = {call}; if !{self.new(node, 'try')} {{ found?; }} }}"
             case "function_item":
-                return self.function(node)
+                with self.within(self.text(_field(node, "name"))):
+                    return self.function(node)
             case kind if kind in _AS_IT_IS:
                 return self.text(node)
             case _:
                 return self.inside(node)
+
+    @contextmanager
+    def within(self, name: str) -> Generator[None]:
+        """What is found meanwhile is found in a function of this name."""
+        self.named.append(name)
+        yield
+        self.named.pop()
 
     def condition(self, node: Node) -> str:
         if node.type in ("let_condition", "let_chain"):
@@ -131,9 +166,11 @@ class Source:
         name, body = _field(node, "name"), _field(node, "body")
         result = node.child_by_field_name("return_type")
         gives = "" if result is None else self.text(result)
-        early = ""
+        early, does = "", self.text(body).strip("{} \n")
         if gives == "bool":
-            early = "".join(f"if {self.new(name, kind)} {{ return {kind}; }}" for kind in ("true", "false"))
+            early = "".join(
+                f"if {self.new(name, kind)} {{ return {kind}; }}" for kind in ("true", "false") if does != kind
+            )
         elif re.match(r"(io::)?Result<\(\)", gives):
             early = f"if {self.new(name, 'ok')} {{ return Ok(()); }}"
         head = self.between(node.start_byte, body.start_byte)
@@ -159,18 +196,26 @@ def _field(node: Node, name: str) -> Node:
     return child
 
 
-def write() -> list[str]:
-    """Write the copy; where its mutants are, what was done, and what stood there. Their numbers count from 1."""
-    found: list[str] = []
-    for folder in ("rust", "benches/peers"):
-        shutil.copytree(ROOT / folder, SCRATCH / folder, dirs_exist_ok=True)
-    for file in ("Cargo.toml", "Cargo.lock"):
-        shutil.copy(ROOT / file, SCRATCH)
+def everywhere() -> tuple[list[Mutant], dict[str, str]]:
+    """All mutants, whose numbers count from 1, and the texts of the files that have them."""
+    found, texts = list[Mutant](), dict[str, str]()
     for path in sorted((ROOT / "rust/src").rglob("*.rs")):
         file = str(path.relative_to(ROOT / "rust/src"))
         if not file.startswith("py/") and file not in ("lib.rs", "mem/tests.rs"):
             source = Source(file, path.read_bytes(), found)
-            (SCRATCH / "rust/src" / file).write_text(source.inside(source.root), encoding="utf-8")
+            texts[file] = source.inside(source.root)
+    return found, texts
+
+
+def write() -> list[Mutant]:
+    """Write the copy; its mutants."""
+    for folder in ("rust", "benches/peers"):
+        shutil.copytree(ROOT / folder, SCRATCH / folder, dirs_exist_ok=True)
+    for file in ("Cargo.toml", "Cargo.lock"):
+        shutil.copy(ROOT / file, SCRATCH)
+    found, texts = everywhere()
+    for file, text in texts.items():
+        (SCRATCH / "rust/src" / file).write_text(text, encoding="utf-8")
     library = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "rust/src/lib.rs", ROOT / "tools/mutant.rs"))
     library = f"#![allow(warnings, missing_docs)]\n{library}".replace("SIZE", str(len(found) + 1))
     (SCRATCH / "rust/src/lib.rs").write_text(library, encoding="utf-8")
@@ -222,27 +267,53 @@ def judge(tests: Sequence[Test], mutant: int) -> str:
     """What becomes of a mutant; nothing when a test notices."""
     reaching = [test for test in tests if mutant in test.reached]
     for test in reaching:
-        if status := run(test, mutant):
+        status = run(test, mutant)
+        if status == _TOO_LONG:
+            # Once more: others may have had the processor.
+            status = run(test, mutant)
+        if status:
             return f"ended by time alone, in {test.name}" if status == _TOO_LONG else ""
-    return f"SURVIVES {len(reaching)} tests"
+    return f"SURVIVES {len(reaching)} tests" if reaching else "NOT REACHED"
+
+
+def say(what: str, mutant: Mutant, reason: str | None) -> str:
+    """What is worth a line of a mutant that was judged."""
+    if what.startswith(("SURVIVES", "NOT")):
+        return f"equivalent: {mutant}: {reason}" if reason else f"{what}: {mutant}"
+    if reason:
+        return f"noticed, though it has a reason: {mutant}"
+    return f"{what}: {mutant}" if what else ""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="*", help="parts of paths in rust/src")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="only show them")
     arguments = parser.parse_args()
-    found, parts = write(), arguments.files or [""]
-    chosen = [number for number, text in enumerate(found, 1) if any(part in text.split(":")[0] for part in parts)]
-    survivors = 0
+    parts = arguments.files or [""]
+    found, _ = everywhere()
+    chosen = [number for number, one in enumerate(found, 1) if any(part in one.file for part in parts)]
+    if arguments.list:
+        print("\n".join(str(found[number - 1]) for number in chosen))
+        return 0
+    why = reasons.read(REASONS)
+    stale = reasons.stale(why, (mutant.name for mutant in found))
+    for name in stale:
+        print(f"no such mutant, though it has a reason: {name}")
+    write()
+    survive = equivalent = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
         tests = sorted(pool.map(look, build()), key=lambda test: test.seconds)
         for number, what in zip(chosen, pool.map(partial(judge, tests), chosen), strict=True):
-            survivors += what.startswith("SURVIVES")
-            if what:
-                print(f"{found[number - 1]}: {what}", flush=True)
-    print(f"{len(chosen)} mutants, {survivors} survive {len(tests)} tests")
-    return 1 if survivors else 0
+            mutant = found[number - 1]
+            line = say(what, mutant, why.get(reasons.plain(mutant.name)))
+            survive += line.startswith(("SURVIVES", "NOT"))
+            equivalent += line.startswith("equivalent")
+            if line:
+                print(line, flush=True)
+    print(f"{len(chosen)} mutants, {survive} survive {len(tests)} tests, {equivalent} are equivalent")
+    return 1 if survive or stale else 0
 
 
 if __name__ == "__main__":

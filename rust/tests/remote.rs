@@ -12,6 +12,7 @@ mod common;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use common::far::{Far, NEVER};
 use common::{EVENT_IDX, IN_ORDER, INDIRECT_DESC, PACKED, TABLES, config, region};
 use virtio_test::chain::Segment;
 use virtio_test::error::{Misuse, QueueError};
@@ -23,80 +24,6 @@ use virtio_test::mem::{
 use virtio_test::policy::Policy;
 use virtio_test::queue::{DeviceQueue, DriverQueue, IndirectArea, QueueState, feature};
 use virtio_test::rule::Rule;
-
-/// Which transfers fail, counted from 0: none from here on.
-const NEVER: u64 = u64::MAX;
-
-/// Somebody else's memory: bytes behind a lock, a count of transfers, and one that fails.
-#[derive(Debug)]
-struct Far {
-    gpa: u64,
-    bytes: Mutex<Vec<u8>>,
-    count: AtomicU64,
-    fails: AtomicU64,
-    /// Whether all that come after it fail too.
-    for_good: bool,
-    /// Lengths that were asked for.
-    lengths: Mutex<Vec<usize>>,
-}
-
-impl Far {
-    fn new(gpa: u64, size: usize) -> Arc<Self> {
-        Self::failing(gpa, size, NEVER, false)
-    }
-
-    fn failing(gpa: u64, size: usize, fails: u64, for_good: bool) -> Arc<Self> {
-        Arc::new(Self {
-            gpa,
-            bytes: Mutex::new(vec![0; size]),
-            count: AtomicU64::new(0),
-            fails: AtomicU64::new(fails),
-            for_good,
-            lengths: Mutex::new(Vec::new()),
-        })
-    }
-
-    fn count(&self) -> u64 {
-        self.count.load(Ordering::Relaxed)
-    }
-
-    fn spec(self: &Arc<Self>, writable: bool) -> RegionSpec {
-        RegionSpec {
-            gpa: self.gpa,
-            size: self.bytes.lock().unwrap().len() as u64,
-            backing: Backing::Remote {
-                transfer: Arc::clone(self) as _,
-                writable,
-            },
-        }
-    }
-
-    fn one(&self, gpa: u64, len: usize) -> Result<usize, TransferFailed> {
-        assert!(transferring());
-        assert!(len > 0 && len <= MAX_TRANSFER);
-        let number = self.count.fetch_add(1, Ordering::Relaxed);
-        self.lengths.lock().unwrap().push(len);
-        let fails = self.fails.load(Ordering::Relaxed);
-        if number == fails || (self.for_good && number > fails) {
-            return Err(TransferFailed);
-        }
-        Ok(usize::try_from(gpa - self.gpa).unwrap())
-    }
-}
-
-impl Transfer for Far {
-    fn read(&self, gpa: u64, dst: &mut [u8]) -> Result<(), TransferFailed> {
-        let start = self.one(gpa, dst.len())?;
-        dst.copy_from_slice(&self.bytes.lock().unwrap()[start..start + dst.len()]);
-        Ok(())
-    }
-
-    fn write(&self, gpa: u64, src: &[u8]) -> Result<(), TransferFailed> {
-        let start = self.one(gpa, src.len())?;
-        self.bytes.lock().unwrap()[start..start + src.len()].copy_from_slice(src);
-        Ok(())
-    }
-}
 
 const PAGE: u64 = 4096;
 

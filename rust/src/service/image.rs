@@ -161,10 +161,10 @@ impl Image {
         retry_on_intr(|| fdatasync(&self.file))
     }
 
-    /// Make a hole, which reads as zeros; false where the host cannot.
+    /// Make a hole, which reads as zeros; false where the host cannot, as one of no bytes.
     fn punch(&mut self, place: u64, len: u64) -> Result<bool, Errno> {
-        if len == 0 || !self.punches {
-            return Ok(len == 0);
+        if !self.punches {
+            return Ok(false);
         }
         let how = FallocateFlags::KEEP_SIZE | FallocateFlags::PUNCH_HOLE;
         match retry_on_intr(|| fallocate(&self.file, how, place, len)) {
@@ -181,9 +181,7 @@ impl Image {
 
 /// As much of the buffer as `len` bytes need at once.
 fn piece(buffer: &mut Vec<u8>, len: u64) -> &mut [u8] {
-    if buffer.len() < PIECE {
-        buffer.resize(PIECE, 0);
-    }
+    buffer.resize(PIECE, 0);
     let length = usize::try_from(len).unwrap_or(PIECE).min(PIECE);
     buffer.get_mut(..length).unwrap_or_default()
 }

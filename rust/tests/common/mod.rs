@@ -10,7 +10,9 @@
     reason = "each suite uses its part; a test stops at what it did not expect"
 )]
 
+pub mod far;
 pub mod files;
+pub mod recorded;
 
 use virtio_test::chain::{Element, Segment};
 use virtio_test::error::Fault;
