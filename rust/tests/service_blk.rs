@@ -334,6 +334,9 @@ fn where_there_are_no_holes_a_discard_does_nothing_and_zeros_are_written() {
     }
 }
 
+/// The file, what was agreed upon, kind, data, room, and what the operating system says.
+type Case<'a> = (&'a dyn Fn() -> OwnedFd, u32, u32, &'a [u8], u32, Errno);
+
 /// What the operating system refuses is an error of the request and of nothing else, and is noted.
 #[test]
 fn what_the_host_refuses_is_an_error_that_is_noted() {
@@ -350,7 +353,7 @@ fn what_the_host_refuses_is_an_error_that_is_noted() {
     let pipe = || rustix::pipe::pipe().unwrap().1;
     let through = EVERYTHING | term::WRITE_THROUGH;
     let one = segment(0, 1, 0);
-    let cases: [(&dyn Fn() -> OwnedFd, u32, u32, &[u8], u32, Errno); 8] = [
+    let cases: [Case<'_>; 8] = [
         (&short, EVERYTHING, IN, &[], 1024, Errno::IO),
         (&read_only, EVERYTHING, OUT, &[1; 512], 0, Errno::BADF),
         (&read_only, EVERYTHING, DISCARD, &one, 0, Errno::BADF),

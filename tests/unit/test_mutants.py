@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import mutants, reasons
+from tests import mutants, mutants_rust, reasons
 
 LINES = """# a remark
 driver.alloc.Heap.take away: size < 0 -> False
@@ -57,3 +57,10 @@ def test_each_python_mutant_with_a_reason_is_there() -> None:
     there = [mutant.name for mutant in mutants.everywhere()]
     assert len(there) > 2500
     assert reasons.stale(reasons.read(mutants.REASONS), there) == []
+
+
+def test_each_rust_mutant_with_a_reason_is_there() -> None:
+    found, texts = mutants_rust.everywhere()
+    assert len(found) > 1500
+    assert all(f"crate::mutant({number})" in texts[one.file] for number, one in enumerate(found, 1))
+    assert reasons.stale(reasons.read(mutants_rust.REASONS), (one.name for one in found)) == []

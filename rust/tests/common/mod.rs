@@ -12,6 +12,7 @@
 
 pub mod far;
 pub mod files;
+pub mod pair;
 pub mod recorded;
 
 use virtio_test::chain::{Element, Segment};
