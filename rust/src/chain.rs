@@ -114,10 +114,8 @@ impl Elements for Option<Element> {
         self.as_mut_slice().get_mut(..count).unwrap_or_default()
     }
 
-    fn drop_newest(&mut self, count: usize) {
-        if count > 0 {
-            *self = None;
-        }
+    fn drop_newest(&mut self, _: usize) {
+        *self = None;
     }
 }
 

@@ -241,6 +241,8 @@ mod tests {
         let fd = reader.as_raw_fd();
         poller.add(fd).unwrap();
         assert_eq!(poller.add(fd), Err(PollerError::Twice { fd }));
+        let input = fcntl_getfd(std::io::stdin()).map(drop);
+        assert_eq!(poller.add(0).is_ok(), input.is_ok(), "0 is a number like any other");
         for fd in [-1, i32::MIN, 1_000_000] {
             assert_eq!(poller.add(fd), Err(PollerError::NotOpen { fd }));
             assert_eq!(poller.remove(fd), Err(PollerError::Unknown { fd }));

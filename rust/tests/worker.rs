@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::write;
 use rustix::pipe::pipe;
+use rustix::thread::CpuSet;
 use virtio_test::worker::{Kick, Turned, Wait, Work, Worker, WorkerError};
 
 /// What there is to do, and what was done.
@@ -131,6 +132,7 @@ fn nothing_runs_while_it_is_parked() {
 #[test]
 fn parks_nest_and_one_that_is_parked_ends() {
     let (desk, worker, _writer) = start(Wait::Busy);
+    assert!(worker.running() && !worker.parked() && !worker.is_inside());
     worker.park();
     worker.park();
     assert!(worker.resume());
@@ -189,10 +191,73 @@ fn a_kick_whose_other_end_is_gone_is_let_go_of_once() {
 #[test]
 fn a_cpu_that_is_not_there_is_refused() {
     let desk = Arc::new(Desk::default());
-    for cpu in [1023, usize::MAX] {
+    for cpu in [1023, CpuSet::MAX_CPU, CpuSet::MAX_CPU + 1, usize::MAX] {
         let refused = Worker::start(Clerk(Arc::clone(&desk)), Vec::new(), Wait::Blocking, Some(cpu));
         assert!(matches!(refused, Err(WorkerError::Cpu { .. })));
     }
     assert_eq!(desk.turns.load(Ordering::SeqCst), 0);
     assert_eq!(Arc::strong_count(&desk), 1);
+}
+
+/// One kick after the other has something to take, so none is one too many.
+#[test]
+fn kicks_that_bring_something_never_wear_out() {
+    let (desk, worker, writer) = start(Wait::Blocking);
+    for round in 1..=100 {
+        desk.waiting.store(1, Ordering::SeqCst);
+        write(&writer, &[1; 8]).unwrap();
+        eventually(|| desk.done.load(Ordering::SeqCst) == round);
+    }
+    assert_eq!(desk.deaf.load(Ordering::SeqCst), 0);
+    drop(worker);
+}
+
+/// A fd that is readable for ever, with nothing to take: an epoll of a pipe that nobody empties.
+#[test]
+fn a_kick_with_nothing_to_take_is_let_go_of_after_sixteen() {
+    let desk = Arc::new(Desk::default());
+    let (reader, writer) = pipe().unwrap();
+    let epoll = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC).unwrap();
+    let (data, flags) = (
+        rustix::event::epoll::EventData::new_u64(0),
+        rustix::event::epoll::EventFlags::IN,
+    );
+    rustix::event::epoll::add(&epoll, &reader, data, flags).unwrap();
+    write(&writer, &[1]).unwrap();
+    let kick = Arc::new(Kick::new(epoll).unwrap());
+    let worker = Worker::start(Clerk(Arc::clone(&desk)), vec![kick], Wait::Blocking, None).unwrap();
+    eventually(|| desk.deaf.load(Ordering::SeqCst) == 1);
+    // The first turn, and one for each of 16 wakes and for the one that was too many.
+    eventually(|| desk.turns.load(Ordering::SeqCst) == 18);
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(desk.turns.load(Ordering::SeqCst), 18);
+    worker.wake();
+    eventually(|| desk.turns.load(Ordering::SeqCst) == 19);
+    drop(worker);
+}
+
+#[test]
+fn whoever_leaves_a_worker_waits_for_nothing_and_it_ends() {
+    for wait in WAITS {
+        let (desk, worker, _writer) = start(wait);
+        worker.leave();
+        drop(worker);
+        eventually(|| Arc::strong_count(&desk) == 1);
+    }
+}
+
+/// Asleep and alone, only a wake brings a turn, and each brings one.
+#[test]
+fn a_wake_is_a_turn() {
+    let (desk, worker, _writer) = start(Wait::Blocking);
+    desk.asleep.store(true, Ordering::SeqCst);
+    eventually(|| desk.turns.load(Ordering::SeqCst) == 1);
+    for round in 2..20 {
+        std::thread::sleep(Duration::from_millis(2));
+        worker.wake();
+        eventually(|| desk.turns.load(Ordering::SeqCst) == round);
+    }
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(desk.turns.load(Ordering::SeqCst), 19, "what has woken it was taken");
+    drop(worker);
 }

@@ -233,7 +233,8 @@ mod tests {
 
     /// A guard of a mapping that stays as long as the region does.
     fn guard() -> (Region, Guard) {
-        let region = Region::new(0, 4096, Backing::Anonymous).unwrap();
+        // A page more than is guarded: nobody else's begins there.
+        let region = Region::new(0, 8192, Backing::Anonymous).unwrap();
         let base = region.mapping().unwrap().0.ptr().cast();
         let guard = Guard::new(Guarded {
             base,
@@ -276,7 +277,8 @@ mod tests {
     fn what_is_lost_is_counted_until_it_is_gone() {
         let (region, one) = guard();
         assert!(!any_lost() && !one.lost());
-        let address = region.mapping().unwrap().0.ptr().cast();
+        let address: *mut c_void = region.mapping().unwrap().0.ptr().cast();
+        assert!(!cover(address.wrapping_byte_add(4096)) && !one.lost(), "just behind it");
         assert!(cover(address));
         assert!(any_lost() && one.lost());
         assert!(cover(address), "by two threads at once, say");

@@ -182,8 +182,7 @@ impl Mapping {
         let sealed = fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
         let granule = at.check_file(fd, offset)?;
         let mut mapping = at.map_file(fd, offset, writable, granule)?;
-        // Huge pages can be missing even so: whoever has the file may punch a hole when there are no more.
-        if !sealed || granule != OWN_ALIGN {
+        if can_be_missing(sealed, granule) {
             mapping.guard(granule, writable).map_err(at.refused("guard the file"))?;
         }
         Ok(mapping)
@@ -428,6 +427,21 @@ pub(super) fn log_file(size: u64) -> Result<OwnedFd, RegionError> {
     Place { gpa: 0, size }.memfd()
 }
 
+/// Whether pages of a mapped file may be gone one day. Huge ones can be missing even of a file that is sealed: whoever has
+/// it may punch a hole when there are no more.
+const fn can_be_missing(sealed: bool, granule: u64) -> bool {
+    !sealed || granule != OWN_ALIGN
+}
+
+/// What a file of these blocks is mapped in: hugetlbfs reports its page size as block size, and maps nothing smaller.
+fn granule_of(block: u64) -> u64 {
+    if block.is_power_of_two() {
+        block.max(OWN_ALIGN)
+    } else {
+        OWN_ALIGN
+    }
+}
+
 fn check_align(what: &'static str, value: u64, align: u64, gpa: u64) -> Result<(), RegionError> {
     if value & (align - 1) == 0 {
         Ok(())
@@ -502,13 +516,7 @@ impl Place {
                 });
             }
         }
-        // hugetlbfs reports its page size as block size, and maps nothing smaller.
-        let block = u64::try_from(stat.st_blksize).unwrap_or(0);
-        Ok(if block.is_power_of_two() && block > OWN_ALIGN {
-            block
-        } else {
-            OWN_ALIGN
-        })
+        Ok(granule_of(u64::try_from(stat.st_blksize).unwrap_or(0)))
     }
 
     /// Map from the granule below `offset` to the granule above its end.
@@ -553,5 +561,26 @@ impl Place {
             ptr: base.cast(),
             guard: None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{can_be_missing, granule_of};
+
+    /// Of files with huge pages, which a machine need not have.
+    #[test]
+    fn files_with_huge_pages_are_mapped_in_those_and_always_guarded() {
+        for (block, granule) in [(0, 4096), (512, 4096), (4096, 4096), (2 << 20, 2 << 20), (6144, 4096)] {
+            assert_eq!(granule_of(block), granule);
+        }
+        for (sealed, granule, guarded) in [
+            (true, 4096, false),
+            (false, 4096, true),
+            (true, 2 << 20, true),
+            (false, 2 << 20, true),
+        ] {
+            assert_eq!(can_be_missing(sealed, granule), guarded);
+        }
     }
 }

@@ -542,3 +542,23 @@ fn groups_of_words_end_with_their_memory() {
     }
     assert!(Words::<16>::none().split(0).is_none());
 }
+
+/// Whoever is told that something was not stored stores it by the seam, so it must be so in both cases.
+#[test]
+fn groups_of_stores_end_with_their_memory() {
+    let mut room = [0_u64; 8];
+    let base: *mut u8 = room.as_mut_ptr().cast();
+    for len in 0..40_u64 {
+        // SAFETY: fewer bytes than `room` has, which lives longer and is aligned to 8.
+        let descs = unsafe { DescStores::new(base, len) };
+        for index in 0..4_u16 {
+            let inside = 16 * (u64::from(index) + 1) <= len;
+            assert_eq!(descs.split(index, (1, 2)), inside, "{index} of {len}");
+            assert_eq!(descs.packed(index, (1, 2, 3)), inside, "{index} of {len}");
+            assert_eq!(descs.flags(index, 4), inside, "{index} of {len}");
+        }
+        // SAFETY: as above.
+        let heads = unsafe { HeadStores::new(base, len) };
+        assert_eq!(heads.head(3, 1), 4 + 2 * 4 <= len, "{len}");
+    }
+}
