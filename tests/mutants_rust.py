@@ -171,7 +171,7 @@ class Source:
             early = "".join(
                 f"if {self.new(name, kind)} {{ return {kind}; }}" for kind in ("true", "false") if does != kind
             )
-        elif re.match(r"(io::)?Result<\(\)", gives):
+        elif re.match(r"(io::)?Result<\(\)", gives) and does != "Ok(())":
             early = f"if {self.new(name, 'ok')} {{ return Ok(()); }}"
         head = self.between(node.start_byte, body.start_byte)
         if self.text(name) != "new" or not self.file.endswith(_CALLED_BY_CONSTANTS):

@@ -24,7 +24,7 @@ use virtio_test::chain::Segment;
 use virtio_test::iov::Iov;
 use virtio_test::mem::{
     Access, AliasSpec, Area, At, Backing, Elsewhere, GuestMemory, Log, MAX_TRANSLATIONS, MemoryError, RegionError,
-    RegionSpec, Transfer, TransferFailed, Vector, Want,
+    RegionSpec, Trace, Transfer, TransferFailed, Vector, Want, transferring,
 };
 
 const PAGE: u64 = 0x1000;
@@ -271,6 +271,8 @@ impl Transfer for Meddler {
         assert_eq!(mem.follow(&other), Err(RegionError::InTransfer));
         assert_eq!(mem.set_log(None), Err(RegionError::InTransfer));
         assert_eq!(mem.translate(vec![], vec![]), Err(RegionError::InTransfer));
+        let elsewhere = std::thread::scope(|scope| scope.spawn(transferring).join().unwrap());
+        assert!(transferring() && !elsewhere, "of this thread alone");
         dst.fill(1);
         Ok(())
     }
@@ -404,5 +406,25 @@ fn a_copy_of_several_buffers_is_lost_with_one_of_them() {
                 }
             }
         }
+    }
+}
+
+/// A process that is killed before its access `number` has done all before it, and nothing from there on.
+#[test]
+fn a_run_that_ends_writes_up_to_its_end() {
+    for end in 0..3 {
+        let trace = Arc::new(Trace::new());
+        let mem = GuestMemory::new(vec![region(0, PAGE)], Some(Arc::clone(&trace))).unwrap();
+        trace.end_at(end);
+        let pin = mem.pin();
+        let view = pin.mediated().unwrap();
+        for at in 0..3 {
+            view.store_u16(At::unresolved(2 * at), 0, 1).unwrap();
+        }
+        drop(pin);
+        let mut bytes = [0; 6];
+        mem.read(0, &mut bytes).unwrap();
+        let written = bytes.iter().map(|&byte| u64::from(byte)).sum::<u64>();
+        assert_eq!(written, end);
     }
 }

@@ -90,6 +90,11 @@ fn a_buffer_gets_random_bytes_up_to_the_limit() {
         );
     }
     assert_eq!(entropy.queues(), 1);
+    // A buffer of no bytes at all, which a driver of others may put in.
+    let mut world = World::interop(8, 0);
+    world.chain(&[(DATA, 0, common::WRITE, 0)]);
+    assert_eq!(turn(&mut world, &mut entropy, BOUNDS).turn.unwrap().done, 1);
+    assert_eq!(met(&counters.odd), 3);
 }
 
 #[test]

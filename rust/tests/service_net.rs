@@ -476,10 +476,12 @@ fn each_transfer_of_a_ring_that_fails_breaks_that_ring_or_nothing() {
         ..setup()
     };
     for (mode, sizes, for_good) in [
-        (Mode::Loopback, [40; 8], false),
-        (Mode::Loopback, [40; 8], true),
-        (Mode::Generate(40), [1526; 8], false),
-        (Mode::Generate(40), [20; 8], false),
+        (Mode::Loopback, vec![40; 8], false),
+        (Mode::Loopback, vec![40; 8], true),
+        (Mode::Generate(40), vec![1526; 40], false),
+        (Mode::Generate(5), vec![1526; 8], false),
+        (Mode::Generate(40), vec![20; 8], false),
+        (Mode::Generate(40), vec![40; 3], false),
     ] {
         for number in 0.. {
             let far = Far::failing(0, 0x20000, NEVER, for_good);

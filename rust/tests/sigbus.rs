@@ -253,6 +253,21 @@ fn an_older_handler_is_called() {
     });
 }
 
+/// Ends the process well.
+extern "C" fn leave(_: c_int) {
+    // SAFETY: it takes a number.
+    unsafe { libc::_exit(0) };
+}
+
+#[test]
+fn a_fault_elsewhere_is_for_an_older_handler_that_takes_it() {
+    lives("a_fault_elsewhere_is_for_an_older_handler_that_takes_it", || {
+        install(leave as *const () as usize, 0);
+        let (_fd, _mem) = guarded();
+        fault();
+    });
+}
+
 #[test]
 fn a_handler_for_once_is_called_once() {
     dies("a_handler_for_once_is_called_once", || {

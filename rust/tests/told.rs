@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 
 use common::far::{Far, NEVER};
 use common::recorded::{BYTES, SIZE, part};
-use common::{BIG, DATA, EVENT_IDX, INDIRECT, INDIRECT_DESC, PACKED, TABLE, World, config, files, region};
+use common::{BIG, DATA, EVENT_IDX, IN_ORDER, INDIRECT, INDIRECT_DESC, PACKED, TABLE, World, config, files, region};
 use virtio_test::mem::{GuestMemory, Mediated};
 use virtio_test::policy::Policy;
 use virtio_test::queue::{DeviceQueue, DriverQueue};
@@ -248,4 +248,108 @@ fn a_rule_has_the_clause_of_its_format_or_the_only_one() {
     ] {
         assert_eq!((rule.clause(false), rule.clause(true)), (split, packed));
     }
+}
+
+/// With IN_ORDER: what is said of a chain that is used up counts for nothing, and the latest of what is said before its turn.
+#[test]
+fn in_order_what_is_said_twice_holds_nobody_up() {
+    for format in [0, PACKED] {
+        let mut world = World::interop(16, format | IN_ORDER);
+        for _ in 0..6 {
+            world.give(false);
+        }
+        let elements: Vec<_> = (0..6).map(|_| world.take()).collect();
+        // 0, and 0 again; 2 before its turn, twice; then 1 and 3.
+        for (which, written) in [(0, 1), (0, 9), (2, 3), (2, 4), (1, 2), (3, 5)] {
+            assert!(world.complete(&elements[which], written));
+        }
+        world.show();
+        let pin = world.mem.pin();
+        let used = world.driver.get_used_many(&pin.mapped(), 8).unwrap();
+        let lengths: Vec<_> = used.iter().map(|&(_, len)| len).collect();
+        assert_eq!(lengths, [1, 2, 4, 5], "{format:#x}");
+    }
+}
+
+/// With IN_ORDER, where a completion writes the entries of those that waited for it.
+#[test]
+fn in_order_each_entry_that_cannot_be_written_is_told() {
+    for features in [IN_ORDER, IN_ORDER | PACKED] {
+        for number in 0.. {
+            let far = Far::new(0, 0x10000);
+            let memory = GuestMemory::new(vec![far.spec(true), region(DATA, 0x1000)], None).unwrap();
+            let pin = memory.pin();
+            let mem = &pin.mediated().unwrap();
+            let config = config(8, features, Policy::INTEROP);
+            let mut driver = DriverQueue::new(mem, config, None, None).unwrap();
+            let mut device = DeviceQueue::new(mem, config, None).unwrap();
+            for _ in 0..2 {
+                driver.add(mem, &[(DATA, 8)], &[], false).unwrap();
+            }
+            driver.publish(mem).unwrap();
+            let mut tickets = Vec::new();
+            for _ in 0..2 {
+                tickets.push(device.pop(mem, &mut Vec::new()).unwrap().unwrap().ticket());
+            }
+            device.complete(mem, &tickets[1], 0).unwrap();
+            let fails = far.count() + number;
+            far.fails.store(fails, Ordering::Relaxed);
+            let told = device.complete(mem, &tickets[0], 0);
+            let failed = far.count() > fails;
+            assert_eq!(told.is_err(), failed, "{features:#x} {number}");
+            if !failed {
+                assert!(number > 1);
+                break;
+            }
+        }
+    }
+}
+
+/// What a record is kept of is not visible before it is published, in whatever way it was completed.
+#[test]
+fn a_burst_of_completions_is_recorded_too() {
+    for features in [0, PACKED] {
+        let mut recorded = common::recorded::Recorded::new(features);
+        let world = &mut recorded.world;
+        let element = world.take();
+        let pin = world.mem.pin();
+        let done = std::iter::once((element.ticket(), 0));
+        assert_eq!(world.device.complete_many(&pin.mapped(), done), Ok(1));
+        drop(pin);
+        assert_eq!(world.used().unwrap(), None);
+        world.show();
+        assert!(world.used().unwrap().is_some());
+        assert_eq!(common::recorded::flying(&recorded, features).len(), 2);
+    }
+}
+
+/// With an event index the flags of a split ring stay 0 (2.7.7.1, 2.7.10.2); a packed ring that asked for no kicks gets none,
+/// after however many laps.
+#[test]
+fn whoever_asks_for_nothing_says_so_as_it_was_agreed() {
+    for (features, flags) in [(0, 1), (EVENT_IDX, 0)] {
+        let mut world = World::interop(8, features);
+        let pin = world.mem.pin();
+        world.device.disable_kicks(&pin.mapped()).unwrap();
+        world.driver.disable_calls(&pin.mapped()).unwrap();
+        drop(pin);
+        assert_eq!(
+            (world.get("used.flags", 0), world.get("avail.flags", 0)),
+            (flags, flags)
+        );
+    }
+    let mut world = World::interop(4, PACKED | EVENT_IDX);
+    let pin = world.mem.pin();
+    world.device.disable_kicks(&pin.mapped()).unwrap();
+    drop(pin);
+    for _ in 0..9 {
+        world.give(true);
+        let element = world.take();
+        world.finish(&element, 0);
+        assert!(world.used().unwrap().is_some());
+        let pin = world.mem.pin();
+        world.device.disable_kicks(&pin.mapped()).unwrap();
+    }
+    world.give(true);
+    assert!(!world.kick());
 }

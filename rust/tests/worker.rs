@@ -259,5 +259,25 @@ fn a_wake_is_a_turn() {
     }
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(desk.turns.load(Ordering::SeqCst), 19, "what has woken it was taken");
+    assert_eq!(
+        desk.deaf.load(Ordering::SeqCst),
+        0,
+        "a kick that was not there is none in vain"
+    );
     drop(worker);
+}
+
+#[test]
+fn work_without_end_is_parked_between_two_turns() {
+    for wait in WAITS {
+        let (desk, worker, _writer) = start(wait);
+        desk.waiting.store(u64::MAX, Ordering::SeqCst);
+        worker.wake();
+        eventually(|| desk.done.load(Ordering::SeqCst) > 10);
+        worker.park();
+        let done = desk.done.load(Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(desk.done.load(Ordering::SeqCst), done);
+        worker.stop();
+    }
 }

@@ -151,4 +151,12 @@ mod tests {
             rustix::io::write(full.as_ref(), &(u64::MAX - 1).to_ne_bytes()).unwrap();
         }
     }
+
+    #[test]
+    fn what_was_written_is_not_watched_any_more() {
+        let fd = blocking(0);
+        write(&fd).unwrap();
+        thread::sleep(PATIENCE * 10);
+        assert!(ready(fd.as_fd(), PollFlags::IN), "it is still there");
+    }
 }
