@@ -341,6 +341,25 @@ fn one_that_came_later_is_passed_through_and_then_passed() {
 }
 
 #[test]
+fn a_level_that_somebody_may_have_kept_is_given_to_nobody() {
+    lives("a_level_that_somebody_may_have_kept_is_given_to_nobody", || {
+        install(count as *const () as usize, 0);
+        let first = guarded();
+        let below = handler();
+        step_in();
+        let second = guarded();
+        let above = handler();
+        assert_ne!(above, below);
+        // Somebody puts back what he found long ago, and who has seen the upper one may call it still.
+        install(below, SA_SIGINFO);
+        drop((first, second));
+        assert_eq!(handler(), count as *const () as usize);
+        let _third = guarded();
+        assert_ne!(handler(), above);
+    });
+}
+
+#[test]
 fn a_fault_elsewhere_ends_the_process_through_all_of_them() {
     dies("a_fault_elsewhere_ends_the_process_through_all_of_them", || {
         let (_fd, _mem) = guarded();

@@ -6,8 +6,8 @@
 )]
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::io::write;
@@ -280,4 +280,51 @@ fn work_without_end_is_parked_between_two_turns() {
         assert_eq!(desk.done.load(Ordering::SeqCst), done);
         worker.stop();
     }
+}
+
+/// Ends its own worker, from inside.
+#[derive(Clone, Default)]
+struct Quitter {
+    worker: Arc<OnceLock<Worker>>,
+    inside: Arc<AtomicBool>,
+    done: Arc<AtomicBool>,
+}
+
+impl Work for Quitter {
+    fn turn(&mut self) -> Turned {
+        if let Some(worker) = self.worker.get() {
+            self.inside.store(worker.is_inside(), Ordering::SeqCst);
+            worker.stop();
+            self.done.store(true, Ordering::SeqCst);
+        }
+        Turned::Asleep
+    }
+
+    fn look(&mut self) -> bool {
+        false
+    }
+
+    fn alive(&mut self) -> bool {
+        true
+    }
+
+    fn arm(&mut self) -> bool {
+        false
+    }
+
+    fn disarm(&mut self) {}
+
+    fn deaf(&mut self) {}
+}
+
+#[test]
+fn a_worker_that_is_ended_in_its_own_thread_does_not_wait_for_itself() {
+    let work = Quitter::default();
+    let worker = Worker::start(work.clone(), Vec::new(), Wait::Blocking, None).unwrap();
+    assert!(work.worker.set(worker).is_ok());
+    let worker = work.worker.get().unwrap();
+    worker.wake();
+    eventually(|| !worker.running());
+    assert!(work.done.load(Ordering::SeqCst), "the call came back");
+    assert!(work.inside.load(Ordering::SeqCst) && !worker.is_inside());
 }

@@ -562,3 +562,17 @@ fn groups_of_stores_end_with_their_memory() {
         assert_eq!(heads.head(3, 1), 4 + 2 * 4 <= len, "{len}");
     }
 }
+
+#[test]
+fn memory_of_others_is_copied_to_and_from() {
+    let mem = memory(&[(0, PAGE)]);
+    let (from, mut to) = ([1_u8, 2, 3], [0_u8; 3]);
+    // SAFETY: it has three bytes, here and below.
+    unsafe { mem.write_raw(PAGE - 3, from.as_ptr(), 3) }.unwrap();
+    // SAFETY: as above.
+    unsafe { mem.read_raw(PAGE - 3, to.as_mut_ptr(), 3) }.unwrap();
+    // SAFETY: as above.
+    let beyond = unsafe { mem.read_raw(PAGE - 2, to.as_mut_ptr(), 3) };
+    assert_eq!(beyond, Err(MemoryError::Unmapped { gpa: PAGE }));
+    assert_eq!(from, to);
+}
