@@ -33,12 +33,12 @@ import pkgutil
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Final, NamedTuple
@@ -54,8 +54,8 @@ SECONDS: Final = 400
 """One test alone, without a mutant."""
 PATIENCE: Final = 15.0
 """One test alone with a mutant, beside twenty times what it takes without."""
-BUDGET: Final = 30.0
-"""All tests of one mutant, by what they took without it: the quickest."""
+SEEN: Final = ROOT / "target/mutants-python"
+"""What the tests reached."""
 LATE: Final = (3, -signal.SIGKILL)
 """How a process ends where only time ended a test."""
 REASONS: Final = ROOT / "tests/mutants.txt"
@@ -246,9 +246,9 @@ def import_all() -> None:
 
 
 class Seen(NamedTuple):
-    """A test without any mutant: where it is, seconds, and the checks that it reached."""
+    """A test without any mutant: which, seconds, and the checks that it reached."""
 
-    item: int
+    test: str
     seconds: float
     reached: bytes
     failed: bool
@@ -269,22 +269,24 @@ class Running(NamedTuple):
 class Judge:
     """Takes the place of pytest's loop over the tests."""
 
-    def __init__(self, mutants: Sequence[Mutant], jobs: int, show: Callable[[str], object]) -> None:
-        self.mutants, self.jobs, self.show = mutants, jobs, show
+    def __init__(self, mutants: Sequence[Mutant], jobs: int, budget: float, show: Callable[[str], object]) -> None:
+        self.mutants, self.jobs, self.budget, self.show = mutants, jobs, budget, show
         self.reasons = reasons.read(REASONS)
         self.failed = self.late = False
         self.survive = self.equivalent = 0
         self.ran = False
+        self.items: dict[str, pytest.Item] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed = self.failed or report.failed
         self.late = self.late or (report.failed and "Timeout (>" in str(report.longrepr))
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.items = {item.nodeid: item for item in session.items}
         seen = list(self.look(session))
         for each in seen:
             if each.failed:
-                self.show(f"fails without any mutant: {session.items[each.item].nodeid}")
+                self.show(f"fails without any mutant: {each.test}")
         self.run(session, [each for each in seen if not each.failed])
         self.ran = True
         return True
@@ -310,44 +312,53 @@ class Judge:
     def look(self, session: pytest.Session) -> Iterator[Seen]:
         """Run every test once, and note what it reaches: file by file, each taken by the process that is free.
 
-        Not in this process: threads and locks that a test leaves would go along into every mutant.
+        Not in this process: threads and locks that a test leaves would go along into every mutant. What was seen of a
+        file of tests is kept for as long as it and the checks are as they were.
         """
-        files = [
-            list(group) for _, group in itertools.groupby(range(len(session.items)), lambda at: session.items[at].path)
-        ]
+        SEEN.mkdir(parents=True, exist_ok=True)
+        checks = "\n".join(mutant.name for mutant in MUTANTS).encode()
+        files = dict[Path, list[pytest.Item]]()
+        for path, group in itertools.groupby(session.items, lambda item: item.path):
+            items = list(group)
+            text = "\n".join(item.nodeid for item in items).encode()
+            files[SEEN / sha256(checks + path.read_bytes() + text).hexdigest()] = items
         left, right = os.pipe()
-        os.write(right, b"".join(number.to_bytes(2) for number in range(len(files))))
+        unseen = [(path, items) for path, items in files.items() if not path.exists()]
+        os.write(right, b"".join(number.to_bytes(2) for number in range(len(unseen))))
         os.close(right)
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [Path(folder, str(job)) for job in range(self.jobs)]
-            for pid in [self.fork(lambda path=path: self.note(session, files, left, path)) for path in paths]:
-                os.waitpid(pid, 0)
-            for path in paths:
-                yield from pickle.loads(path.read_bytes())
+        for pid in [self.fork(partial(self.note, session, unseen, left)) for _ in range(self.jobs)]:
+            os.waitpid(pid, 0)
+        os.close(left)
+        for path in files:
+            found: list[Seen] = pickle.loads(path.read_bytes())
+            yield from found
+            if any(each.failed for each in found):
+                path.unlink()
 
-    def note(self, session: pytest.Session, files: list[list[int]], left: int, path: Path) -> int:
+    def note(self, session: pytest.Session, files: list[tuple[Path, list[pytest.Item]]], left: int) -> int:
         Active.reached = mmap.mmap(-1, len(Active.reached))
-        found: list[Seen] = []
         while number := os.read(left, 2):
-            file = files[int.from_bytes(number)]
-            for at, following in itertools.zip_longest(file, file[1:]):
+            path, items = files[int.from_bytes(number)]
+            found: list[Seen] = []
+            for item, following in itertools.zip_longest(items, items[1:]):
                 Active.reached[:] = bytes(len(Active.reached))
                 self.failed, begin = False, time.monotonic()
-                self.one(session, session.items[at], None if following is None else session.items[following])
+                self.one(session, item, following)
                 reached = Active.reached[:].rstrip(b"\0")
-                found.append(Seen(at, time.monotonic() - begin, reached, self.failed))
-            self.show(f"looked at {session.items[file[0]].path.name}")
-        path.write_bytes(pickle.dumps(found))
+                found.append(Seen(item.nodeid, time.monotonic() - begin, reached, self.failed))
+            path.with_suffix(".part").write_bytes(pickle.dumps(found))
+            path.with_suffix(".part").rename(path)
+            self.show(f"looked at {items[0].path.name}")
         return 0
 
-    def tests(self, session: pytest.Session, seen: list[Seen], mutant: Mutant) -> list[Seen]:
+    def tests(self, seen: list[Seen], mutant: Mutant) -> list[Seen]:
         """Those that reach it, as many as the budget allows."""
 
         def price(each: Seen) -> float:
-            words = set(re.split(r"\W|_", session.items[each.item].path.stem))
+            words = set(re.split(r"\W|_", self.items[each.test].path.stem))
             return each.seconds / (1 + 4 * len(words & set(re.split(r"\W|_", mutant.module))))
 
-        found, left = list[Seen](), BUDGET
+        found, left = list[Seen](), self.budget
         there = (each for each in seen if len(each.reached) > mutant.check and each.reached[mutant.check])
         for each in sorted(there, key=price):
             if left > 0:
@@ -360,7 +371,7 @@ class Judge:
         os.setsid()
         Active.check, Active.variant = mutant.check, mutant.variant
         for each in tests:
-            item = session.items[each.item]
+            item = self.items[each.test]
             item.add_marker(pytest.mark.timeout(each.limit()), append=False)
             self.one(session, item, None)
             if self.failed:
@@ -373,7 +384,7 @@ class Judge:
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 mutant = waiting.popleft()
-                tests = self.tests(session, seen, mutant)
+                tests = self.tests(seen, mutant)
                 pid = self.fork(partial(self.judge, session, mutant, tests))
                 end = time.monotonic() + 8 * PATIENCE + 5 * sum(each.seconds for each in tests)
                 running[pid] = Running(mutant, len(tests), end)
@@ -434,6 +445,13 @@ def main() -> int:
         "modules", nargs="*", help="names of modules or packages, or ends of them; all when none is given"
     )
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="all tests of a mutant, as long as they took without",
+    )
     parser.add_argument("--kinds", default="away,always,round,less,edge")
     parser.add_argument(
         "--tests", nargs="*", default=["tests"], help="files of tests that judge; all when none is given"
@@ -451,7 +469,7 @@ def main() -> int:
         return 0
     settings.register_profile("virtio-mutants", parent=settings(), max_examples=15, deadline=None, derandomize=True)
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    judge = Judge(mutants, arguments.jobs, lambda line: print(line, file=out))
+    judge = Judge(mutants, arguments.jobs, arguments.budget, lambda line: print(line, file=out))
     options = ["-q", "--assert=plain", "-p", "no:cacheprovider", "-s", f"--timeout={SECONDS}", "-W", "ignore"]
     options += ["-m", "not kernel and not peers", "--ignore=tests/benches", "--hypothesis-profile=virtio-mutants"]
     pytest.main([*options, *arguments.tests], plugins=[judge])

@@ -107,6 +107,24 @@ def test_a_payload_of_another_size_is_refused(kind: type[p.Payload]) -> None:
             kind.parse(bytes(size))
 
 
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (p.Config, struct.pack("=III", 0, 0, 0)),
+        (p.Config, struct.pack("=III", 0, 4084, 0) + bytes(4084)),
+        (p.CryptoSession, bytes(4096)),
+        (p.MemoryTable, struct.pack("=II", 8, 0) + bytes(8 * 32)),
+    ],
+)
+def test_the_least_and_the_largest_payload_are_taken(kind: type[p.Payload], data: bytes) -> None:
+    assert kind.parse(data).pack() == data
+
+
+def test_a_memory_table_of_one_region_too_many_is_refused() -> None:
+    with pytest.raises(ValueError, match="296 bytes of payload"):
+        p.MemoryTable.parse(struct.pack("=II", 9, 0) + bytes(9 * 32))
+
+
 def test_the_address_payload_has_the_order_of_the_protocol() -> None:
     address = p.VringAddress(index=1, flags=2, descriptor=3, used=4, available=5, log=6)
     assert address.pack() == struct.pack("=IIQQQQ", 1, 2, 3, 4, 5, 6)
