@@ -241,8 +241,8 @@ fn whoever_leaves_a_worker_waits_for_nothing_and_it_ends() {
     for wait in WAITS {
         let (desk, worker, _writer) = start(wait);
         worker.leave();
-        drop(worker);
         eventually(|| Arc::strong_count(&desk) == 1);
+        assert!(!worker.running());
     }
 }
 
