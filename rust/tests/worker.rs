@@ -286,12 +286,18 @@ fn work_without_end_is_parked_between_two_turns() {
 #[derive(Clone, Default)]
 struct Quitter {
     worker: Arc<OnceLock<Worker>>,
+    /// Its turn takes until somebody lets it go on, for two seconds at most.
+    held: Arc<AtomicBool>,
     inside: Arc<AtomicBool>,
     done: Arc<AtomicBool>,
 }
 
 impl Work for Quitter {
     fn turn(&mut self) -> Turned {
+        let start = Instant::now();
+        while self.held.load(Ordering::SeqCst) && start.elapsed() < Duration::from_secs(2) {
+            std::thread::yield_now();
+        }
         if let Some(worker) = self.worker.get() {
             self.inside.store(worker.is_inside(), Ordering::SeqCst);
             worker.stop();
@@ -327,4 +333,17 @@ fn a_worker_that_is_ended_in_its_own_thread_does_not_wait_for_itself() {
     eventually(|| !worker.running());
     assert!(work.done.load(Ordering::SeqCst), "the call came back");
     assert!(work.inside.load(Ordering::SeqCst) && !worker.is_inside());
+}
+
+#[test]
+fn who_leaves_a_worker_in_the_middle_of_a_turn_does_not_wait_for_it() {
+    let work = Quitter::default();
+    work.held.store(true, Ordering::SeqCst);
+    let worker = Worker::start(work.clone(), Vec::new(), Wait::Blocking, None).unwrap();
+    let start = Instant::now();
+    worker.leave();
+    drop(worker);
+    assert!(start.elapsed() < Duration::from_secs(1));
+    work.held.store(false, Ordering::SeqCst);
+    eventually(|| Arc::strong_count(&work.held) == 1);
 }
