@@ -556,7 +556,11 @@ fn groups_of_stores_end_with_their_memory() {
             assert_eq!(descs.split(index, (1, 2)), inside, "{index} of {len}");
             assert_eq!(descs.packed(index, (1, 2, 3)), inside, "{index} of {len}");
             assert_eq!(descs.flags(index, 4), inside, "{index} of {len}");
+            assert_eq!(descs.packed_used(index, (5, 6)), inside, "{index} of {len}");
         }
+        // SAFETY: as above.
+        let useds = unsafe { UsedStores::new(base, len) };
+        assert_eq!(useds.used(2, (7, 8)), 4 + 8 * 3 <= len, "{len}");
         // SAFETY: as above.
         let heads = unsafe { HeadStores::new(base, len) };
         assert_eq!(heads.head(3, 1), 4 + 2 * 4 <= len, "{len}");
