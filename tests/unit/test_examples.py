@@ -104,11 +104,11 @@ def test_the_device_is_served(name: str, tmp_path: Path) -> None:
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             deadline = time.monotonic() + 30
-            while not path.is_socket() and time.monotonic() < deadline:
-                time.sleep(0.01)
             with socket.socket(socket.AF_UNIX) as front_end:
                 front_end.settimeout(30)
-                front_end.connect(str(path))
+                # The socket is not there at once, and then it does not listen yet.
+                while front_end.connect_ex(str(path)) and time.monotonic() < deadline:
+                    time.sleep(0.01)
                 # GET_FEATURES: once it is answered, the server is past its start and hears signals.
                 front_end.sendall(struct.pack("<3I", 1, 1, 0))
                 assert len(front_end.recv(20)) == 20
