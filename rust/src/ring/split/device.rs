@@ -173,12 +173,30 @@ impl SplitDevice {
                 return (count, End::Fault(self.no_room(rules)));
             }
             let end = bounds.chains.min(room).min(count.saturating_add(ready));
+            self.prefetch(mem, words, end.saturating_sub(count));
             while count < end && segments.len() < bounds.segments {
                 let place = (mem, &mut near, words);
                 if let Err(fault) = self.pop_one(place, rules, (segments, elements), stamp.later(count), busy) {
                     return (count, End::Fault(fault));
                 }
                 count += 1;
+            }
+        }
+    }
+
+    /// Have descriptors of the next `count` chains fetched, and what their used entries are written to: a driver on another
+    /// core had them last, and one after the other each would be waited for. Chains of several descriptors that follow each
+    /// other have few of them in a cache line of four, so every second chain is asked for.
+    #[inline(always)]
+    fn prefetch<A: Access>(&self, mem: &A, (descs, heads): (Descs<'_>, Heads<'_>), count: u64) {
+        if count < 2 {
+            return;
+        }
+        let count = u16::try_from(count).unwrap_or(u16::MAX).min(32);
+        self.prefetch_used(mem, count);
+        for ahead in (0..count).step_by(2) {
+            if let Some(head) = heads.head(self.next_avail.wrapping_add(ahead) & self.mask) {
+                descs.prefetch(head);
             }
         }
     }
