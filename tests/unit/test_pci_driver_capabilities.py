@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from virtio_test.driver.access import PciAccess
 from virtio_test.driver.pci import PciRegisters, open_pci
+from virtio_test.driver.pci.capabilities import Capabilities, Ignored, Structure, VendorData
 from virtio_test.errors import StateError, StatusViolation
 from virtio_test.spec.clauses import CLAUSES
 from virtio_test.spec.pci import CapType
@@ -286,6 +287,73 @@ def test_a_region_is_cut_to_its_bar() -> None:
     registers = opened(fake)
     assert registers.config_size() == 0x1000
     assert [each.rule for each in registers.findings] == ["RegionWraps"]
+
+
+@pytest.mark.row("X-capabilities")
+def test_what_of_a_region_lies_in_its_bar_is_enough() -> None:
+    registers = opened(FakePci([common(), notify(), isr(offset=0x3FFF, length=2), device(), window(), msix()]))
+    assert registers.capabilities.structures[CapType.ISR_CFG].length == 1
+    assert [each.rule for each in registers.findings] == ["RegionBeyondBar"]
+
+
+@pytest.mark.row("X-capabilities")
+@pytest.mark.parametrize("kind", ["msix", "vendor"])
+def test_a_capability_ends_where_the_space_ends(kind: str) -> None:
+    fake = FakePci()
+    last = msix() if kind == "msix" else vendor(0x1234)
+    link(fake, 0xF4, GOOD[:-1] if kind == "msix" else GOOD)
+    fake.config[0xF4:] = last
+    registers = open_pci(fake, strict=True)
+    assert isinstance(registers, PciRegisters)
+    assert registers.interrupts.kind == "msix"
+    assert [each.position for each in registers.capabilities.vendor] == ([0xF4] if kind == "vendor" else [])
+
+
+@pytest.mark.row("X-capabilities")
+def test_an_unaligned_link_is_followed_without_its_lowest_bits() -> None:
+    fake = FakePci()
+    link(fake, 0xF7)
+    fake.config[0x34] = 0x42
+    fake.config[0xF4:] = vendor(0x1234)
+    registers = opened(fake)
+    assert [each.rule for each in registers.findings] == ["CapabilityUnaligned"] * 2
+    assert set(registers.capabilities.structures) >= {CapType.COMMON_CFG, CapType.NOTIFY_CFG}
+    assert [each.position for each in registers.capabilities.vendor] == [0xF4]
+
+
+@pytest.mark.row("X-capabilities")
+@pytest.mark.parametrize(
+    ("position", "rule"),
+    [
+        (0x41, "CapabilityUnaligned"),
+        (0x40, "CapabilityLoop"),
+        (0x3C, "CapabilityBelowHeader"),
+        (0x3F, "CapabilityBelowHeader"),
+    ],
+)
+def test_the_list_ends_where_it_leads_back(position: int, rule: str) -> None:
+    fake = FakePci()
+    link(fake, position)
+    read, left = fake.read_config, iter(range(2000))
+
+    def read_config(offset: int, size: int) -> int:
+        next(left)
+        return read(offset, size)
+
+    fake.read_config = read_config
+    registers = opened(fake)
+    assert [each.rule for each in registers.findings] == [rule]
+    assert registers.capabilities.ignored == []
+
+
+def test_any_virtio_capability_makes_a_virtio_function() -> None:
+    place = Structure(CapType.ISR_CFG, 0x40, 0, 0, 1)
+    assert not Capabilities().virtio
+    assert Capabilities(structures={CapType.ISR_CFG: place}).virtio
+    assert Capabilities(shared_memory={0: place}).virtio
+    assert Capabilities(vendor=[VendorData(0x40, 0x1234, b"")]).virtio
+    assert Capabilities(ignored=[Ignored(0x40, 7, "reserved type")]).virtio
+    assert Capabilities(broken={CapType.ISR_CFG: StatusViolation("MissingIsr", "4.1.4.5.1", "none")}).virtio
 
 
 def test_shared_memory_and_vendor_data() -> None:

@@ -20,12 +20,13 @@ from virtio_test.driver.base import Driver
 from virtio_test.driver.pci import open_pci
 from virtio_test.errors import InvalidArgument, SavedStateError
 from virtio_test.features import FeatureSet
+from virtio_test.transport import saved
 from virtio_test.transport.mmio import VirtioMmio
 from virtio_test.transport.pci.function import VirtioPci
 
 from tests.property.test_saved_state import places
 from tests.unit.test_saved_state import LAYOUT, echo, through_json
-from tests.unit.ways import WAYS, reach
+from tests.unit.ways import WAYS, Way, features, reach
 
 NO_DIGITS = 10**5000
 """Python refuses to write it in decimal."""
@@ -154,6 +155,79 @@ def test_a_device_that_cannot_do_what_is_offered(way: str) -> None:
     with pytest.raises(SavedStateError, match="is offered here"):
         over.side.restore(copy.deepcopy(before), device=plain())
     assert through_json(over.side.save()) == before
+
+
+# --- which parts of a queue hang on which status ---------------------------------------------------------------------
+
+
+def running(ring: str = "split") -> tuple[Way, dict[str, Any]]:
+    """A device whose driver runs one queue, and what it saves."""
+    over = reach(echo(), "in process")
+    Driver(over.registers, wanted=features(ring), layout=LAYOUT).initialize()
+    state = through_json(over.side.save())
+    assert state["queues"][0]["avail"] is not None
+    return over, state
+
+
+@pytest.mark.row("R03", "R09")
+@pytest.mark.parametrize(
+    ("status", "enabled"),
+    [
+        pytest.param(0x0F, False, id="set up and not enabled"),
+        pytest.param(0x0B, True, id="before DRIVER_OK"),
+        pytest.param(0x4F, True, id="broken"),
+    ],
+)
+def test_a_queue_that_does_not_run_has_no_position(status: int, *, enabled: bool) -> None:
+    over, state = running()
+    state["status"] = status
+    state["queues"][0].update(enabled=enabled, avail=None, used=None)
+    over.side.restore(state)
+    assert over.bank.status.value == status
+    assert through_json(over.side.save())["queues"][0]["avail"] is None
+
+
+@pytest.mark.row("R03", "R09")
+@pytest.mark.parametrize(("status", "enabled"), [(0x03, True), (0x0F, False)])
+def test_a_queue_that_cannot_run_has_no_position(status: int, *, enabled: bool) -> None:
+    over, state = running()
+    state["status"] = status
+    state["queues"][0]["enabled"] = enabled
+    with pytest.raises(SavedStateError, match="has a position, and is not enabled"):
+        over.side.restore(state)
+
+
+@pytest.mark.row("R01")
+@pytest.mark.parametrize("ring", ["split", "packed"])
+def test_only_a_packed_ring_has_any_size(ring: str) -> None:
+    over, state = running(ring)
+    state["queues"][0].update(size=5, enabled=False, avail=None, used=None)
+    if ring == "packed":
+        over.side.restore(state)
+        assert through_json(over.side.save())["queues"][0]["size"] == 5
+    else:
+        with pytest.raises(SavedStateError, match="is 5, which no queue of this format has"):
+            over.side.restore(state)
+
+
+def test_a_queue_that_nobody_wrote_to_is_not_saved() -> None:
+    assert through_json(VirtioMmio(echo()).save())["bank"]["queues"] == []
+
+
+@pytest.mark.row("R08")
+def test_features_of_a_legacy_driver_count_once_it_stands_by_them() -> None:
+    """Until then it may have written any."""
+    side = VirtioPci(echo(), flavour="transitional")
+    state: Any = through_json(side.save())
+    state["bank"].update(interface="legacy", status=0x03, features=1 << 23)
+    side.restore(state)
+    assert through_json(side.save())["bank"]["features"] == 1 << 23
+
+
+def test_true_is_no_version() -> None:
+    saved.version(1, 1)
+    with pytest.raises(SavedStateError, match="version True, this is version 1"):
+        saved.version(True, 1)  # noqa: FBT003 - what JSON calls true
 
 
 # --- what a driver would not be told --------------------------------------------------------------------------------

@@ -173,8 +173,7 @@ def walk(function: PciFunction) -> Capabilities:
         problem = _judge_link(position, before, seen)
         if problem is not None:
             function.findings.note(problem)
-            if problem.rule != "CapabilityUnaligned":
-                break
+            # One that leads into the header or back does so without its lowest bits too.
             position &= ~0x3
             if position in seen or position < pcibus.HEADER_SIZE:
                 break
