@@ -123,13 +123,9 @@ impl<const COPY: bool> End for Ours<COPY> {
 }
 
 /// Read a request and write its answer; what was read.
+#[expect(clippy::inline_always, reason = "the call would be measured too")]
 #[inline(always)]
-fn answer<'a>(
-    mem: &Mapped<'_>,
-    element: &Element,
-    segments: &[Segment],
-    request: &'a mut [u8; ROOM],
-) -> &'a [u8] {
+fn answer<'a>(mem: &Mapped<'_>, element: &Element, segments: &[Segment], request: &'a mut [u8; ROOM]) -> &'a [u8] {
     let segments = &segments[element.first..element.first + element.count];
     let iov = Iov::new(segments, element.epoch);
     let room = usize::try_from(element.readable).unwrap_or(ROOM).min(ROOM);
