@@ -126,6 +126,14 @@ def test_a_region_ends_where_addresses_and_offsets_end(file: OwnedFd) -> None:
     assert len(dma) == 2
 
 
+def test_a_region_that_ends_where_addresses_do_is_refused_before_it_is_answered() -> None:
+    dma = table()
+    assert refusal(dma.map, asked(END - 0x1000, 0x1000), None, later=True) == "DmaRange"
+    dma.map(asked(END - 0x2000, 0x1000), None, later=True)
+    dma.settle()
+    assert len(dma) == 1
+
+
 def test_a_region_needs_a_regular_file() -> None:
     left, right = os.pipe()
     os.close(right)

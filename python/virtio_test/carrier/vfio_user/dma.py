@@ -101,7 +101,8 @@ class DmaTable:
         region = _Region(asked.address, asked.size)
         if not asked.flags or asked.flags & ~(_READABLE | _WRITEABLE):
             raise Refused(errno.EINVAL, "DmaFlags", f"{region} with flags {asked.flags:#x}")
-        if not region.size or region.end > _END or asked.offset + region.size > _END:
+        # Guest memory has no region that holds the last address of all.
+        if not region.size or region.end >= _END or asked.offset + region.size > _END:
             raise Refused(errno.EINVAL, "DmaRange", f"{region}, file offset {asked.offset:#x}")
         for other in self._regions.values():
             if region.address < other.end and other.address < region.end:
