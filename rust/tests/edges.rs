@@ -209,7 +209,7 @@ fn a_ring_that_vanished_in_part_is_given_nothing_back() {
             device.complete(&pin.mapped(), &ticket, 8).map(u64::from)
         };
         let Err(QueueError::Violation(fault)) = completed else {
-            panic!("packed: {packed}, burst: {burst}, {gone:#x}: {completed:?}")
+            unreachable!("packed: {packed}, burst: {burst}, {gone:#x}: {completed:?}")
         };
         assert_eq!((fault.rule, device.broken()), (Rule::RingUnmapped, true));
     }
