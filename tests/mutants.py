@@ -272,6 +272,7 @@ class Judge:
     def __init__(self, mutants: Sequence[Mutant], jobs: int, budget: float, show: Callable[[str], object]) -> None:
         self.mutants, self.jobs, self.budget, self.show = mutants, jobs, budget, show
         self.reasons = reasons.read(REASONS)
+        self.names = dict(zip(MUTANTS, reasons.numbered(mutant.name for mutant in MUTANTS), strict=True))
         self.failed = self.late = False
         self.survive = self.equivalent = 0
         self.ran = False
@@ -406,7 +407,7 @@ class Judge:
 
     def say(self, mutant: Mutant, tests: int, code: int) -> None:
         """What is worth a line of a mutant that was judged."""
-        reason = self.reasons.get(reasons.plain(mutant.name))
+        reason = self.reasons.get(self.names[mutant])
         if code != 0 and reason:
             self.show(f"noticed, though it has a reason: {mutant}")
         elif code in LATE:

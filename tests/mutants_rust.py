@@ -298,6 +298,7 @@ def main() -> int:
         print("\n".join(str(found[number - 1]) for number in chosen))
         return 0
     why = reasons.read(REASONS)
+    names = reasons.numbered(mutant.name for mutant in found)
     stale = reasons.stale(why, (mutant.name for mutant in found))
     for name in stale:
         print(f"no such mutant, though it has a reason: {name}")
@@ -307,7 +308,7 @@ def main() -> int:
         tests = sorted(pool.map(look, build()), key=lambda test: test.seconds)
         for number, what in zip(chosen, pool.map(partial(judge, tests), chosen), strict=True):
             mutant = found[number - 1]
-            line = say(what, mutant, why.get(reasons.plain(mutant.name)))
+            line = say(what, mutant, why.get(names[number - 1]))
             survive += line.startswith(("SURVIVES", "NOT"))
             equivalent += line.startswith("equivalent")
             if line:

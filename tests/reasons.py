@@ -1,11 +1,13 @@
 """Why a mutant that no test notices is none: a list beside each tool that makes mutants.
 
 One line for each mutant, as the tool names it, without the number of its line; below one or more of them, indented,
-the reason that they share. What begins with `#` is a remark.
+the reason that they share. Where several of one function are called alike, those behind the first end in ` (2)`, ` (3)`
+and so on, in the order of the text. What begins with `#` is a remark.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,5 +40,15 @@ def read(path: Path) -> dict[str, str]:
 
 def stale(reasons: Iterable[str], mutants: Iterable[str]) -> list[str]:
     """What has a reason and is no mutant any more."""
-    there = {plain(name) for name in mutants}
+    there = set(numbered(mutants))
     return [name for name in reasons if name not in there]
+
+
+def numbered(names: Iterable[str]) -> list[str]:
+    """The same, each once: of those that are called alike each but the first gets its number."""
+    seen = Counter[str]()
+    told = list[str]()
+    for name in map(plain, names):
+        seen[name] += 1
+        told.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return told

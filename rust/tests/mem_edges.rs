@@ -1,5 +1,5 @@
-//! Edges of memory, found by breaking it in every small way (`make mutants-rust`): where words that belong together end, what
-//! the kernel may be given at once, and what is refused inside a transfer.
+//! Edges of memory, found by breaking it in every small way (`make mutants-rust`): where words that belong together end, and
+//! what the kernel may be given at once.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,8 +12,8 @@
 mod common;
 
 use std::os::fd::AsFd as _;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 
 use common::far::Far;
 use common::files::{file, lost, received};
@@ -24,7 +24,7 @@ use virtio_test::chain::Segment;
 use virtio_test::iov::Iov;
 use virtio_test::mem::{
     Access, AliasSpec, Area, At, Backing, Elsewhere, GuestMemory, Log, MAX_TRANSLATIONS, MemoryError, RegionError,
-    RegionSpec, Trace, Transfer, TransferFailed, Vector, Want, transferring,
+    RegionSpec, Trace, Vector, Want,
 };
 
 const PAGE: u64 = 0x1000;
@@ -255,50 +255,6 @@ fn a_memory_of_translations_holds_4096_of_them() {
     shown.translate(vec![], (0..limit).map(one).collect()).unwrap();
     let more = shown.translate(vec![], vec![one(limit)]);
     assert!(matches!(more, Err(RegionError::TooMany { .. })), "{more:?}");
-}
-
-/// Tries, from inside of a transfer of one memory, what would wait for that.
-#[derive(Debug, Default)]
-struct Meddler {
-    mem: Mutex<Option<Arc<GuestMemory>>>,
-}
-
-impl Transfer for Meddler {
-    fn read(&self, _: u64, dst: &mut [u8]) -> Result<(), TransferFailed> {
-        let mem = self.mem.lock().unwrap().clone().unwrap();
-        let other = GuestMemory::new(vec![], None).unwrap();
-        assert_eq!(other.follow(&mem), Err(RegionError::InTransfer));
-        assert_eq!(mem.follow(&other), Err(RegionError::InTransfer));
-        assert_eq!(mem.set_log(None), Err(RegionError::InTransfer));
-        assert_eq!(mem.translate(vec![], vec![]), Err(RegionError::InTransfer));
-        let elsewhere = std::thread::scope(|scope| scope.spawn(transferring).join().unwrap());
-        assert!(transferring() && !elsewhere, "of this thread alone");
-        dst.fill(1);
-        Ok(())
-    }
-
-    fn write(&self, _: u64, _: &[u8]) -> Result<(), TransferFailed> {
-        Err(TransferFailed)
-    }
-}
-
-#[test]
-fn inside_a_transfer_nothing_is_waited_for() {
-    let meddler = Arc::new(Meddler::default());
-    let spec = RegionSpec {
-        gpa: 0,
-        size: 64,
-        backing: Backing::Remote {
-            transfer: Arc::clone(&meddler) as _,
-            writable: true,
-        },
-    };
-    let mem = Arc::new(GuestMemory::new(vec![spec], None).unwrap());
-    *meddler.mem.lock().unwrap() = Some(Arc::clone(&mem));
-    let mut byte = [0];
-    mem.read(0, &mut byte).unwrap();
-    assert_eq!(byte, [1]);
-    *meddler.mem.lock().unwrap() = None;
 }
 
 // ------------------------------------------------------------------------------------------- copies and logs

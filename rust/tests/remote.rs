@@ -218,7 +218,7 @@ fn remote_regions_are_checked_as_others_are() {
     );
 }
 
-/// Looks at the memory that it serves from inside a transfer.
+/// From inside a transfer looks at the memory that it serves, and tries what would wait for it.
 #[derive(Debug, Default)]
 struct Nosy {
     mem: Mutex<Option<Arc<GuestMemory>>>,
@@ -236,6 +236,12 @@ impl Transfer for Nosy {
         let other = GuestMemory::new(vec![region(0, PAGE)], None).unwrap();
         assert!(!other.in_transfer());
         other.add(region(PAGE, PAGE)).unwrap();
+        assert_eq!(other.follow(&mem), Err(RegionError::InTransfer));
+        assert_eq!(mem.follow(&other), Err(RegionError::InTransfer));
+        assert_eq!(mem.set_log(None), Err(RegionError::InTransfer));
+        assert_eq!(mem.translate(vec![], vec![]), Err(RegionError::InTransfer));
+        let elsewhere = std::thread::scope(|scope| scope.spawn(transferring).join().unwrap());
+        assert!(!elsewhere, "of this thread alone");
         self.asked.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

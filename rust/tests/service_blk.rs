@@ -398,10 +398,13 @@ fn a_turn_says_whether_something_is_to_be_noted() {
 #[test]
 fn what_takes_long_counts_as_bytes() {
     let eight = segment(0, 8, 0);
+    let none = segments(&[(0, 0, UNMAP), (0, 0, 0), (1, 0, UNMAP)]);
     for (kind, data, charge) in [
         (FLUSH, &[][..], 1 << 20),
         (DISCARD, &eight, 8 * 512),
         (WRITE_ZEROES, &eight, 8 * 512),
+        (WRITE_ZEROES, &none, 3 * 512),
+        (DISCARD, &none[16..32], 512),
         (IN, &[], 0),
     ] {
         let weight = 17 + data.len() as u64 + charge;

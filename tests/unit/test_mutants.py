@@ -53,6 +53,11 @@ def test_a_reason_whose_mutant_is_gone_is_stale() -> None:
     assert reasons.stale(["a b", "c"], ["a   b"]) == ["c"]
 
 
+def test_mutants_that_are_called_alike_have_reasons_of_their_own() -> None:
+    assert reasons.numbered(["a  b", "c", "a b", "a b"]) == ["a b", "c", "a b (2)", "a b (3)"]
+    assert reasons.stale(["a b (2)", "c (2)"], ["a  b", "c", "a b"]) == ["c (2)"]
+
+
 def test_each_python_mutant_with_a_reason_is_there() -> None:
     there = [mutant.name for mutant in mutants.everywhere()]
     assert len(there) > 2500

@@ -431,7 +431,8 @@ class BlkDevice(NativeDevice):
             if count > config[f"max_{name}_sectors"] or not self._within(sector, count * SECTOR):
                 return _IOERR
         for sector, count, flags in segments:
-            self.charge(count * SECTOR)
+            # One of no sectors is a call to the host all the same.
+            self.charge(max(count, 1) * SECTOR)
             if discard:
                 self.image.discard(sector * SECTOR, count * SECTOR)
             else:

@@ -367,7 +367,8 @@ impl Disk {
         }
         for (sector, sectors, how) in parsed() {
             let (place, len) = (sector.saturating_mul(SECTOR), u64::from(sectors).saturating_mul(SECTOR));
-            request.charge = request.charge.saturating_add(len);
+            // One of no sectors is a call to the host all the same.
+            request.charge = request.charge.saturating_add(len.max(SECTOR));
             if discard {
                 self.image.discard(place, len)?;
             } else {

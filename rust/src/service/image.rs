@@ -136,11 +136,12 @@ impl Image {
         if unmap && self.punch(place, len)? {
             return Ok(());
         }
+        let most = |len: u64| usize::try_from(len).unwrap_or(ZEROS).min(ZEROS);
         self.buffer.clear();
-        self.buffer.resize(ZEROS, 0);
+        self.buffer.resize(most(len), 0);
         let mut done = 0;
         while done < len {
-            let length = usize::try_from(len - done).unwrap_or(ZEROS).min(ZEROS);
+            let length = most(len - done);
             let zeros = self.buffer.get(..length).unwrap_or_default();
             let at = place.checked_add(done).ok_or(Errno::IO)?;
             match retry_on_intr(|| pwrite(&self.file, zeros, at))? {

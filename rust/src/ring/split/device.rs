@@ -186,7 +186,8 @@ impl SplitDevice {
 
     /// Have descriptors of the next `count` chains fetched, and what their used entries are written to: a driver on another
     /// core had them last, and one after the other each would be waited for. Chains of several descriptors that follow each
-    /// other have few of them in a cache line of four, so every second chain is asked for. What is read for this is for nothing else.
+    /// other have few of them in a cache line of four, so every second chain is asked for. What is read for this is for
+    /// nothing else.
     #[inline(always)]
     fn prefetch<A: Access>(&self, mem: &A, (descs, heads): (Descs<'_>, Heads<'_>), count: u64) {
         if count < 2 {
