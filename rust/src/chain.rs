@@ -114,8 +114,10 @@ impl Elements for Option<Element> {
         self.as_mut_slice().get_mut(..count).unwrap_or_default()
     }
 
-    fn drop_newest(&mut self, _: usize) {
-        *self = None;
+    fn drop_newest(&mut self, count: usize) {
+        if count > 0 {
+            *self = None;
+        }
     }
 }
 
@@ -533,4 +535,36 @@ fn missing(addr: u64, len: u64, error: MemoryError) -> Option<Missing> {
         len,
         want,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Element, Elements};
+
+    const ELEMENT: Element = Element {
+        readable: 1,
+        writable: 2,
+        first: 3,
+        count: 4,
+        epoch: 5,
+        seq: 6,
+        generation: 7,
+        head: 8,
+        position: 9,
+        descriptors: 10,
+        slots: 11,
+        entry: 12,
+    };
+
+    #[test]
+    fn as_many_are_dropped_as_is_said_wherever_they_go() {
+        let (mut many, mut one) = (Vec::new(), None);
+        for into in [&mut many as &mut dyn Elements, &mut one] {
+            into.put(ELEMENT);
+            into.drop_newest(0);
+            assert_eq!(into.newest(1), [ELEMENT]);
+            into.drop_newest(1);
+            assert!(into.newest(1).is_empty());
+        }
+    }
 }
