@@ -87,7 +87,7 @@ class FrameDecoder(ABC, Generic[_H, _M]):
         Raises:
             MessageError: in the middle of a message.
         """
-        if self.pending and not self._dead:
+        if self.pending:
             have = len(self._buffer) + (self._header_bytes if self._header else 0)
             self.close()
             raise self.violation("Truncated", f"the connection was closed after {have} bytes of a message")
