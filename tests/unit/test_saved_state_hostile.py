@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from virtio_test._core import DriverQueue, QueueConfig, RingLayout
+from virtio_test.carrier.loopback import Loopback
 from virtio_test.carrier.pci import PciLoopback
 from virtio_test.clock import to_nanoseconds
 from virtio_test.config import ConfigLayout, ConfigSpace
@@ -228,6 +230,54 @@ def test_true_is_no_version() -> None:
     saved.version(1, 1)
     with pytest.raises(SavedStateError, match="version True, this is version 1"):
         saved.version(True, 1)  # noqa: FBT003 - what JSON calls true
+
+
+@pytest.mark.row("R08")
+def test_a_device_is_suspended_where_that_was_negotiated() -> None:
+    suspend = FeatureSet("SUSPEND")
+    over = reach(echo(), "in process", more=suspend)
+    Driver(over.registers, wanted=features("split") | suspend, layout=LAYOUT).initialize()
+    state: Any = {**through_json(over.side.save()), "status": 0x1B}
+    over.side.restore(state)
+    assert over.bank.status.value == 0x1B
+    state["features"] &= ~suspend.bits
+    with pytest.raises(SavedStateError, match="SUSPEND was not negotiated"):
+        over.side.restore(state)
+    assert over.bank.status.value == 0x1B
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_true_is_no_number(value: int) -> None:
+    assert saved.number(value, "size", 1) == value
+    with pytest.raises(SavedStateError, match="not a number from 0 to 0x1"):
+        saved.number(bool(value), "size", 1)
+    for wrong in (2, -1, 1.0, None):
+        with pytest.raises(SavedStateError, match="not a number from 0 to 0x1"):
+            saved.number(wrong, "size", 1)
+
+
+class Own(BaseDevice):
+    """A device with a part of its own, which it takes as it is."""
+
+    def save(self) -> dict[str, object]:
+        return {"own": getattr(self, "own", None)}
+
+    def check_state(self, state: Mapping[str, object]) -> None:
+        pass
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        self.own = state["own"]
+
+
+@pytest.mark.parametrize("value", [None, True, 1, 1.5, "a", [None, [1]], {"a": None}])
+def test_a_device_may_save_what_json_has(value: object) -> None:
+    device = Own(7, handlers={}, queue_sizes=())
+    side = Loopback(device)
+    side.restore({**side.save(), "device": {"own": value}})
+    assert side.save()["device"] == {"own": value}
+    for wrong in (b"", (1,), {1: 2}):
+        with pytest.raises(SavedStateError, match=r"no JSON value|no text"):
+            side.restore({**side.save(), "device": {"own": [value, wrong]}})
 
 
 # --- what a driver would not be told --------------------------------------------------------------------------------

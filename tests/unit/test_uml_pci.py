@@ -100,9 +100,9 @@ def test_both_devices_have_one_memory() -> None:
     with pytest.raises(StateError, match="one memory"):
         Loopback(UmlPci(function))
     with pytest.raises(InvalidArgument, match="loop and the memory"):
-        serve_uml(lambda loop, _: VirtioPci(upper(), loop=loop), "unused")
+        serve_uml(lambda loop, _: VirtioPci(upper(), loop=loop), "none/unused")
     with pytest.raises(InvalidArgument, match="loop and the memory"):
-        serve_uml(lambda _, memory: VirtioPci(upper(), memory=memory), "unused")
+        serve_uml(lambda _, memory: VirtioPci(upper(), memory=memory), "none/unused")
     with pytest.raises(InvalidArgument, match="regions of its own"):
         Backend(upper(), path="unused", memory=GuestMemory([(0, 4096)]))
 
@@ -176,6 +176,17 @@ def test_a_wide_transfer_is_made_of_aligned_accesses(at: int, size: int, accesse
     seen.clear()
     kernel.send([command(Op.MMIO_WRITE, at, size, bar=MSIX_BAR, data=bytes(16))])
     assert seen == accesses
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_a_transfer_may_end_where_its_space_does(size: int) -> None:
+    kernel = UmlKernel(upper())
+    open_pci(kernel)
+    assert kernel.send([command(Op.CFG_READ, 4096 - size, size)], [8]) == b"\xff" * size
+    kernel.send([command(Op.MMIO_WRITE, 0x1000 - size, size, bar=MSIX_BAR, data=bytes(8))])
+    kernel.send([command(Op.MMIO_MEMSET, 0x1000 - size, size, bar=MSIX_BAR, data=b"x")])
+    assert len(kernel.send([command(Op.MMIO_READ, 0x1000 - size, size, bar=MSIX_BAR)], [8])) == size
+    assert kernel.uml.errors == []
 
 
 MALFORMED: list[tuple[bytes, str]] = [

@@ -26,6 +26,8 @@ HALF: Final = 8 << 20
 WINDOW: Final = 0xF000_0000
 VECTOR: Final = 64
 MESSAGES: Final = 0xA0000
+TURNS: Final = 100
+"""How often the command queue is looked at for an answer."""
 
 
 def command(op: int, address: int = 0, size: int = 0, *, bar: int = 0, data: bytes = b"") -> bytes:
@@ -80,9 +82,14 @@ class UmlKernel:
             self.memory.write(address, piece)
         token = queue.add(readable, writable)
         queue.signal()
-        while (used := queue.get_used()) is None:
+        used = queue.get_used()
+        for _ in range(TURNS):
+            if used is not None:
+                break
             assert self.outer.broken is None
             self.uml.kicked(0)
+            used = queue.get_used()
+        assert used is not None
         assert used[0] == token
         answer = b"".join(self.memory.read(address, size) for address, size in writable)[: used[1]]
         for address, _ in (*readable, *writable):
