@@ -376,6 +376,54 @@ def test_a_queue_is_reset_by_a_one() -> None:
     assert world.rules() == {"BadQueueReset": 2, "NoSuchQueue": 1}
 
 
+def test_accesses_that_are_no_register_of_the_common_configuration() -> None:
+    world = World()
+    for offset, size in ((0, 2), (1, 4), (0x14, 2), (0x20, 1), (0x24, 2)):
+        assert world.read(world.layout.common, offset, size) == (1 << 8 * size) - 1
+        world.write(world.layout.common, offset, size, 0)
+    assert world.rules() == {"AccessWidth": 10}
+
+
+# --- saved states ---------------------------------------------------------------------------------------------
+
+
+def test_as_many_queues_as_were_saved() -> None:
+    world = World()
+    state = world.function.save()
+    three = upper(handlers=dict.fromkeys(range(3), bytes.upper), queue_sizes=(SIZE,) * 3)
+    with pytest.raises(SavedStateError, match="the device has 3 queues, this function 2"):
+        world.function.restore(state, device=three)
+    world.function.restore(state, device=upper())
+
+
+@pytest.mark.parametrize(
+    ("capability", "offset", "bits", "says"),
+    [
+        (None, 0, 1, "0xf5 at 0x0, which is not of this function"),
+        (None, 0x3C, 0x2A, None),
+        ("power", 4, 1, "power state is D1"),
+        ("power", 4, 2, "power state is D2"),
+        ("power", 4, 3, None),
+        ("reset", 4, 1, "in the middle of a reset"),
+        ("reset", 4, 0, None),
+    ],
+)
+def test_configuration_space_as_software_could_have_left_it(
+    capability: str | None, offset: int, bits: int, says: str | None
+) -> None:
+    world = World()
+    state: Any = world.function.save()
+    config = bytearray.fromhex(state["function"]["config"])
+    config[offset if capability is None else world.capability(capability) + offset] |= bits
+    state["function"]["config"] = config.hex()
+    if says is None:
+        world.function.restore(state)
+        assert world.function.save()["function"] == state["function"]
+    else:
+        with pytest.raises(SavedStateError, match=says):
+            world.function.restore(state)
+
+
 # --- the window -----------------------------------------------------------------------------------------------
 
 

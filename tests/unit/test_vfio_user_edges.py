@@ -128,6 +128,7 @@ def test_a_payload_with_a_tail_has_its_own_sizes() -> None:
 def test_the_most_writes_at_once() -> None:
     most = WriteMulti((WriteOne(0, 0, 8, bytes(8)),) * MAX_WRITES)
     assert WriteMulti.parse(most.pack()) == most
+    assert WriteMulti.parse(bytes(8)) == WriteMulti(())
     with pytest.raises(ValueError, match=f"for {MAX_WRITES + 1} writes"):
         WriteMulti.parse(WriteMulti((*most.writes, most.writes[0])).pack())
     with pytest.raises(ValueError, match="8 or more"):
@@ -409,6 +410,15 @@ def test_fds_that_can_hold_no_connection(pair: tuple[socket.socket, socket.socke
     wire.close()
     for fd in opened:
         os.close(fd)
+
+
+def test_a_peer_that_has_gone_is_told_by_an_end_without_bytes(pair: tuple[socket.socket, socket.socket]) -> None:
+    wire = Wire(pair[0], "server")
+    assert wire.receive() is None
+    assert not wire.closed
+    pair[1].close()
+    assert wire.receive() is None
+    assert wire.closed
 
 
 def test_a_message_goes_in_parts_while_the_patience_lasts(pair: tuple[socket.socket, socket.socket]) -> None:
