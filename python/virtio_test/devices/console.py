@@ -265,11 +265,9 @@ class ConsoleDevice(ChainDevice):
         # Whoever releases a device that is held kicks its queues.
         if queue is None or self._held:
             return False
-        port = self._receive.get(index)
-        if port is None and index != CONTROL_RECEIVE_QUEUE:
-            return False
         try:
-            return self._pour(queue, port)
+            # No port: the control queue. Every other one is filled for a port, or is not filled at all.
+            return self._pour(queue, self._receive.get(index))
         except QueueViolation as error:
             # Input comes at any time, so nobody stands around this.
             self.bus.broken(error)

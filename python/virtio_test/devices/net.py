@@ -212,8 +212,6 @@ class NetDevice(NativeDevice):
         super().start_queue(queue)
         if queue.index == self.control_queue:
             self.changed()
-        if self._services:
-            return
         # A receive buffer that arrives is looked at when there is something to put in.
         if self._pair_of(queue.index) is not None and not isinstance(self.backend, Generate):
             queue.disable_kicks()

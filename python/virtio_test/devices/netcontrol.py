@@ -121,8 +121,6 @@ class Control:
             message = f"command {request[:2].hex('.') or 'missing'} of {chain.readable} bytes{room}"
             place = {"queue": chain.queue_index, "head": chain.head}
             self._device.note(RequestViolation("CommandMalformed", "5.1.9.5", message, **place))
-        if not chain.writable:
-            return 0
         return chain.write(bytes((CONTROL_OK if done else CONTROL_ERR,)))
 
     def _do(self, kind: int, command: int, data: bytes) -> bool:
