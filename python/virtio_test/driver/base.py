@@ -457,7 +457,7 @@ class Driver:
 
     def _called(self, queue_index: int) -> None:
         queue = self.queues.get(queue_index)
-        if queue is None or queue.latched is not None or self._broken is not None:
+        if queue is None or self._broken is not None:
             return
         if self._suspended:
             self._calls_waiting.add(queue_index)
@@ -467,8 +467,9 @@ class Driver:
             for _ in range(queue.size):
                 if (used := queue.get_used()) is not None:
                     self._complete(queue_index, *used)
-                    # What was told may have reset the queue, or found the device broken: nothing is in flight then.
-                    if self.queues.get(queue_index) is not queue or self._broken is not None:
+                    # What was told may have found the device broken: nothing is in flight then, and so it is with a
+                    # queue that was reset, from which nothing more comes.
+                    if self._broken is not None:
                         return
                 elif not queue.enable_calls():
                     return

@@ -223,7 +223,6 @@ class BlkDriver(Driver):
 
     def set_up(self) -> None:
         """See `Driver.set_up`."""
-        self._requests.clear()
         self._size_max = self.field("size_max") or None
         self._seg_max = self.field("seg_max") or (1 if "SEG_MAX" in self.features else None)
         self.capacity = self.field("capacity") or 0
@@ -419,7 +418,7 @@ class BlkDriver(Driver):
                     break
                 except (QueueFull, StateError):
                     waiting = next((each for each in requests if not each.done), None)
-                    if waiting is None or not self.live:
+                    if waiting is None:
                         raise
                     self._flush_all()
                     waiting.wait(timeout=timeout)
@@ -475,9 +474,7 @@ class BlkDriver(Driver):
         super()._complete(queue_index, token, whole if id(request) in self._requests else written)
 
     def _request_done(self, request: Request) -> None:
-        blk = self._requests.pop(id(request), None)
-        if blk is None:
-            return
+        blk = self._requests.pop(id(request))
         blk.error = request.error
         if request.error is None:
             request.written = self._said

@@ -90,12 +90,12 @@ class Interrupts:
         if self._table is None:
             self._queues[index] = 0
             return
-        while True:
+        size = wanted = 0
+        # Where the bus has fewer messages than the table has entries, the table is as small as the bus.
+        while size != self._table.size:
             size = self._table.size
             wanted = 1 + index % (size - 1) if size > 1 else 0
-            # Where the bus has fewer messages than the table has entries, the table is as small as the bus.
-            if self._table.program(wanted) or size == self._table.size:
-                break
+            self._table.program(wanted)
         choices = [wanted] if wanted == 0 else [wanted, 0]
         self._queues[index] = self._map(choices, write, read, f"queue {index}", index)
 

@@ -94,11 +94,11 @@ def _check_legacy(function: PciFunction, found: Capabilities, *, forced: bool) -
         return
     if forced:
         raise StateError("the function has no legacy interface: its BAR 0 is no I/O space that could hold one")
-    problem = found.missing(CapType.COMMON_CFG)
-    if function.transitional or problem is None:
+    if function.transitional:
         text = "no virtio capability, and BAR 0 is no I/O space that could hold the legacy interface"
         raise StatusViolation("NoInterface", "4.1.5.1.1.1", text)
-    raise problem
+    # There is none: what a modern device lacks first.
+    found.require(CapType.COMMON_CFG)
 
 
 def _choose(function: PciFunction, found: Capabilities, wanted: Literal["auto", "msix", "intx"]) -> bool:

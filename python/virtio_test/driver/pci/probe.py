@@ -193,14 +193,15 @@ def _bar_of(index: int, low: int, high: int) -> BarInfo | None:
         if not bits >> 16:
             # A PC has 16 bits of I/O addresses, and a BAR need not have more.
             bits |= 0xFFFF_0000
-        width, least = 32, 4
+        width = 32
     elif kind == pcibus.BAR_TYPE_64:
-        bits, width, least = low & ~0xF | high << 32, 64, 16
+        bits, width = low & ~0xF | high << 32, 64
     elif kind == pcibus.BAR_TYPE_32:
-        bits, width, least = low & ~0xF, 32, 16
+        bits, width = low & ~0xF, 32
     else:
         return None
+    # The lowest bits are no address, so that no size is below 4 or 16 bytes.
     size = bits & -bits
-    if size < least or bits != (1 << width) - size:
+    if bits != (1 << width) - size:
         return None
     return BarInfo(index, size, io, width == 64)
