@@ -33,7 +33,7 @@ PACKED = FeatureSet("VERSION_1", "RING_PACKED").bits
 
 
 class Patient(FakePci):
-    """Writes down what is read of the configuration space, for as long as that has an end."""
+    """Writes down what is read of the configuration space."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.looked: list[int] = []
@@ -41,7 +41,6 @@ class Patient(FakePci):
 
     def read_config(self, offset: int, size: int) -> int:
         self.looked.append(offset)
-        assert len(self.looked) < 1000
         return super().read_config(offset, size)
 
 
