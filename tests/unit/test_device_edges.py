@@ -13,8 +13,9 @@ import pytest
 from virtio_test._core import Chain, DeviceQueue, PacketService
 from virtio_test.carrier.loopback import Loopback
 from virtio_test.device import RING_FEATURES
-from virtio_test.devices.base import BaseDevice, batched, kept
+from virtio_test.devices.base import BaseDevice, Batched, Kept, batched, kept
 from virtio_test.devices.blk import BlkDevice
+from virtio_test.devices.chains import ChainDevice
 from virtio_test.devices.console import ConsoleDevice, ConsolePort
 from virtio_test.devices.image import FileImage
 from virtio_test.devices.native import NativeDevice, Threads
@@ -116,6 +117,29 @@ def test_a_queue_that_does_not_run_is_not_kicked() -> None:
         NativeDevice(1, services={(0, 1): PacketService("drop")}, chains={}, queue_sizes=(8, 8)),
     ]
     assert [device.kicked(0) for device in devices] == [False] * 4
+
+
+def test_a_queue_without_a_handler_is_left_alone() -> None:
+    device = ChainDevice(7, chains={}, queue_sizes=(8,))
+    loopback = Loopback(device)
+    driver = Driver(loopback)
+    driver.initialize()
+    driver.submit(0, [b"x"])
+    assert not device.kicked(0)
+    assert loopback.queue(0).counters.popped == 0
+
+
+@pytest.mark.parametrize("handler", [nothing, batched(rows, request_size=1, response_size=0), kept(lambda _: None)])
+def test_a_broken_ring_is_no_error_of_the_handler(handler: Callable[[bytes], None] | Batched | Kept) -> None:
+    device = BaseDevice(7, handlers={0: handler})
+    loopback = Loopback(device)
+    driver = Driver(loopback)
+    driver.initialize()
+    driver.queues[0].add([(1 << 50, 1)], [])
+    driver.queues[0].signal()
+    loopback.loop.run_pending()
+    assert device.handler_errors == 0
+    assert [str(error).split(" ")[0] for error in loopback.errors] == ["UnmappedAddress"]
 
 
 # --- kept chains that are completed while their queue stops ----------------------------------------------------
