@@ -6,13 +6,14 @@ driver of ours does.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Final, Literal
 
 import pytest
-from virtio_test._core import DriverQueue, GuestMemory, Notifier, QueueConfig, RingLayout
+from virtio_test._core import DeviceQueue, DriverQueue, GuestMemory, Notifier, QueueConfig, RingLayout
 from virtio_test.devices.base import BaseDevice, kept
-from virtio_test.errors import InvalidArgument, QueueViolation
+from virtio_test.errors import InvalidArgument, QueueViolation, StateError
 from virtio_test.features import FeatureSet
 from virtio_test.loop import OwnerLoop
 from virtio_test.status import Status
@@ -370,3 +371,109 @@ def test_a_call_that_a_thread_pends_beside_a_queue_reset_is_not_delivered() -> N
     machine.bank.call(0)
     machine.run()
     assert machine.calls == []
+
+
+# --- what it asks of its device ------------------------------------------------------------------------------
+
+
+class Counting(BaseDevice):
+    """Counts what its bank asks of it."""
+
+    def __init__(self) -> None:
+        super().__init__(7, handlers={0: bytes.upper, 1: bytes.upper}, queue_sizes=(SIZE, SIZE))
+        self.asked = Counter[str]()
+
+    def activate(self, features: FeatureSet) -> None:
+        self.asked["activate"] += 1
+        super().activate(features)
+
+    def start_queue(self, queue: DeviceQueue) -> None:
+        self.asked[f"start {queue.index}"] += 1
+        super().start_queue(queue)
+
+    def kicked(self, queue_index: int) -> bool:
+        self.asked[f"kick {queue_index}"] += 1
+        return super().kicked(queue_index)
+
+
+def test_a_legacy_driver_that_was_served_before_driver_ok_activates_once() -> None:
+    device = Counting()
+    machine = Machine(device)
+    assert machine.bank.claim("legacy")
+    machine.bank.write_status(UP)
+    machine.bank.place_legacy_queue(0, BASE)
+    assert machine.answers(machine.driver_queue(RingLayout.legacy(SIZE, BASE)))
+    machine.bank.write_status(UP | S.DRIVER_OK)
+    machine.run()
+    assert (device.asked["activate"], device.asked["start 0"]) == (1, 1)
+
+
+@pytest.mark.parametrize("bit", [S.DEVICE_NEEDS_RESET, S.FAILED])
+def test_a_legacy_device_that_broke_or_was_given_up_is_not_live(bit: Status) -> None:
+    device = Counting()
+    machine = Machine(device)
+    assert machine.bank.claim("legacy")
+    machine.bank.write_status(UP | S.DRIVER_OK)
+    machine.bank.place_legacy_queue(0, BASE)
+    machine.run()
+    assert machine.bank.live
+    if bit == S.FAILED:
+        machine.bank.write_status(UP | S.DRIVER_OK | S.FAILED)
+    else:
+        machine.bank.broken(ValueError("the device's own"))
+    machine.run()
+    assert not machine.bank.live
+    before = device.asked["kick 0"]
+    machine.bank.kick(0)
+    machine.bank.call(0)
+    machine.run()
+    assert device.asked["kick 0"] == before
+    assert machine.calls == []
+
+
+def test_a_queue_that_is_enabled_while_memory_moves_starts_behind_that() -> None:
+    device = Counting()
+    machine = Machine(device)
+    machine.live()
+    machine.bank.hold()
+    queue = machine.modern_queue(1)
+    machine.run()
+    assert device.asked["start 1"] == 0
+    machine.bank.release()
+    assert device.asked["start 1"] == 1
+    machine.bank.memory.write(0x1000, b"hello")
+    token = queue.add([(0x1000, 5)], [(0x2000, 64)])
+    queue.signal()
+    machine.run()
+    assert queue.get_used() == (token, 5)
+
+
+def test_taking_back_a_queue_that_is_not_enabled_leaves_its_registers() -> None:
+    machine = Machine()
+    machine.bring_up()
+    machine.bank.write_queue_size(0, 8)
+    machine.bank.write_queue_address(0, "desc", 0x4000)
+    machine.bank.disable_queue(0)
+    assert (machine.bank.slots[0].size, machine.bank.slots[0].desc) == (8, 0x4000)
+
+
+@pytest.mark.parametrize("index", [0, 2, -1])
+def test_a_queue_that_is_not_enabled_has_no_device_end(index: int) -> None:
+    machine = Machine()
+    with pytest.raises(StateError, match="is not enabled"):
+        machine.bank.queue(index)
+
+
+def test_what_the_device_has_not_is_not_offered() -> None:
+    device = BaseDevice(7, handlers={0: bytes.upper})
+    with pytest.raises(InvalidArgument, match="cannot offer BIT_57"):
+        RegisterBank(device, offered=device.features | FeatureSet("BIT_57"))
+
+
+def test_a_configuration_change_is_due_until_it_is_told() -> None:
+    machine = Machine()
+    machine.live()
+    machine.bank.config_changed()
+    assert machine.bank.config_due
+    machine.run()
+    assert (machine.bank.config_due, len(machine.changes)) == (False, 1)

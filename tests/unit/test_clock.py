@@ -315,3 +315,40 @@ def test_reprs() -> None:
     assert repr(timer) == "<Timer in 2.5 s, every 1 s, fired 0, missed 0>"
     assert repr(clock) == "<VirtualClock at 0 s>"
     assert repr(MonotonicClock()).startswith("<MonotonicClock at 0.0")
+
+
+def test_the_longest_time_is_one() -> None:
+    longest = 2**63 // NANO
+    assert to_nanoseconds(longest) == longest * NANO
+    with pytest.raises(InvalidArgument):
+        to_nanoseconds(longest + 1)
+
+
+def test_as_many_rounds_at_one_instant_as_it_says() -> None:
+    """Ten thousand timers that arm each other for now may be a long way; one more is a way without end."""
+    for more in (0, 1):
+        clock, left = VirtualClock(), [10_000 + more]
+
+        def again(clock: VirtualClock = clock, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0]:
+                Timer(clock, again, first_after=0)
+
+        Timer(clock, again, first_after=0)
+        if more:
+            with pytest.raises(StateError, match="without end"):
+                clock.advance(1)
+        else:
+            assert clock.advance(1) == 10_000
+            assert clock.now() == 1.0
+
+
+def test_a_timer_is_active_until_it_stops_and_does_not_fire_behind_that() -> None:
+    clock = VirtualClock()
+    called: list[float] = []
+    timer = Timer(clock, lambda: called.append(clock.now()), first_after=1)
+    assert timer.active
+    timer.stop()
+    assert not timer.active
+    timer.fire(clock.now_ns())
+    assert (called, timer.fired) == ([], 0)

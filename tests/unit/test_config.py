@@ -377,3 +377,20 @@ def test_a_bad_state_changes_nothing(state: object) -> None:
     assert snapshot(space) == before
     space.restore(GOOD)
     assert space.mac == b"\1\2\3\4\5\6"
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (-1, 0), (0, -1), (12, -1), (12, 1), (13, 0)])
+def test_each_end_of_the_space(offset: int, length: int) -> None:
+    space = ConfigSpace(TEST)
+    with pytest.raises(StatusViolation, match="ConfigOutOfRange"):
+        space.read(offset, length)
+    if length >= 0:
+        with pytest.raises(StatusViolation, match="ConfigOutOfRange"):
+            space.write(offset, bytes(length))
+    assert (space.read(12, 0), space.read(11, 1)) == (b"", b"\0")
+
+
+def test_the_same_bytes_of_another_layout_are_another_space() -> None:
+    assert ConfigSpace(ConfigLayout(("a", "le16"))) == ConfigSpace(ConfigLayout(("a", "le16")))
+    assert ConfigSpace(ConfigLayout(("a", "le16"))) != ConfigSpace(ConfigLayout(("b", "le16")))
+    assert ConfigSpace(ConfigLayout(("a", "le16")), a=1) != ConfigSpace(ConfigLayout(("a", "le16")), a=2)

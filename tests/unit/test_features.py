@@ -331,3 +331,10 @@ def test_good_offers() -> None:
     check_own_offer(FeatureSet("VERSION_1", "ADMIN_VQ"), transport="pci")
     assert judge_offered(FeatureSet("VERSION_1", *NET, device=NET), requires=NET_REQUIRES) is None
     assert judge_accepted(FeatureSet("VERSION_1", "SR_IOV"), FeatureSet("VERSION_1", "SR_IOV"), transport="mmio")
+
+
+def test_a_legacy_interface_offers_no_version_1_and_needs_none() -> None:
+    offered = FeatureSet("EVENT_IDX")
+    assert negotiate(offered, offered, legacy=True) == offered
+    with pytest.raises(StatusViolation, match="Version1NotOffered"):
+        negotiate(offered, offered)

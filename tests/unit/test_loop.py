@@ -355,3 +355,35 @@ def test_a_clock_that_someone_else_moves_bounds_in_real_seconds() -> None:
     assert clock.now() == 0
     loop.call_soon(lambda: clock.advance(5))
     assert loop.run(until=lambda: bool(fired), timeout=5)
+
+
+def test_who_takes_a_mark_away_while_others_run(loop: OwnerLoop) -> None:
+    seen: list[str] = []
+    loop.pend("first", lambda: (seen.append("first"), loop.unpend("second")))
+    loop.pend("second", lambda: seen.append("second"))
+    assert loop.run_pending() == 1
+    assert seen == ["first"]
+
+
+def test_a_bound_is_reached_and_not_passed(loop: OwnerLoop) -> None:
+    clock = loop.clock
+    for expected in (1, 2):
+        assert not loop.run(timeout=1)
+        assert clock.now_ns() == expected * 1_000_000_000
+
+
+def test_a_loop_with_nothing_but_a_timer_sleeps_until_then() -> None:
+    """How often it looks says so, not how long that takes: one that does not sleep looks thousands of times."""
+    clock, asked, fired = MonotonicClock(), list[None](), list[None]()
+    loop = OwnerLoop(clock=clock)
+    Timer(clock, lambda: fired.append(None), first_after=0.05)
+    assert loop.run(until=lambda: asked.append(None) or bool(fired))
+    assert len(asked) < 20
+
+
+def test_it_runs_while_it_turns(loop: OwnerLoop) -> None:
+    seen: list[bool] = []
+    loop.call_soon(lambda: seen.append(loop.running))
+    assert not loop.running
+    loop.run_pending()
+    assert (seen, loop.running) == ([True], False)

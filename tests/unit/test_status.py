@@ -415,3 +415,31 @@ def test_repr_and_str() -> None:
     assert str(at(3)) == "ACKNOWLEDGE|DRIVER"
     with pytest.raises(InvalidArgument, match="width"):
         DeviceStatus(width=3)
+
+
+def test_it_is_live_while_nothing_stands_against_it() -> None:
+    device = at(LIVE)
+    assert device.live
+    device.write(LIVE | SUSPEND, features_ok=True, suspend_negotiated=True)
+    assert not device.live, "it is suspending"
+    assert (device.value, device.moving) == (LIVE, Action.SUSPEND)
+    device.suspended()
+    assert not device.live
+    for bit in (NEEDS_RESET, FAILED):
+        assert not at(LIVE | bit).live
+    assert not at(LIVE & ~DRIVER_OK).live
+
+
+@pytest.mark.parametrize(("status", "why"), [(-1, "8 bits"), (0x100, "8 bits"), (0xFF, "have a meaning")])
+def test_a_saved_status_is_one_of_8_bits(status: int, why: str) -> None:
+    device = at(LIVE)
+    with pytest.raises(SavedStateError, match=why):
+        device.restore(status)
+    assert device.value == LIVE
+
+
+def test_no_register_holds_a_negative_status() -> None:
+    device = at(LIVE)
+    with pytest.raises(InvalidArgument, match="no negative number"):
+        good(device, -1)
+    assert device.value == LIVE

@@ -542,3 +542,38 @@ def test_nothing_of_it_outlives_a_reset(way: str, moment: str) -> None:
     driver.resume()
     over.run()
     assert told == []
+
+
+@WAYS
+def test_a_state_saved_while_suspended_leaves_it_so(way: str) -> None:
+    """What it shows of its configuration space stays as it was, and what waits to be told waits."""
+    device, over, driver = world(way)
+    driver.suspend()
+    assert not over.bank.config_due
+    device.config.update(level=9)
+    assert over.bank.config_due
+    over.side.save()
+    assert over.registers.read_status() == ASLEEP
+    assert over.bank.read_config(0, 4) == (1).to_bytes(4, "little")
+    assert over.bank.config_due
+
+
+@WAYS
+def test_a_kick_while_suspended_is_noted(way: str) -> None:
+    _, over, driver = world(way)
+    driver.suspend()
+    over.bank.kick(0)
+    over.run()
+    assert over.bank.ignored == {"UsedWhileSuspended": 1}
+
+
+def test_a_device_that_nobody_drives_notifies_nobody() -> None:
+    device = Keeper()
+    over = reach(device, "in process", more=SUSPEND)
+    told: list[object] = []
+    over.bank.on_call = told.append
+    over.bank.on_config = lambda: told.append("config")
+    over.bank.call(0)
+    over.bank.config_changed()
+    over.run()
+    assert (told, over.bank.config_due) == ([], False)
