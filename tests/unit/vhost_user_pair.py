@@ -7,6 +7,7 @@ import socket
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, Final
 
 from virtio_test._core import DeviceQueue, DriverQueue, GuestMemory, Notifier, QueueConfig, RingLayout
@@ -42,6 +43,7 @@ SIZE: Final = 8
 MEMORY_BYTES: Final = 1 << 20
 PROTOCOL: Final = 1 << PROTOCOL_FEATURES_BIT
 R = Request
+_MOST_TURNS: Final = 64
 
 
 class Counting(BaseDevice):
@@ -86,8 +88,13 @@ class Pair:
 
     def close(self) -> None:
         self.mine.close()
-        self.loop.run_pending()
+        self.settle()
         self.backend.close()
+
+    def settle(self) -> None:
+        """Everything that can be done at once; it must come to an end."""
+        turns = count()
+        assert not self.loop.run(until=lambda: next(turns) > _MOST_TURNS, timeout=1e-6), "it never comes to rest"
 
     @property
     def session(self) -> Session:
@@ -101,7 +108,7 @@ class Pair:
     def ask(self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()) -> Message | None:
         """The answer to a request; None when the connection has ended instead."""
         socket.send_fds(self.mine, [encode(request, payload, need_reply=True)], list(fds))
-        self.loop.run_pending()
+        self.settle()
         while data := self.mine.recv(self._decoder.wanted, socket.MSG_DONTWAIT):
             for message in self._decoder.feed(data):
                 return message
