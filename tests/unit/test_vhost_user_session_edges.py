@@ -54,7 +54,7 @@ def test_a_ring_may_be_set_up_before_the_features(p: Pair) -> None:
     p.live()
 
 
-@pytest.mark.row("M05")
+@pytest.mark.row("M04")
 @pytest.mark.parametrize("protocol_bit", [True, False])
 def test_other_features_while_rings_run(p: Pair, caplog: pytest.LogCaptureFixture, *, protocol_bit: bool) -> None:
     """Who can stop a ring has to; who cannot begins anew with them."""
@@ -65,7 +65,6 @@ def test_other_features_while_rings_run(p: Pair, caplog: pytest.LogCaptureFixtur
     assert p.rings[0].running == protocol_bit
 
 
-@pytest.mark.row("M16")
 def test_an_in_band_kick_carries_nothing(p: Pair) -> None:
     p.protocol(int(F.INBAND_NOTIFICATIONS | F.BACKEND_REQ | F.REPLY_ACK))
     assert p.told(R.VRING_KICK, VringState(0, 1)) == 1
@@ -87,7 +86,7 @@ def test_a_region_for_what_is_in_flight_comes_before_rings_run(p: Pair, caplog: 
 # --- the addresses of a ring -----------------------------------------------------------------------------------
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M09")
 @pytest.mark.parametrize(
     ("packed", "area", "off"),
     [
@@ -114,7 +113,7 @@ def test_an_area_lies_as_its_kind_has_to(
     assert f"{area} address {good[area] + off:#x} is not" in caplog.text
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M09")
 @pytest.mark.parametrize("area", ["desc", "driver", "device"])
 def test_an_area_may_end_where_addresses_do(p: Pair, area: str) -> None:
     top = END - PAGE
@@ -129,7 +128,7 @@ def test_an_area_may_end_where_addresses_do(p: Pair, area: str) -> None:
     assert (address.descriptor, address.available, address.used) == tuple(places.values())
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M09")
 @pytest.mark.parametrize("area", ["desc", "driver", "device"])
 def test_every_area_of_a_ring_is_shared(p: Pair, area: str) -> None:
     p.features("RING_PACKED")
@@ -144,7 +143,7 @@ def test_every_area_of_a_ring_is_shared(p: Pair, area: str) -> None:
     assert p.session.rings.translate(layout()) is None
 
 
-@pytest.mark.row("M14")
+@pytest.mark.row("M09")
 def test_a_used_ring_may_be_logged_up_to_where_addresses_end(p: Pair, caplog: pytest.LogCaptureFixture) -> None:
     p.protocol(int(F.LOG_SHMFD))
     p.features("RING_PACKED")
@@ -176,7 +175,7 @@ def test_memory_beyond_the_log_while_rings_run(p: Pair, *, on: bool) -> None:
     assert p.rings[0].running
 
 
-@pytest.mark.row("M13")
+@pytest.mark.row("M05")
 def test_a_region_may_end_where_addresses_do() -> None:
     with file(PAGE) as fd:
         memory = SharedMemory(GuestMemory())
