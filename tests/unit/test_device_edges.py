@@ -80,6 +80,7 @@ def many(count: int) -> list[ConsolePort]:
             lambda: ConsoleDevice(ports=[ConsolePort(nothing, name="x" * 254 + "ö")]),
         ),
         (lambda: RngDevice(limit=1), lambda: RngDevice(limit=0)),
+        (lambda: RngDevice(native=True), lambda: RngDevice(native=True, source=bytes)),
         (lambda: Threads(spin=0), lambda: Threads(spin=-1e-9)),
         (lambda: Threads(spin=1e6), lambda: Threads(spin=1e6 + 1)),
         (lambda: Threads(cpus=(0,)), lambda: Threads(cpus=())),
@@ -365,12 +366,16 @@ def test_the_last_state_of_a_console_that_can_be() -> None:
     }
     device.restore(good)
     assert bytes(device.ports[0].waiting) == b"\1\2\3"
-    for change in (
+    bad: list[dict[str, object]] = [
         {"messages": [(longest + b"x").hex()]},
         {"messages": [CONTROL.pack(0, ControlEvent.PORT_OPEN, 1)[:-1].hex()]},
         {"messages": [CONTROL.pack(2, ControlEvent.PORT_OPEN, 1).hex()]},
+        {"messages": [CONTROL.pack(0, 99, 1).hex()]},
+        {"messages": [CONTROL.pack(0, ControlEvent.PORT_OPEN, value).hex() for value in (0, 1)]},
+        {"messages": {}},
         {"ports": [{**state["ports"][0], "waiting": "01020304"}, state["ports"][1]]},
-    ):
+    ]
+    for change in bad:
         with pytest.raises(SavedStateError):
             device.restore({**good, **change})
     for one, other in ((ports(1), ConsoleDevice(nothing)), (ConsoleDevice(nothing), ports(1))):
