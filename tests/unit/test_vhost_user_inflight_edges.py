@@ -114,3 +114,66 @@ def test_a_whole_packed_ring_and_no_more_can_be_in_flight(file: OwnedFd, last: i
     else:
         with pytest.raises(MessageError, match=f"{SIZE - 1 + last} descriptors of a ring of {SIZE}"):
             region.packed_queue(0, lambda _: 0)
+
+
+@pytest.mark.row("R11")
+@pytest.mark.parametrize(
+    ("header", "used", "reason"),
+    [
+        ((0, 1, SIZE, 0, 0), SIZE, ""),
+        ((0, 1, SIZE, 0, 0), SIZE + 1, "9 buffers used since the last record of 0"),
+        ((0, 1, SIZE, SIZE - 1, 0), 1, ""),
+        ((0, 1, SIZE, SIZE, 0), 1, "descriptor 8 of 8 was used last"),
+        ((0, 0, 3, 0, 0), 99, ""),
+        ((0, 2, SIZE, 0, 0), 0, "version 2"),
+        ((0, 1, SIZE + 1, 0, 0), 0, "states of 9 descriptors, not 8"),
+    ],
+)
+def test_each_reason_against_the_record_of_a_split_queue(
+    file: OwnedFd, header: tuple[int, ...], used: int, reason: str
+) -> None:
+    os.pwrite(file.fileno(), struct.pack("=QHHHH", *header), 0)
+    region = InflightRegion(file, SPLIT, 0, queues=1, queue_size=SIZE, packed=False)
+    if reason:
+        with pytest.raises(MessageError, match=reason):
+            region.split(0, used)
+    else:
+        assert region.split(0, used).used == used
+
+
+@pytest.mark.row("R11", "R09")
+@pytest.mark.parametrize(
+    ("used", "old_used", "wrap", "old_wrap", "legal"),
+    [
+        (SIZE - 1, SIZE - 1, 1, 1, True),
+        (SIZE, SIZE, 1, 1, False),
+        (0, SIZE, 1, 1, False),
+        (SIZE, 0, 1, 1, False),
+        (0, 0, 2, 2, False),
+        (0, 0, 0, 2, False),
+        (0, 0, 2, 0, False),
+        (0, 0, 0, 0, True),
+    ],
+)
+def test_where_a_packed_queue_can_go_on(
+    file: OwnedFd, used: int, old_used: int, wrap: int, old_wrap: int, *, legal: bool
+) -> None:
+    header = struct.pack("=QHHHHHHBB10x", 0, 1, SIZE, 0, 0, used, old_used, wrap, old_wrap)
+    os.pwrite(file.fileno(), header, 0)
+    region = InflightRegion(file, PACKED, 0, queues=1, queue_size=SIZE, packed=True)
+    if legal:
+        assert region.packed_queue(0, lambda _: 0).used == used | wrap << 15
+    else:
+        with pytest.raises(MessageError, match="used indices"):
+            region.packed_queue(0, lambda _: 0)
+
+
+@pytest.mark.row("R11")
+def test_a_region_is_large_enough_and_stays_so(file: OwnedFd) -> None:
+    with pytest.raises(MessageError, match="2 queues of 8 need"):
+        InflightRegion(file, 2 * SPLIT - 1, 0, queues=2, queue_size=SIZE, packed=False)
+    region = InflightRegion(file, 2 * SPLIT, 0, queues=2, queue_size=SIZE, packed=False)
+    os.ftruncate(file.fileno(), 2 * SPLIT - 1)
+    assert region.split(0, 0).heads == ()
+    with pytest.raises(MessageError, match="has become shorter"):
+        region.split(1, 0)

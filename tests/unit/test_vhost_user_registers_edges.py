@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,24 @@ from virtio_test._core import GuestMemory, QueueConfig, RingLayout
 from virtio_test.errors import InvalidArgument, MessageError, PeerDisconnected, PeerError, StateError
 from virtio_test.features import FeatureSet
 from virtio_test.spec.status import Status
-from virtio_test.transport.vhost_user.codec import Decoder, encode
-from virtio_test.transport.vhost_user.messages import BACKEND_REQUESTS, BackendRequest, ProtocolFeature, Request
-from virtio_test.transport.vhost_user.payloads import MAX_TABLE_REGIONS, U64, VringState
+from virtio_test.transport.vhost_user.codec import Decoder, Message, encode, encode_reply
+from virtio_test.transport.vhost_user.messages import (
+    BACKEND_REQUESTS,
+    BackendRequest,
+    IotlbType,
+    Permission,
+    ProtocolFeature,
+    Request,
+)
+from virtio_test.transport.vhost_user.payloads import (
+    MAX_TABLE_REGIONS,
+    U64,
+    Config,
+    Inflight,
+    Iotlb,
+    Payload,
+    VringState,
+)
 from virtio_test.transport.vhost_user.registers import VhostUserRegisters
 
 from .vhost_user_peer import FEATURES, PROTOCOL, Peer, peer
@@ -294,3 +310,124 @@ def test_what_was_asked_before_the_channel_was_closed_is_heard(tmp_path: Path) -
         assert [each.request for each in heard] == [BackendRequest.CONFIG_CHANGE_MSG] * 2
         with pytest.raises(PeerDisconnected):
             registers.front.backend_requests()
+
+
+@pytest.mark.parametrize(("less", "why"), [("features", "does not offer"), ("record", "keeps no record")])
+def test_a_new_back_end_has_what_is_in_use(tmp_path: Path, less: str, why: str) -> None:
+    features = FEATURES & ~(1 << 28) if less == "features" else FEATURES
+    protocol = PROTOCOL & ~F.INFLIGHT_SHMFD if less == "record" else PROTOCOL
+    with (
+        peer(tmp_path / "one") as one,
+        peer(tmp_path / "other", features=features, protocol=protocol) as other,
+        to(one, keep_in_flight=True) as registers,
+    ):
+        up(registers, config(), features=1 << 32 | 1 << 28)
+        with pytest.raises(PeerError, match=why):
+            registers.reconnect(other.path)
+        assert "SET_FEATURES" not in other.names()
+
+
+def test_there_is_no_log_where_none_can_be(tmp_path: Path) -> None:
+    with peer(tmp_path / "s") as back, to(back) as registers:
+        with pytest.raises(StateError, match="keeps no dirty log"):
+            registers.start_log()
+        with pytest.raises(StateError, match="there is no dirty log"):
+            registers.dirty_pages()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_network_device_without_a_configuration_space(tmp_path: Path, *, wide: bool) -> None:
+    protocol = PROTOCOL if wide else PROTOCOL & ~F.CONFIG
+    with (
+        peer(tmp_path / "s", protocol=protocol, features=FEATURES | 1 << 22) as back,
+        VhostUserRegisters(back.path, device_id=1, timeout=PATIENCE) as registers,
+    ):
+        assert registers.device_features() & 1 << 32
+        assert ("GET_CONFIG" in back.names()) == wide
+
+
+def test_a_page_that_there_is_none_of_is_refused(tmp_path: Path) -> None:
+    with (
+        peer(tmp_path / "s", features=FEATURES | 1 << 33, answers={R.IOTLB_MSG: U64(0)}) as back,
+        to(back, iommu=True, memory=GuestMemory([(0, 1 << 16)])) as registers,
+    ):
+        registers.write_driver_features(1 << 32 | 1 << 33)
+        registers.write_status(READY)
+        for address, permissions in ((0, 3), (1 << 16, 3), (0, 0), (0, 4)):
+            miss = Iotlb(address, 4096, 0, permissions, int(IotlbType.MISS))
+            sent(back, encode(BackendRequest.IOTLB_MSG, miss, need_reply=True))
+        found = list[int]()
+
+        def answered() -> bool:
+            while waiting(back):
+                found.extend(replies(back, 1))
+            return len(found) == 4
+
+        assert registers.loop.run(until=answered, timeout=PATIENCE)
+        assert found == [0, 1, 1, 1]
+
+
+def waiting(back: Peer) -> bool:
+    assert back.channel is not None
+    return bool(select.select([back.channel], [], [], 0.001)[0])
+
+
+ANSWERS: list[tuple[Request, Payload | None, str]] = [
+    (R.GET_STATUS, U64(0x100), "StatusValue"),
+    (R.GET_VRING_BASE, VringState(1, 0), "UnexpectedReply"),
+    (R.GET_CONFIG, None, "Refused"),
+    (R.GET_CONFIG, Config(0, 3, 0, b"abc"), "ConfigSize"),
+    (R.GET_INFLIGHT_FD, Inflight(0, 0, 1, 128), "Refused"),
+    (R.SET_STATUS, U64(1), "Refused"),
+    (R.IOTLB_MSG, U64(1), "Refused"),
+]
+
+
+@pytest.mark.parametrize(("request_", "reply", "rule"), ANSWERS)
+def test_each_answer_is_judged(tmp_path: Path, request_: Request, reply: Payload | None, rule: str) -> None:
+    with peer(tmp_path / "s", answers={request_: reply}) as back, to(back) as registers:
+        front = registers.front
+        ask: dict[Request, Callable[[], object]] = {
+            R.GET_STATUS: registers.read_status,
+            R.GET_VRING_BASE: lambda: front.get_base(0),
+            R.GET_CONFIG: lambda: front.get_config(0, 4),
+            R.GET_INFLIGHT_FD: lambda: front.get_inflight(1, 128, packed=False),
+            R.SET_STATUS: lambda: front.set_status(1),
+            R.IOTLB_MSG: lambda: front.update_iotlb(0, 4096, 0, Permission.READ),
+        }
+        with pytest.raises(MessageError) as caught:
+            ask[request_]()
+        assert caught.value.rule == rule
+
+
+def test_a_region_comes_with_its_file(tmp_path: Path) -> None:
+    def without(back: Peer, _: Message, good: bytes) -> None:
+        assert back.connection is not None
+        back.connection.send(good)
+
+    with (
+        peer(tmp_path / "s", faults={R.GET_INFLIGHT_FD: without}) as back,
+        to(back) as registers,
+        pytest.raises(MessageError, match="Refused"),
+    ):
+        registers.front.get_inflight(1, 128, packed=False)
+
+
+def test_an_answer_to_something_else_is_none(tmp_path: Path) -> None:
+    def other(back: Peer, _: Message, __: bytes) -> None:
+        assert back.connection is not None
+        back.connection.send(encode_reply(R.GET_QUEUE_NUM, U64(1)))
+
+    with (
+        peer(tmp_path / "s", faults={R.GET_STATUS: other}) as back,
+        to(back) as registers,
+        pytest.raises(MessageError, match="UnexpectedReply"),
+    ):
+        registers.read_status()
+
+
+def test_a_back_end_that_knows_no_protocol_features_is_asked_for_none(tmp_path: Path) -> None:
+    with peer(tmp_path / "s", features=1 << 32) as back, to(back) as registers:
+        up(registers, config())
+        registers.reset_queue(0)
+        assert not {"GET_PROTOCOL_FEATURES", "SET_VRING_ENABLE"} & set(back.names())
