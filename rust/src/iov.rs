@@ -13,6 +13,17 @@ pub struct Iov<'a> {
     epoch: u64,
 }
 
+/// Buffers that are fetched at once: a processor waits for no more than some of them.
+const FETCHED: usize = 32;
+
+/// Ask the processor to fetch the starts of the first buffers, which are about to be copied.
+#[inline]
+pub fn prefetch<A: Access>(mem: &A, segments: &[Segment]) {
+    for segment in segments.iter().take(FETCHED) {
+        mem.prefetch(segment.at, 0, if segment.writable { Want::Write } else { Want::Read });
+    }
+}
+
 /// A stretch of one segment that a copy touches.
 struct Piece {
     at: At,
@@ -85,14 +96,6 @@ impl<'a> Iov<'a> {
         };
         // Not for nothing: a copy of no bytes accesses none.
         (len.wrapping_sub(1) < first.len as usize).then_some(first.at)
-    }
-
-    /// Ask the processor to fetch the start of the first segment, which is about to be copied.
-    #[inline]
-    pub fn prefetch<A: Access>(&self, mem: &A) {
-        if let Some(segment) = self.segments.first() {
-            mem.prefetch(segment.at, 0, if segment.writable { Want::Write } else { Want::Read });
-        }
     }
 
     /// In a newer epoch: whether all that a copy into the writable part would touch can still be written, so

@@ -98,9 +98,12 @@ fn p07_an_id_twice() {
     assert!(world.finish(&first, 1));
     assert_eq!((world.get("desc.len", 0), world.get("desc.len", 2)), (2, 1));
     assert_eq!(world.device.state().used, 3 | 0x8000);
-    let mut world = with(Policy::STRICT, &descs);
-    world.take();
-    assert_eq!(world.breaks(Rule::IdInFlight).head, Some(1));
+    for second in [&descs[1..], &[(DATA, 16, WRITE, 1)]] {
+        let mut world = with(Policy::STRICT, &[&descs[..1], second].concat());
+        world.take();
+        assert_eq!(world.breaks(Rule::IdInFlight).head, Some(1));
+        assert_eq!(world.segments.len(), 1);
+    }
 }
 
 #[test]
@@ -292,6 +295,12 @@ fn p24_slots_made_available_again_while_they_are_in_flight() {
     assert_eq!(world.pop_many(8).unwrap().len(), 5);
     world.desc(0, (DATA, 16, USED, 0));
     world.breaks(Rule::TooManyInFlight);
+    // A list that begins where there is room, and does not end there.
+    let mut world = with(Policy::INTEROP, &[R; 4]);
+    assert_eq!(world.pop_many(8).unwrap().len(), 4);
+    world.desc(4, (DATA, 16, AVAIL | NEXT, 0));
+    world.desc(0, (DATA, 16, USED, 0));
+    assert_eq!(world.breaks(Rule::TooManyInFlight).descriptor, Some(0));
 }
 
 #[test]

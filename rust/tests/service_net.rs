@@ -47,6 +47,34 @@ fn a_frame_comes_back_in_the_next_buffer_if_it_may() {
     }
 }
 
+/// More than are read at once: none is lost, whether few or many fit.
+#[test]
+fn long_frames_that_come_together_all_come_back() {
+    for len in [1514, 9000, 16_384 - 12, 40_000] {
+        let mut pair = Pair::new(Mode::Loopback, setup());
+        let whole = u32::try_from(len + 12).unwrap();
+        let places = [0, 1 << 22].map(|from| (0..32).map(move |at| BIG + from + at * 0x1_0000).collect::<Vec<_>>());
+        for (number, (&from, &to)) in (0..).zip(places[0].iter().zip(&places[1])) {
+            let mut bytes = [&PLAIN[..], &frame(len)].concat();
+            bytes[12] = number;
+            pair.mem.write(from, &bytes).unwrap();
+            pair.add(1, &[(from, whole)], &[]);
+            pair.add(0, &[], &[(to, whole)]);
+        }
+        assert_eq!(pair.done(), 32);
+        assert_eq!(pair.used(0), vec![whole; 32]);
+        assert_eq!(pair.used(1).len(), 32);
+        for (number, &to) in (0..).zip(&places[1]) {
+            let mut expected = [&ONE[..], &frame(len)].concat();
+            expected[12] = number;
+            let mut bytes = vec![0; expected.len()];
+            pair.mem.read(to, &mut bytes).unwrap();
+            assert_eq!(bytes, expected, "frame {number} of {len} bytes");
+        }
+        assert_eq!(pair.counts(), [32, 32, 0, 0]);
+    }
+}
+
 #[test]
 fn the_short_header_has_no_number_of_buffers() {
     let mut pair = Pair::new(Mode::Loopback, Setup { header: 10, ..setup() });
@@ -364,7 +392,7 @@ fn room_is_work_for_who_makes_frames_until_it_does_not_fit() {
     assert_eq!(pair.done(), 1);
     assert_eq!((pair.used(0), looks(&pair)), (vec![40, 32], (true, true)));
     for mode in [Mode::Loopback, Mode::Discard] {
-        let pair = Native::Packets(Pair::new(mode, setup()).packets);
+        let pair = Native::Packets(Box::new(Pair::new(mode, setup()).packets));
         assert!(!pair.looks(0) && !pair.kicked(0) && pair.looks(1) && pair.kicked(1));
         assert_eq!(pair.queues(), 2);
     }

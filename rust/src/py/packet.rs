@@ -47,7 +47,7 @@ impl PyPacketService {
         };
         let service = Packets::new(mode);
         let told = Arc::clone(service.told());
-        Ok(PyService::new(Native::Packets(service)).with(Self(told)))
+        Ok(PyService::new(Native::Packets(Box::new(service))).with(Self(told)))
     }
 
     #[pyo3(signature = (*, header = Int(12), mergeable = false, checksum = false, guest_checksum = false,

@@ -22,7 +22,7 @@ use smallvec::SmallVec;
 
 use crate::chain::{Element, Segment};
 use crate::error::{Fault, QueueError};
-use crate::iov::Iov;
+use crate::iov::{Iov, prefetch};
 use crate::mem::Access;
 use crate::queue::DeviceQueue;
 
@@ -80,7 +80,7 @@ pub enum Native {
     /// Block requests, answered from a file.
     File(File),
     /// The packet loop.
-    Packets(Packets),
+    Packets(Box<Packets>),
 }
 
 macro_rules! native {
@@ -185,6 +185,12 @@ impl Burst {
         self.segments.clear();
         self.elements.clear();
         queue.pop_many(mem, limit, &mut self.segments, &mut self.elements)
+    }
+
+    /// Have the starts of the buffers fetched: nothing more than a hint.
+    #[inline]
+    pub fn prefetch<A: Access>(&self, mem: &A) {
+        prefetch(mem, &self.segments);
     }
 
     /// The chain of this number, and its buffers.

@@ -120,18 +120,83 @@ impl PackedDevice {
         (segments, elements): (&mut Vec<Segment>, &mut impl Elements),
         stamp: Stamp,
         busy: &mut HeadSet,
-        mut copies: Option<&mut Vec<Raw>>,
+        copies: Option<&mut Vec<Raw>>,
     ) -> Result<bool, Fault> {
-        let (size, ring) = (self.layout.size, self.areas.desc);
-        let mut place = self.next_avail;
-        let mut flags = match desc::load_flags(mem, words, ring, place.slot) {
+        let place = self.next_avail;
+        let flags = match desc::load_flags(mem, words, self.areas.desc, place.slot) {
             Ok(flags) => flags,
             Err(error) => return Err(self.unmapped(rules, error)),
         };
         if !place.is_avail(flags) {
             return Ok(false);
         }
-        let mut walk = Walk::new((mem, near), rules, segments, place.slot, 0);
+        let (at, walk) = ((mem, words), Walk::new((mem, near), rules, segments, place.slot, 0));
+        // One buffer: nothing that a list needs is kept then.
+        if flags & (desc::NEXT | desc::INDIRECT) == 0 {
+            self.pop_buffer(at, walk, rules, flags, elements, stamp, busy, copies)?;
+        } else {
+            self.pop_list(at, walk, rules, flags, elements, stamp, busy, copies)?;
+        }
+        Ok(true)
+    }
+
+    /// Pop a list of one descriptor, with these flags.
+    #[expect(clippy::too_many_arguments, reason = "as in `pop`, which it is a part of")]
+    #[inline(always)]
+    fn pop_buffer<A: Access>(
+        &mut self,
+        (mem, words): (&A, Descs<'_>),
+        mut walk: Walk<'_, '_, A>,
+        rules: &ChainRules,
+        flags: u16,
+        elements: &mut impl Elements,
+        stamp: Stamp,
+        busy: &mut HeadSet,
+        copies: Option<&mut Vec<Raw>>,
+    ) -> Result<(), Fault> {
+        let (size, place, taken) = (self.layout.size, self.next_avail, self.slots_in_flight);
+        let index = u32::from(place.slot);
+        // 2.8.17: it fits into the ring beside what is in flight.
+        if taken >= u32::from(size) {
+            let (rule, message) = no_room(index, 0, size, taken);
+            return Err(walk.fault(rule, index, None, message));
+        }
+        let (addr, len, id) = match desc::load_packed(mem, words, self.areas.desc, place.slot) {
+            Ok(fields) => fields,
+            Err(error) => return Err(walk.ring_fault(index, error)),
+        };
+        if let Some(copies) = copies {
+            copies.push(Raw { addr, len, id, flags });
+        }
+        walk.set_head(id);
+        walk.take(index, addr, len, flags & desc::WRITE != 0)?;
+        if !rules.policy.duplicate_heads && busy.contains(id) {
+            walk.cut();
+            return Err(in_flight(rules, id, place.slot));
+        }
+        elements.put(walk.finish(1, stamp));
+        self.next_avail = place.forward(1, size);
+        self.slots_in_flight = taken + 1;
+        busy.insert(id);
+        Ok(())
+    }
+
+    /// Pop a list of which the first descriptor has these flags.
+    #[expect(clippy::too_many_arguments, reason = "as in `pop`, which it is a part of")]
+    #[inline(always)]
+    fn pop_list<A: Access>(
+        &mut self,
+        (mem, words): (&A, Descs<'_>),
+        mut walk: Walk<'_, '_, A>,
+        rules: &ChainRules,
+        mut flags: u16,
+        elements: &mut impl Elements,
+        stamp: Stamp,
+        busy: &mut HeadSet,
+        mut copies: Option<&mut Vec<Raw>>,
+    ) -> Result<(), Fault> {
+        let (size, ring) = (self.layout.size, self.areas.desc);
+        let mut place = self.next_avail;
         let (mut slots, taken) = (0u16, self.slots_in_flight);
         loop {
             let index = u32::from(place.slot);
@@ -191,7 +256,7 @@ impl PackedDevice {
             self.next_avail = place;
             self.slots_in_flight = taken + u32::from(slots);
             busy.insert(id);
-            return Ok(true);
+            return Ok(());
         }
     }
 

@@ -1,6 +1,6 @@
 //! What a header says of a frame, and whether it may (VIRTIO 1.4, 5.1.9).
 
-use super::Setup;
+use super::{Finding, MOST_HEADER, Setup};
 
 /// `flags`: the checksum is to be filled in.
 const NEEDS_CSUM: u8 = 1;
@@ -8,6 +8,8 @@ const NEEDS_CSUM: u8 = 1;
 const FORBIDDEN: u8 = 2 | 4;
 /// `gso_type` of a plain packet.
 const GSO_NONE: u8 = 0;
+/// A frame that is received in one buffer, without any offload; the short header ends before `num_buffers` (5.1.9.3.2).
+const PLAIN: [u8; MOST_HEADER] = [0, GSO_NONE, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 
 /// A rule that a frame breaks.
 #[derive(Debug)]
@@ -22,24 +24,43 @@ impl Broken {
     const fn new(rule: &'static str, clause: &'static str, message: String) -> Self {
         Self { rule, clause, message }
     }
+
+    /// Where it was found.
+    pub(super) fn found(self, queue: u16, head: u16) -> Finding {
+        let Self { rule, clause, message } = self;
+        Finding {
+            rule,
+            clause,
+            message,
+            queue,
+            head,
+        }
+    }
 }
 
 /// Whether a chain of so many readable bytes can be a frame: looked at before anything is read.
+#[inline(always)]
 pub(super) fn fits(readable: usize, setup: &Setup) -> Result<(), Broken> {
-    let Some(length) = readable.checked_sub(setup.header) else {
-        let message = format!("{readable} bytes, the header has {}", setup.header);
-        return Err(Broken::new("HeaderTooShort", "5.1.9", message));
-    };
-    if length == 0 {
-        let message = "a header and no frame".to_owned();
-        return Err(Broken::new("FrameMissing", "5.1.9", message));
+    match readable.checked_sub(setup.header) {
+        Some(1..) if readable - setup.header <= setup.longest => Ok(()),
+        length => Err(unfit(readable, length, setup)),
     }
-    // 5.1.4.2: the driver sends nothing larger than the mtu, where it knows that.
-    if length > setup.longest {
-        let message = format!("a frame of {length} bytes, at most {} can be sent", setup.longest);
-        return Err(Broken::new("FrameTooLong", "5.1.4.2", message));
+}
+
+#[cold]
+fn unfit(readable: usize, length: Option<usize>, setup: &Setup) -> Broken {
+    match length {
+        None => {
+            let message = format!("{readable} bytes, the header has {}", setup.header);
+            Broken::new("HeaderTooShort", "5.1.9", message)
+        }
+        Some(0) => Broken::new("FrameMissing", "5.1.9", "a header and no frame".to_owned()),
+        // 5.1.4.2: the driver sends nothing larger than the mtu, where it knows that.
+        Some(length) => {
+            let message = format!("a frame of {length} bytes, at most {} can be sent", setup.longest);
+            Broken::new("FrameTooLong", "5.1.4.2", message)
+        }
     }
-    Ok(())
 }
 
 /// What is to be done about a frame's checksum.
@@ -49,21 +70,28 @@ struct Sum {
     offset: u16,
 }
 
-/// A header that was found good.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Header {
-    /// Bytes of the frame behind it.
-    pub(super) length: usize,
-    sum: Option<Sum>,
+/// Judge a header and its frame, which [`fits`], and make the header one to be received with.
+#[inline(always)]
+pub(super) fn receivable(whole: &mut [u8], setup: &Setup) -> Result<(), Broken> {
+    match whole.first_chunk_mut::<MOST_HEADER>() {
+        // Nothing is asked for: most frames.
+        Some(header @ [0, GSO_NONE, ..]) if setup.header == MOST_HEADER => *header = PLAIN,
+        _ => {
+            let sum = judge(whole, setup)?;
+            prepare(whole, sum, setup);
+        }
+    }
+    Ok(())
 }
 
-/// Judge a header and its frame, which [`fits`].
-pub(super) fn judge(whole: &[u8], setup: &Setup) -> Result<Header, Broken> {
+/// What is to be done about the checksum of a frame whose header is good.
+#[inline(never)]
+fn judge(whole: &[u8], setup: &Setup) -> Result<Option<Sum>, Broken> {
     let length = whole.len().saturating_sub(setup.header);
     let (&[flags, gso_type, ..], &[start_low, start_high, offset_low, offset_high]) =
         (whole.get(..2).unwrap_or(&[0; 2]), whole.get(6..10).unwrap_or(&[0; 4]))
     else {
-        return Ok(Header { length, sum: None });
+        return Ok(None);
     };
     // 5.1.9.2.1: no offload that was not negotiated, and ours are none but the checksum. Unknown flags are ignored.
     if flags & FORBIDDEN != 0 || gso_type != GSO_NONE {
@@ -71,7 +99,7 @@ pub(super) fn judge(whole: &[u8], setup: &Setup) -> Result<Header, Broken> {
         return Err(Broken::new("OffloadNotNegotiated", "5.1.9.2.1", message));
     }
     if flags & NEEDS_CSUM == 0 {
-        return Ok(Header { length, sum: None });
+        return Ok(None);
     }
     if !setup.checksum {
         let message = "NEEDS_CSUM, and CSUM was not negotiated".to_owned();
@@ -89,31 +117,33 @@ pub(super) fn judge(whole: &[u8], setup: &Setup) -> Result<Header, Broken> {
         );
         return Err(Broken::new("ChecksumBeyondFrame", "5.1.9.2.1", message));
     }
-    Ok(Header { length, sum: Some(sum) })
+    Ok(Some(sum))
 }
 
-impl Header {
-    /// Make the header before a frame that was read one that it can be received with; both, in one piece.
-    pub(super) fn prepare<'a>(&self, bytes: &'a mut [u8], setup: &Setup) -> &'a mut [u8] {
-        let whole = bytes.get_mut(..setup.header + self.length).unwrap_or_default();
-        let Some((header, frame)) = whole.split_at_mut_checked(setup.header) else {
-            return whole;
-        };
-        header.fill(0);
-        match (self.sum, setup.guest_checksum) {
-            (Some(Sum { start, offset }), true) => {
-                if let Some([flags, ..]) = header.get_mut(..1) {
-                    *flags = NEEDS_CSUM;
-                }
-                if let Some(fields) = header.get_mut(6..10) {
-                    let ([a, b], [c, d]) = (start.to_le_bytes(), offset.to_le_bytes());
-                    fields.copy_from_slice(&[a, b, c, d]);
-                }
+fn prepare(whole: &mut [u8], sum: Option<Sum>, setup: &Setup) {
+    let Some((header, frame)) = whole.split_at_mut_checked(setup.header) else {
+        return;
+    };
+    received(header);
+    match (sum, setup.guest_checksum) {
+        (Some(Sum { start, offset }), true) => {
+            if let Some([flags, ..]) = header.get_mut(..1) {
+                *flags = NEEDS_CSUM;
             }
-            (Some(sum), false) => complete(frame, sum),
-            (None, _) => {}
+            if let Some(fields) = header.get_mut(6..10) {
+                let ([a, b], [c, d]) = (start.to_le_bytes(), offset.to_le_bytes());
+                fields.copy_from_slice(&[a, b, c, d]);
+            }
         }
-        whole
+        (Some(sum), false) => complete(frame, sum),
+        (None, _) => {}
+    }
+}
+
+/// Make it a header of a frame that is received in one buffer, without any offload (5.1.9.3.2).
+pub(super) fn received(header: &mut [u8]) {
+    for (byte, plain) in header.iter_mut().zip(PLAIN) {
+        *byte = plain;
     }
 }
 

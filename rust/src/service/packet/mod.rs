@@ -17,18 +17,17 @@
 //! frames are made here: then work is what there is room for.
 
 mod frame;
+mod frames;
 mod receive;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use frame::{Header, judge};
+use frames::{Frames, Made};
 use receive::{Placed, Receive};
 
 use super::{BURST, Bounds, Burst, Service, Turn};
-use crate::chain::Element;
-use crate::error::{Fault, QueueError};
-use crate::iov::Iov;
+use crate::error::Fault;
 use crate::mem::Access;
 use crate::queue::DeviceQueue;
 
@@ -161,8 +160,8 @@ pub struct Packets {
     told: Arc<Told>,
     sent: Burst,
     receive: Receive,
-    /// Header and frame; as long as the longest of both.
-    bytes: Box<[u8]>,
+    frames: Frames,
+    made: Made,
     generated: u64,
     /// Whether what is made did not fit, so that only another buffer can change that.
     stuck: bool,
@@ -178,7 +177,8 @@ impl Packets {
             told: Arc::default(),
             sent: Burst::default(),
             receive: Receive::default(),
-            bytes: vec![0; MOST_HEADER + LONGEST].into_boxed_slice(),
+            frames: Frames::default(),
+            made: Made::default(),
             generated: 0,
             stuck: false,
         }
@@ -193,6 +193,7 @@ impl Packets {
     /// From now on it is so.
     pub fn set_up(&mut self, setup: Setup) {
         self.setup = setup;
+        self.made.forget();
         self.stuck = false;
     }
 
@@ -223,19 +224,6 @@ impl Packets {
         let mut turn = Turn::default();
         let (mut bytes, length) = (0_u64, self.setup.frame.len());
         self.stuck = false;
-        if !self.makes() {
-            return Ok(turn);
-        }
-        // Between two frames only their number changes, and num_buffers, which is set for each.
-        let (header, number_at) = (self.setup.header, self.setup.number_at);
-        if let Some((before, frame)) = self
-            .bytes
-            .get_mut(..header + length)
-            .and_then(|all| all.split_at_mut_checked(header))
-        {
-            before.fill(0);
-            frame.copy_from_slice(&self.setup.frame);
-        }
         while self.makes() {
             turn.more = turn.done >= bounds.chains || bytes >= bounds.bytes;
             if turn.more {
@@ -244,30 +232,25 @@ impl Packets {
             let Self {
                 setup,
                 receive,
-                bytes: buffer,
+                made,
                 told,
                 generated,
                 ..
             } = self;
-            let Some(whole) = buffer.get_mut(..header + length) else {
-                break;
-            };
-            if let Some(place) = number_at.and_then(|at| whole.get_mut(header + at..header + at + 8)) {
-                place.copy_from_slice(&generated.to_be_bytes());
-            }
             let ahead = bounds.chains.saturating_sub(turn.done).min(BURST);
-            match receive.place(mem, queue, setup, whole, ahead, told)? {
+            match receive.place(mem, queue, setup, made.frame(setup, *generated), ahead, told)? {
                 Placed::Done => {}
                 Placed::Empty => break,
                 Placed::Few | Placed::Small => {
                     // A buffer that comes from now on brings a kick; one that came meanwhile is there.
                     queue.enable_kicks(mem)?;
-                    if receive.place(mem, queue, setup, whole, ahead, told)? != Placed::Done {
+                    if receive.place(mem, queue, setup, made.frame(setup, *generated), ahead, told)? != Placed::Done {
                         self.stuck = true;
                         break;
                     }
                 }
             }
+            made.done(setup);
             self.generated += 1;
             tally.received[0] += 1;
             tally.received[1] += length as u64;
@@ -285,11 +268,10 @@ impl Packets {
     fn take<A: Access>(
         &mut self,
         mem: &A,
-        queues: (&mut DeviceQueue, &mut DeviceQueue),
+        (rx, tx): (&mut DeviceQueue, &mut DeviceQueue),
         bounds: Bounds,
         tally: &mut Tally,
     ) -> Result<Turn, Fault> {
-        let (rx, tx) = queues;
         let mut turn = Turn::default();
         let mut bytes = 0_u64;
         loop {
@@ -298,131 +280,97 @@ impl Packets {
             if turn.more {
                 break;
             }
-            let Self {
-                setup,
-                mode,
-                receive,
-                bytes: buffer,
-                told,
-                sent,
-                ..
-            } = self;
-            let count = match sent.pop(mem, tx, room.min(BURST)) {
-                Ok(0) => break,
-                Ok(count) => count,
-                Err(fault) => return Err(fault),
-            };
-            for index in 0..count {
-                if let Some((_, iov)) = sent.get(index) {
-                    iov.prefetch(mem);
-                }
+            let count = self.sent.pop(mem, tx, room.min(BURST))?;
+            if count == 0 {
+                break;
             }
+            self.sent.prefetch(mem);
             tx.prefetch_used(mem, count);
-            let mut index = 0;
-            while let Some((element, iov)) = sent.get(index) {
-                if bytes >= bounds.bytes {
-                    sent.put_back(tx, index);
-                    break;
-                }
-                let found = read(mem, tx, element, iov, setup, buffer, told)?;
-                let length = found.as_ref().map_or(0, |header| header.length);
-                match found {
-                    Read::Frame(header) => {
-                        tally.sent[0] += 1;
-                        tally.sent[1] += length as u64;
-                        if !setup.usable {
-                            tally.dropped += 1;
-                        } else if *mode == Mode::Loopback {
-                            let whole = header.prepare(buffer, setup);
-                            match receive.place(mem, rx, setup, whole, count - index, told) {
-                                Ok(Placed::Done) => {
-                                    tally.received[0] += 1;
-                                    tally.received[1] += length as u64;
-                                }
-                                Ok(_) => tally.dropped += 1,
-                                Err(fault) => {
-                                    // The transmit queue is not to blame, and its chain is answered.
-                                    tally.dropped += 1;
-                                    sent.complete(mem, tx, index + 1)?;
-                                    sent.put_back(tx, index + 1);
-                                    return Err(fault);
-                                }
-                            }
-                        }
-                    }
-                    Read::Broken => tally.broken += 1,
-                    Read::Gone => {}
-                }
-                let moved = element.readable.saturating_add(element.writable);
-                bytes = bytes.saturating_add(moved).saturating_add(length as u64);
-                index += 1;
+            let mut done = 0;
+            while self.sent.get(done).is_some() && bytes < bounds.bytes {
+                let read = self.read(mem, tx, done, bounds, &mut bytes);
+                self.pass(mem, (rx, tx), done, tally)?;
+                done += self.frames.len();
+                read?;
             }
-            turn.done += index;
-            sent.complete(mem, tx, index)?;
-            receive.complete(mem, rx)?;
+            self.sent.put_back(tx, done);
+            turn.done += done;
+            self.sent.complete(mem, tx, done)?;
+            self.receive.complete(mem, rx)?;
             tx.publish(mem)?;
             rx.publish(mem)?;
         }
         Ok(turn)
     }
-}
 
-/// What came of a chain that was sent.
-enum Read {
-    /// A frame; it lies behind its header.
-    Frame(Header),
-    /// One that breaks a rule.
-    Broken,
-    /// Its memory could not be read.
-    Gone,
-}
-
-impl Read {
-    fn as_ref(&self) -> Option<&Header> {
-        match self {
-            Self::Frame(header) => Some(header),
-            Self::Broken | Self::Gone => None,
+    /// Read a group of the chains from `first` on.
+    #[inline(always)]
+    fn read<A: Access>(
+        &mut self,
+        mem: &A,
+        tx: &mut DeviceQueue,
+        first: usize,
+        bounds: Bounds,
+        bytes: &mut u64,
+    ) -> Result<(), Fault> {
+        self.frames.clear();
+        let chains = (first..).map_while(|index| self.sent.get(index));
+        for (element, iov) in chains {
+            if *bytes >= bounds.bytes || self.frames.full() {
+                break;
+            }
+            let length = self.frames.read(mem, tx, (element, iov), &self.setup)?;
+            let moved = element.readable.saturating_add(element.writable);
+            *bytes = bytes.saturating_add(moved).saturating_add(length as u64);
         }
+        Ok(())
     }
-}
 
-/// Read a chain and judge it. What is not passed on is read as well: whoever discards a frame has received it.
-fn read<A: Access>(
-    mem: &A,
-    queue: &mut DeviceQueue,
-    element: &Element,
-    iov: Iov<'_>,
-    setup: &Setup,
-    buffer: &mut [u8],
-    told: &Told,
-) -> Result<Read, Fault> {
-    let length = usize::try_from(element.readable).unwrap_or(usize::MAX);
-    let broken = match frame::fits(length, setup) {
-        Ok(()) => {
-            let Some(whole) = buffer.get_mut(..length) else {
-                return Ok(Read::Gone);
+    /// Pass on what was read of the chains from `first` on.
+    #[inline(always)]
+    fn pass<A: Access>(
+        &mut self,
+        mem: &A,
+        (rx, tx): (&mut DeviceQueue, &mut DeviceQueue),
+        first: usize,
+        tally: &mut Tally,
+    ) -> Result<(), Fault> {
+        let (usable, loops) = (self.setup.usable, self.mode == Mode::Loopback);
+        for number in 0..self.frames.len() {
+            let left = self.frames.len() - number;
+            let whole = self.frames.get(number);
+            let Some(length @ 1..) = whole.len().checked_sub(self.setup.header) else {
+                if let Some(broken) = self.frames.take_broken(number) {
+                    tally.broken += 1;
+                    let head = self.sent.get(first + number).map_or(0, |(element, _)| element.head);
+                    self.told.note(broken.found(tx.config().index, head));
+                }
+                continue;
             };
-            match queue.copied(iov.read(mem, 0, whole)) {
-                Ok(_) => {}
-                Err(QueueError::Violation(fault)) => return Err(fault),
-                // A transfer of remote memory that failed.
-                Err(QueueError::Misuse(_)) => return Ok(Read::Gone),
-            }
-            match judge(whole, setup) {
-                Ok(header) => return Ok(Read::Frame(header)),
-                Err(broken) => broken,
+            tally.sent[0] += 1;
+            tally.sent[1] += length as u64;
+            if !usable {
+                tally.dropped += 1;
+            } else if loops {
+                match self.receive.place(mem, rx, &self.setup, whole, left, &self.told) {
+                    Ok(Placed::Done) => {
+                        tally.received[0] += 1;
+                        tally.received[1] += length as u64;
+                    }
+                    Ok(_) => tally.dropped += 1,
+                    Err(fault) => {
+                        // The transmit queue is not to blame, and its chain is answered.
+                        let end = first + number + 1;
+                        tally.dropped += 1;
+                        self.sent.complete(mem, tx, end)?;
+                        self.sent.put_back(tx, end);
+                        return Err(fault);
+                    }
+                }
             }
         }
-        Err(broken) => broken,
-    };
-    told.note(Finding {
-        rule: broken.rule,
-        clause: broken.clause,
-        message: broken.message,
-        queue: queue.config().index,
-        head: element.head,
-    });
-    Ok(Read::Broken)
+        Ok(())
+    }
 }
 
 impl Service for Packets {

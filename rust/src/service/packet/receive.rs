@@ -3,7 +3,7 @@
 use super::{Finding, Setup, Told};
 use crate::chain::{Element, Segment};
 use crate::error::{Fault, QueueError};
-use crate::iov::Iov;
+use crate::iov::{Iov, prefetch};
 use crate::mem::Access;
 use crate::queue::DeviceQueue;
 use crate::service::complete_all;
@@ -34,12 +34,40 @@ pub(super) struct Receive {
 }
 
 impl Receive {
-    /// Put a header and its frame into the next buffers, all of them or none; take `ahead` when there are no more.
+    /// Put a header and its frame into the next buffers, all of them or none; take `ahead` when there are no more. The header
+    /// is that of a frame in one buffer.
     ///
     /// # Errors
     /// The rule that the driver broke; the queue is latched, and what was taken is gone with it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn place<A: Access>(
+        &mut self,
+        mem: &A,
+        queue: &mut DeviceQueue,
+        setup: &Setup,
+        whole: &mut [u8],
+        ahead: usize,
+        told: &Told,
+    ) -> Result<Placed, Fault> {
+        match self.elements.get(self.next) {
+            Some(element) if element.writable >= whole.len() as u64 => {
+                let written = self.iov(element).write(mem, 0, whole);
+                match queue.copied(written) {
+                    Ok(_) => {}
+                    Err(QueueError::Violation(fault)) => return Err(fault),
+                    Err(QueueError::Misuse(_)) => return Ok(Placed::Few),
+                }
+                self.used.push(whole.len() as u64);
+                self.next += 1;
+                Ok(Placed::Done)
+            }
+            _ => self.place_over(mem, queue, setup, whole, ahead, told),
+        }
+    }
+
+    /// As `place`, over several buffers, or when there is none yet.
+    #[inline(never)]
+    fn place_over<A: Access>(
         &mut self,
         mem: &A,
         queue: &mut DeviceQueue,
@@ -74,11 +102,10 @@ impl Receive {
             return Ok(if count == 0 { Placed::Empty } else { Placed::Few });
         }
         // 5.1.9.3.2: num_buffers counts them, and is 1 without MRG_RXBUF.
-        if let Some(field) = whole.get_mut(10..setup.header).filter(|field| field.len() == 2) {
-            let number = u16::try_from(count).unwrap_or(u16::MAX);
-            field.copy_from_slice(&number.to_le_bytes());
-        }
-        if !self.write(mem, queue, first, count, whole)? {
+        number(whole, setup, count);
+        let written = self.write(mem, queue, first, count, whole);
+        number(whole, setup, 1);
+        if !written? {
             return Ok(Placed::Few);
         }
         let mut left = total;
@@ -98,9 +125,8 @@ impl Receive {
         self.complete(mem, queue)?;
         let before = self.elements.len();
         queue.pop_many(mem, ahead.max(1), &mut self.segments, &mut self.elements)?;
-        for element in self.elements.get(before..).unwrap_or_default() {
-            self.iov(element).prefetch(mem);
-        }
+        let first = self.elements.get(before).map_or(0, |element| element.first);
+        prefetch(mem, self.segments.get(first..).unwrap_or_default());
         queue.prefetch_used(mem, self.elements.len() - before);
         Ok(self.elements.len() > before)
     }
@@ -180,5 +206,12 @@ impl Receive {
             queue.put_back(&element, segments.get(..element.count).unwrap_or_default());
         }
         self.clear();
+    }
+}
+
+/// Say in a header over how many buffers its frame lies, if it can say so.
+fn number(whole: &mut [u8], setup: &Setup, count: usize) {
+    if let Some(field @ [_, _]) = whole.get_mut(10..setup.header) {
+        field.copy_from_slice(&u16::try_from(count).unwrap_or(u16::MAX).to_le_bytes());
     }
 }
