@@ -147,6 +147,17 @@ def test_a_queue_that_does_not_run_is_not_stopped(tmp_path: Path) -> None:
         assert not {"GET_VRING_BASE", "SET_VRING_ENABLE"} & set(back.names())
 
 
+def test_a_queue_is_enabled_once_and_reset_when_it_is(tmp_path: Path) -> None:
+    with peer(tmp_path / "s", protocol=PROTOCOL & ~F.INFLIGHT_SHMFD) as back, to(back) as registers:
+        with pytest.raises(InvalidArgument, match="queue 0 is not enabled"):
+            registers.reset_queue(0)
+        up(registers, config())
+        with pytest.raises(StateError, match="queue 0 is enabled already"):
+            registers.enable_queue(config())
+        assert "GET_INFLIGHT_FD" not in back.names()
+        assert registers.inflight is None
+
+
 @pytest.mark.parametrize(
     ("packed", "base", "legal"),
     [
