@@ -137,7 +137,8 @@ impl DeviceQueue {
         // One loop for each format, so that what a ring knows lives in registers.
         let end = each!(&mut self.ring, ring => {
             let stores = ring.stores(mem).settled();
-            loop {
+            let mut staged = ring.staged();
+            let end = loop {
                 let Some((ticket, written)) = done.next() else { break Stop::Done };
                 if written > ticket.writable {
                     break Stop::TooBig(written, ticket.writable);
@@ -155,13 +156,15 @@ impl DeviceQueue {
                 }
                 // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
                 let written = u32::try_from(written).unwrap_or(u32::MAX);
-                if let Err(error) = ring.stage((mem, stores), ticket.head, ticket.slots, written) {
+                if let Err(error) = ring.stage(&mut staged, (mem, stores), ticket.head, ticket.slots, written) {
                     break Stop::Unmapped(error);
                 }
                 self.busy.remove(ticket.head);
                 turn = turn.map(|turn| turn + 1);
                 count += 1;
-            }
+            };
+            ring.settle(staged);
+            end
         });
         if let (Some(order), Some(turn)) = (&mut self.order, turn) {
             order.oldest = turn;
@@ -252,7 +255,12 @@ pub(super) fn stage<A: Access>(
     slots: u16,
     written: u32,
 ) -> Result<(), MemoryError> {
-    each!(ring, ring => ring.stage((mem, ring.stores(mem)), head, slots, written))
+    each!(ring, ring => {
+        let mut staged = ring.staged();
+        ring.stage(&mut staged, (mem, ring.stores(mem)), head, slots, written)?;
+        ring.settle(staged);
+        Ok(())
+    })
 }
 
 #[cold]

@@ -17,19 +17,36 @@ pub(crate) struct PackedDevice {
     layout: RingLayout,
     event_idx: bool,
     next_avail: Place,
-    /// Where the next used descriptor goes; entries from `published` to it are staged.
-    next_used: Place,
+    /// Used descriptors from here on are staged.
     published: Place,
-    /// Place and flags of the first staged descriptor, whose flags are stored last.
-    staged: Option<(u16, u16)>,
-    /// Slots that the staged descriptors stand for.
-    staged_slots: u32,
+    staged: Staged,
     /// `published` when the driver was last considered for a notification; None before the first time.
     signalled: Option<Place>,
     /// Slots published as used since then.
     moved: u32,
     /// Slots of popped chains that were not yet written back.
     slots_in_flight: u32,
+}
+
+/// Used descriptors that are written and not visible yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Staged {
+    /// Where the next one goes.
+    next: Place,
+    /// Place and flags of the first, whose flags are stored last.
+    first: Option<(u16, u16)>,
+    /// Slots that they stand for.
+    slots: u32,
+}
+
+impl Staged {
+    const fn none(next: Place) -> Self {
+        Self {
+            next,
+            first: None,
+            slots: 0,
+        }
+    }
 }
 
 impl PackedDevice {
@@ -45,10 +62,8 @@ impl PackedDevice {
             layout,
             event_idx,
             next_avail: Place::from_bits(avail),
-            next_used: Place::from_bits(used),
             published: Place::from_bits(used),
-            staged: None,
-            staged_slots: 0,
+            staged: Staged::none(Place::from_bits(used)),
             signalled: None,
             moved: 0,
             slots_in_flight: 0,
@@ -306,7 +321,7 @@ impl PackedDevice {
 
     /// Where the next used descriptor is published when this one, of a list of `slots`, is staged and published.
     pub(crate) const fn used_after(&self, slots: u16) -> u16 {
-        self.next_used.forward(slots, self.layout.size).bits()
+        self.staged.next.forward(slots, self.layout.size).bits()
     }
 
     /// Undo the newest pop of a list of `slots` descriptors.
@@ -321,30 +336,44 @@ impl PackedDevice {
         mem.desc_stores(self.areas.desc).unwrap_or(DescStores::none())
     }
 
+    /// What is staged, to be added to and [`settled`](Self::settle).
+    #[inline(always)]
+    pub(crate) const fn staged(&self) -> Staged {
+        self.staged
+    }
+
     /// Write a used descriptor that is not visible yet: of several the first one's flags come last.
     #[inline(always)]
     pub(crate) fn stage<A: Access>(
-        &mut self,
+        &self,
+        staged: &mut Staged,
         (mem, descs): (&A, DescStores<'_>),
         id: u16,
         slots: u16,
         written: u32,
     ) -> Result<(), MemoryError> {
-        let Place { slot, .. } = self.next_used;
+        let Place { slot, .. } = staged.next;
         if !descs.packed_used(slot, (written, id)) {
             mem.store_packed_used(self.areas.desc, desc::BYTES * u64::from(slot) + 8, (written, id))?;
         }
         // 2.8.3: WRITE says that something was written; 2.8.6: all other flags are reserved.
-        let flags = self.next_used.used_flags() | if written > 0 { desc::WRITE } else { 0 };
-        if self.staged.is_none() {
-            self.staged = Some((slot, flags));
+        let flags = staged.next.used_flags() | if written > 0 { desc::WRITE } else { 0 };
+        if staged.first.is_none() {
+            staged.first = Some((slot, flags));
         } else if !descs.flags(slot, flags) {
             mem.store_u16_release(self.areas.desc, desc::flags_off(slot), flags)?;
         }
-        self.next_used = self.next_used.forward(slots, self.layout.size);
-        self.staged_slots = self.staged_slots.saturating_add(u32::from(slots));
-        self.slots_in_flight = self.slots_in_flight.saturating_sub(u32::from(slots));
+        staged.next = staged.next.forward(slots, self.layout.size);
+        staged.slots = staged.slots.saturating_add(u32::from(slots));
         Ok(())
+    }
+
+    /// This is staged now.
+    #[inline(always)]
+    pub(crate) const fn settle(&mut self, staged: Staged) {
+        let more = staged.slots.saturating_sub(self.staged.slots);
+        self.slots_in_flight = self.slots_in_flight.saturating_sub(more);
+        self.staged = staged;
     }
 
     /// Have what the next `count` used descriptors are written to fetched.
@@ -352,7 +381,7 @@ impl PackedDevice {
     pub(crate) fn prefetch_used<A: Access>(&self, mem: &A, count: u16) {
         let size = self.layout.size;
         for ahead in (0..count.min(size)).step_by(AHEAD / 16) {
-            let Place { slot, .. } = self.next_used.forward(ahead, size);
+            let Place { slot, .. } = self.staged.next.forward(ahead, size);
             mem.prefetch(self.areas.desc, desc::BYTES * u64::from(slot), Want::Write);
         }
     }
@@ -360,13 +389,13 @@ impl PackedDevice {
     /// Make all staged descriptors visible; whether there were any.
     #[inline(always)]
     pub(crate) fn publish<A: Access>(&mut self, mem: &A) -> Result<bool, MemoryError> {
-        let Some((slot, flags)) = self.staged else {
+        let Some((slot, flags)) = self.staged.first else {
             return Ok(false);
         };
         mem.store_u16_release(self.areas.desc, desc::flags_off(slot), flags)?;
-        self.staged = None;
-        self.published = self.next_used;
-        self.moved = self.moved.saturating_add(std::mem::take(&mut self.staged_slots));
+        self.published = self.staged.next;
+        self.moved = self.moved.saturating_add(self.staged.slots);
+        self.staged = Staged::none(self.published);
         Ok(true)
     }
 

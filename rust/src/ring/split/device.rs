@@ -413,21 +413,34 @@ impl SplitDevice {
         mem.used_stores(self.areas.device).unwrap_or(UsedStores::none())
     }
 
+    /// Where the next used entry goes, to be moved on and [`settled`](Self::settle).
+    #[inline(always)]
+    pub(crate) const fn staged(&self) -> u16 {
+        self.next_used
+    }
+
     /// Write a used entry that is not visible yet; a chain has one slot.
     #[inline(always)]
     pub(crate) fn stage<A: Access>(
-        &mut self,
+        &self,
+        next: &mut u16,
         (mem, useds): (&A, UsedStores<'_>),
         head: u16,
         _slots: u16,
         written: u32,
     ) -> Result<(), MemoryError> {
-        let (slot, entry) = (self.next_used & self.mask, (u32::from(head), written));
+        let (slot, entry) = (*next & self.mask, (u32::from(head), written));
         if !useds.used(slot, entry) {
             mem.store_used(self.areas.device, USED_RING + 8 * u64::from(slot), entry)?;
         }
-        self.next_used = self.next_used.wrapping_add(1);
+        *next = next.wrapping_add(1);
         Ok(())
+    }
+
+    /// Entries before this one are staged now.
+    #[inline(always)]
+    pub(crate) const fn settle(&mut self, next: u16) {
+        self.next_used = next;
     }
 
     /// Have what the next `count` used entries are written to fetched.
