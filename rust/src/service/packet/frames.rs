@@ -11,10 +11,8 @@ use std::ops::Range;
 use super::frame::{Broken, fits, receivable, received};
 use super::{LONGEST, MOST_HEADER, Setup};
 use crate::chain::Element;
-use crate::error::{Fault, QueueError};
 use crate::iov::Iov;
-use crate::mem::Access;
-use crate::queue::DeviceQueue;
+use crate::mem::{Access, MemoryError};
 use crate::service::BURST;
 
 /// Bytes from which on a group is full.
@@ -80,15 +78,14 @@ impl Frames {
     /// as well: whoever discards a frame has received it.
     ///
     /// # Errors
-    /// A violation when the memory of the chain is lost.
+    /// The chain's memory cannot be read: the chain is not in the group.
     #[inline(always)]
     pub(super) fn read<A: Access>(
         &mut self,
         mem: &A,
-        queue: &mut DeviceQueue,
         (element, iov): (&Element, Iov<'_>),
         setup: &Setup,
-    ) -> Result<usize, Fault> {
+    ) -> Result<usize, MemoryError> {
         let length = usize::try_from(element.readable).unwrap_or(usize::MAX);
         if let Err(broken) = fits(length, setup) {
             return Ok(self.refuse(broken));
@@ -96,15 +93,7 @@ impl Frames {
         // A header and a frame that fit are no longer than the room behind a group that is not full.
         let place = self.taken..self.taken + length;
         let whole = self.bytes.get_mut(place.clone()).unwrap_or_default();
-        match queue.copied(iov.read(mem, 0, whole)) {
-            Ok(_) => {}
-            Err(QueueError::Violation(fault)) => return Err(fault),
-            // A transfer of remote memory that failed.
-            Err(QueueError::Misuse(_)) => {
-                self.places.push(0..0);
-                return Ok(0);
-            }
-        }
+        iov.read(mem, 0, whole)?;
         if let Err(broken) = receivable(whole, setup) {
             return Ok(self.refuse(broken));
         }

@@ -27,8 +27,8 @@ use frames::{Frames, Made};
 use receive::{Placed, Receive};
 
 use super::{BURST, Bounds, Burst, Service, Turn};
-use crate::error::Fault;
-use crate::mem::Access;
+use crate::error::{Fault, QueueError};
+use crate::mem::{Access, MemoryError};
 use crate::queue::DeviceQueue;
 
 /// Bytes of the longest header.
@@ -288,10 +288,17 @@ impl Packets {
             tx.prefetch_used(mem, count);
             let mut done = 0;
             while self.sent.get(done).is_some() && bytes < bounds.bytes {
-                let read = self.read(mem, tx, done, bounds, &mut bytes);
-                self.pass(mem, (rx, tx), done, tally)?;
+                let read = self.read(mem, done, bounds, &mut bytes);
+                self.pass(mem, (rx, tx), (done, count), tally)?;
                 done += self.frames.len();
-                read?;
+                // Told behind those before it: they may have broken the other queue, and then it is still to be read.
+                if let Err(error) = read {
+                    match tx.copied::<()>(Err(error)) {
+                        Err(QueueError::Violation(fault)) => return Err(fault),
+                        // A transfer of remote memory that failed: it is answered, and nothing is known of it.
+                        _ => done += 1,
+                    }
+                }
             }
             self.sent.put_back(tx, done);
             turn.done += done;
@@ -303,41 +310,34 @@ impl Packets {
         Ok(turn)
     }
 
-    /// Read a group of the chains from `first` on.
+    /// Read a group of the chains from `first` on; it ends before one whose memory cannot be read.
     #[inline(always)]
-    fn read<A: Access>(
-        &mut self,
-        mem: &A,
-        tx: &mut DeviceQueue,
-        first: usize,
-        bounds: Bounds,
-        bytes: &mut u64,
-    ) -> Result<(), Fault> {
+    fn read<A: Access>(&mut self, mem: &A, first: usize, bounds: Bounds, bytes: &mut u64) -> Result<(), MemoryError> {
         self.frames.clear();
         let chains = (first..).map_while(|index| self.sent.get(index));
         for (element, iov) in chains {
             if *bytes >= bounds.bytes || self.frames.full() {
                 break;
             }
-            let length = self.frames.read(mem, tx, (element, iov), &self.setup)?;
-            let moved = element.readable.saturating_add(element.writable);
-            *bytes = bytes.saturating_add(moved).saturating_add(length as u64);
+            *bytes = bytes.saturating_add(element.readable).saturating_add(element.writable);
+            let length = self.frames.read(mem, (element, iov), &self.setup)?;
+            *bytes = bytes.saturating_add(length as u64);
         }
         Ok(())
     }
 
-    /// Pass on what was read of the chains from `first` on.
+    /// Pass on what was read of the chains from `first` on, of `count` that were popped.
     #[inline(always)]
     fn pass<A: Access>(
         &mut self,
         mem: &A,
         (rx, tx): (&mut DeviceQueue, &mut DeviceQueue),
-        first: usize,
+        (first, count): (usize, usize),
         tally: &mut Tally,
     ) -> Result<(), Fault> {
         let (usable, loops) = (self.setup.usable, self.mode == Mode::Loopback);
         for number in 0..self.frames.len() {
-            let left = self.frames.len() - number;
+            let left = count.saturating_sub(first + number);
             let whole = self.frames.get(number);
             let Some(length @ 1..) = whole.len().checked_sub(self.setup.header) else {
                 if let Some(broken) = self.frames.take_broken(number) {

@@ -123,9 +123,8 @@ impl Receive {
     fn take<A: Access>(&mut self, mem: &A, queue: &mut DeviceQueue, ahead: usize) -> Result<bool, Fault> {
         // What is full stays so, whatever is found broken now.
         self.complete(mem, queue)?;
-        let before = self.elements.len();
+        let (before, first) = (self.elements.len(), self.segments.len());
         queue.pop_many(mem, ahead.max(1), &mut self.segments, &mut self.elements)?;
-        let first = self.elements.get(before).map_or(0, |element| element.first);
         prefetch(mem, self.segments.get(first..).unwrap_or_default());
         queue.prefetch_used(mem, self.elements.len() - before);
         Ok(self.elements.len() > before)
