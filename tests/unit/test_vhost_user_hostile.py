@@ -104,7 +104,8 @@ def test_a_malformed_message_ends_its_connection_only(
     assert rule in warnings[0]
     assert "\n" not in warnings[0]
     del g
-    assert open_fds() == before
+    # What the session before this one had may be let go of a moment after it has ended, and was counted then.
+    assert eventually(lambda: open_fds() <= before)
     served(server)
 
 
