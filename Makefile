@@ -99,8 +99,8 @@ test-python: $(VENV)/.core $(VENV)/.dev | toolchain ## the Python tests that nee
 
 # A million cases in all, beside what the profile multiplies; a test alone may take long here.
 deep: $(VENV)/.core $(VENV)/.dev ## the properties with the deep profile, and the tests that take long (an hour)
-	$(BIN)/pytest -n $(JOBS) -m "not deep" --timeout=7200 --hypothesis-profile=virtio-deep $(FOUND) tests/property
-	$(BIN)/pytest -n $(JOBS) -m deep --timeout=7200 --hypothesis-profile=virtio-deep $(FOUND)
+	$(BIN)/pytest -n $(JOBS) -m "not deep" --timeout=7200 -o faulthandler_timeout=7200 --hypothesis-profile=virtio-deep $(FOUND) tests/property
+	$(BIN)/pytest -n $(JOBS) -m deep --timeout=7200 -o faulthandler_timeout=7200 --hypothesis-profile=virtio-deep $(FOUND)
 
 mutants: $(VENV)/.core $(VENV)/.dev ## each check of the Python protocol code changed once: a test must notice (hours; in part: python -m tests.mutants MODULE; what is none: tests/mutants.txt)
 	$(BIN)/python -m tests.mutants --jobs $(JOBS)

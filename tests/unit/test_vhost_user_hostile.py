@@ -172,7 +172,7 @@ def test_ten_thousand_bad_messages_leave_no_fd(tmp_path: Path) -> None:
                 with pytest.raises(PeerDisconnected):
                     front.receive()
         assert eventually(lambda: server.backend.session is None)
-        assert open_fds() == before
+        assert eventually(lambda: open_fds() <= before)
         served(server)
 
 
