@@ -549,7 +549,8 @@ fn each_transfer_of_a_ring_that_fails_breaks_that_ring_or_nothing() {
 
 #[test]
 fn the_longest_frame_of_all() {
-    let mut pair = Pair::new(Mode::Loopback, setup());
+    let longest = LONGEST + 1;
+    let mut pair = Pair::new(Mode::Loopback, Setup { longest, ..setup() });
     let len = u32::try_from(12 + LONGEST).unwrap();
     pair.mem.fill(BIG, u64::from(len), 3).unwrap();
     pair.mem.write(BIG, &PLAIN).unwrap();

@@ -46,13 +46,19 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield made
 
 
+def gone(server: Server) -> None:
+    """Wait until the session has ended, and what it held is let go of."""
+    assert eventually(lambda: server.backend.session is None)
+    server.settle()
+
+
 def served(server: Server) -> None:
     """The server serves as if nothing had happened."""
     with guest(server.path) as g:
         g.setup()
         g.front.enable(0)
         g.request(1)
-    assert eventually(lambda: server.backend.session is None)
+    gone(server)
 
 
 def a_file(size: int = PAGE) -> int:
@@ -96,7 +102,7 @@ def test_a_malformed_message_ends_its_connection_only(
             os.close(fd)
         with pytest.raises(PeerDisconnected):
             g.front.receive()
-    assert eventually(lambda: server.backend.session is None)
+    gone(server)
     assert server.backend.last_error is not None
     assert server.backend.last_error.rule == rule
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -104,8 +110,7 @@ def test_a_malformed_message_ends_its_connection_only(
     assert rule in warnings[0]
     assert "\n" not in warnings[0]
     del g
-    # What the session before this one had may be let go of a moment after it has ended, and was counted then.
-    assert eventually(lambda: open_fds() <= before)
+    assert open_fds() == before
     served(server)
 
 
@@ -165,14 +170,14 @@ def test_ten_thousand_bad_messages_leave_no_fd(tmp_path: Path) -> None:
                 assert reply == U64(1)
             assert open_fds() == connected
         os.close(fd)
-        assert eventually(lambda: server.backend.session is None)
+        gone(server)
         for _ in range(300):
             with FrontEnd(server.path) as front:
                 front.send_bytes(encode(Request.SET_OWNER), [1, 2])
                 with pytest.raises(PeerDisconnected):
                     front.receive()
-        assert eventually(lambda: server.backend.session is None)
-        assert eventually(lambda: open_fds() <= before)
+        gone(server)
+        assert open_fds() == before
         served(server)
 
 
@@ -299,7 +304,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
         ask(g.front, request_, payload, kinds, need_reply=False)
         with pytest.raises(PeerDisconnected):
             g.front.receive()
-    assert eventually(lambda: server.backend.session is None)
+    gone(server)
     assert server.backend.last_error is not None
     assert server.backend.last_error.rule == rule
     served(server)

@@ -57,6 +57,12 @@ class ServerThread:
         except BaseException as error:  # noqa: BLE001 - raised again where the test ends
             self.failure = error
 
+    def settle(self) -> None:
+        """Wait until its loop has left what it is in: what that held is let go of then."""
+        left = threading.Event()
+        self.loop.call_soon(left.set)
+        assert left.wait(PATIENCE)
+
     def close(self) -> None:
         self.loop.stop()
         self._thread.join(PATIENCE)
