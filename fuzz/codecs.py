@@ -30,6 +30,7 @@ from virtio_test.strategies import RingCase
 from virtio_test.transport.vhost_user import codec as vhost
 from virtio_test.transport.vhost_user.inflight import InflightQueue, InflightRegion
 from virtio_test.transport.vhost_user.messages import BACKEND_REQUESTS, FRONTEND_REQUESTS
+from virtio_test.transport.vhost_user.payloads import Inflight
 
 from tests.property import test_saved_state
 from tests.unit.uml_world import UmlKernel
@@ -62,15 +63,18 @@ def vhost_user(data: bytes) -> None:
     decoder = vhost.Decoder(table, replies=replies)
     try:
         for message in _messages(decoder, stream, fds=data[0] >> 6, cut=data[1]):
-            flags = int.from_bytes(stream[at + 4 : at + 8], "little")
+            flags, size = (int.from_bytes(stream[at + place : at + place + 4], "little") for place in (4, 8))
             payload = message.payload
             body = payload.data if isinstance(payload, vhost.Unknown) else payload.pack()
-            head = (message.request.to_bytes(4, "little"), len(body).to_bytes(4, "little"))
-            whole = head[0] + flags.to_bytes(4, "little") + head[1] + body
+            # Padding may be missing, and is anything.
+            slack = payload.SLACK if isinstance(payload, Inflight) else 0
+            assert len(body) - slack <= size <= len(body)
+            words = (message.request, flags, size)
+            whole = b"".join(word.to_bytes(4, "little") for word in words) + body[: len(body) - slack]
             assert stream[at : at + len(whole)] == whole
             assert message.reply == replies
             assert message.need_reply == bool(flags & 8)
-            at += len(whole)
+            at += 12 + size
             message.close()
     except MessageError as error:
         assert error.rule

@@ -42,7 +42,14 @@ VFIO = bare(
 )
 
 
+def _inflight(size: int) -> bytes:
+    """A GET_INFLIGHT_FD with so much of its 20 bytes and their padding."""
+    return b"\1\0" + b"".join(word.to_bytes(4, "little") for word in (31, 1, size)) + b"\7" * size
+
+
 @given(VHOST | BYTES)
+@example(_inflight(20))
+@example(_inflight(24))
 def test_vhost_user(data: bytes) -> None:
     codecs.vhost_user(data)
 
