@@ -156,26 +156,6 @@ pub(crate) struct Bounds {
     pub(crate) segments: usize,
 }
 
-/// Pop until nothing is found or a bound is reached; how many, and what ended it. A macro, since a closure would
-/// be called.
-macro_rules! burst {
-    ($bounds:expr, $segments:expr, $count:ident => $pop:expr) => {{
-        let bounds: $crate::chain::Bounds = $bounds;
-        let mut $count: u64 = 0;
-        loop {
-            if $count >= bounds.chains || $segments.len() >= bounds.segments {
-                break ($count, $crate::chain::End::More);
-            }
-            match $pop {
-                Ok(true) => $count += 1,
-                Ok(false) => break ($count, $crate::chain::End::Empty),
-                Err(fault) => break ($count, $crate::chain::End::Fault(fault)),
-            }
-        }
-    }};
-}
-pub(crate) use burst;
-
 /// What the walk of one queue needs to know.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ChainRules {

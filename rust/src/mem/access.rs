@@ -124,6 +124,13 @@ pub trait Access {
         None
     }
 
+    /// Copy `len` bytes from one place to another, which may overlap, where that is all there is to it; whether it was.
+    #[inline(always)]
+    fn transfer(&self, from: (At, u64), to: (At, u64), len: u64) -> bool {
+        let _ = (from, to, len);
+        false
+    }
+
     /// Relaxed 16-bit load.
     ///
     /// # Errors

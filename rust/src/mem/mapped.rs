@@ -287,6 +287,20 @@ impl Access for Mapped<'_> {
     }
 
     #[inline(always)]
+    fn transfer(&self, from: (At, u64), to: (At, u64), len: u64) -> bool {
+        let Some(src) = self.direct(from.0, from.1, len, Want::Read) else {
+            return false;
+        };
+        let Some(dst) = self.direct(to.0, to.1, len, Want::Write) else {
+            return false;
+        };
+        // SAFETY: both are valid for `len` bytes, `dst` for writes (M2). The other side may access either meanwhile: the
+        // racing bulk copy of M4.
+        unsafe { copy(src.cast_const(), dst, host_size(len)) };
+        true
+    }
+
+    #[inline(always)]
     fn descs(&self, area: Area<16>) -> Descs<'_> {
         // SAFETY: `self` has the table pinned, and the result borrows it.
         unsafe { area.words(self.0.stamp()) }

@@ -72,3 +72,25 @@ impl Areas {
         Ok(())
     }
 }
+
+/// The used side of a ring at its device end: what is written there is staged, and visible when it is published.
+pub(crate) trait UsedRing {
+    /// What is staged, and where more goes.
+    type Staging<'a>: 'a;
+
+    /// What is staged so far, to be added to and settled.
+    fn staging<'a, A: Access>(&self, mem: &'a A) -> Self::Staging<'a>;
+
+    /// Write an entry that is not visible yet: of a chain, or of a batch, of so many slots.
+    fn stage<A: Access>(
+        &self,
+        mem: &A,
+        staging: &mut Self::Staging<'_>,
+        head: u16,
+        slots: u16,
+        written: u32,
+    ) -> Result<(), MemoryError>;
+
+    /// This is staged now.
+    fn settle(&mut self, staging: Self::Staging<'_>);
+}

@@ -23,7 +23,7 @@ use smallvec::SmallVec;
 use crate::chain::{Element, Segment};
 use crate::error::{Fault, QueueError};
 use crate::iov::{Iov, prefetch};
-use crate::mem::Access;
+use crate::mem::{Access, At};
 use crate::queue::DeviceQueue;
 
 /// Chains that are popped at once: enough to spread what a pop costs.
@@ -198,8 +198,18 @@ impl Burst {
     #[must_use]
     pub fn get(&self, index: usize) -> Option<(&Element, Iov<'_>)> {
         let element = self.elements.get(index)?;
-        let segments = self.segments.get(element.first..)?.get(..element.count)?;
-        Some((element, Iov::new(segments, element.epoch)))
+        Some((element, buffers(&self.segments, element)))
+    }
+
+    /// The chains from this number on that have one buffer for us to read, and it, up to one that is not so.
+    #[inline(always)]
+    fn alone(&self, index: usize) -> impl Iterator<Item = (&Element, At)> {
+        let elements = self.elements.get(index..).unwrap_or_default();
+        elements.iter().map_while(|element| {
+            let own = element.count == 1 && element.writable == 0;
+            let segment = self.segments.get(element.first).filter(|_| own)?;
+            Some((element, segment.at))
+        })
     }
 
     /// Complete the chains before `end`, with no byte used; not visible before it is published.
@@ -220,6 +230,17 @@ impl Burst {
             queue.put_back(&element, segments.get(..element.count).unwrap_or_default());
         }
     }
+}
+
+/// The buffers of a chain, of the segments that were popped with it.
+#[inline(always)]
+fn buffers<'a>(segments: &'a [Segment], element: &Element) -> Iov<'a> {
+    // One, as most frames have: said in the type, a copy asks no more of it.
+    let own = match element.count {
+        1 => segments.get(element.first).map(std::slice::from_ref),
+        count => segments.get(element.first..).and_then(|rest| rest.get(..count)),
+    };
+    Iov::new(own.unwrap_or_default(), element.epoch)
 }
 
 /// What a chain was answered with.

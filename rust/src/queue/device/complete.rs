@@ -15,6 +15,8 @@ use super::recorded::Done;
 use super::{DeviceQueue, Ring, Ticket};
 use crate::error::{Fault, Misuse, QueueError};
 use crate::mem::{Access, MemoryError};
+use crate::queue::heads::HeadSet;
+use crate::ring::UsedRing;
 
 /// What is in flight, with IN_ORDER.
 #[derive(Debug, Default)]
@@ -82,6 +84,118 @@ enum Stop {
     Unmapped(MemoryError),
 }
 
+/// What a burst of completions begins with.
+#[derive(Clone, Copy)]
+struct Now {
+    generation: u64,
+    in_flight: u64,
+    /// With IN_ORDER.
+    oldest: Option<u64>,
+}
+
+impl Now {
+    /// Judge a completion, of which there were `count` before; None when it is of no generation that is left.
+    #[inline(always)]
+    fn judge(&self, ticket: &Ticket, written: u64, count: u64) -> Result<bool, Stop> {
+        if written > ticket.writable {
+            return Err(Stop::TooBig(written, ticket.writable));
+        }
+        // Of an old generation nothing is written (2.4.1, 2.1.1).
+        if ticket.generation != self.generation {
+            return Ok(false);
+        }
+        if count >= self.in_flight {
+            return Err(Stop::Stale);
+        }
+        Ok(true)
+    }
+}
+
+/// 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
+#[inline(always)]
+fn used_len(written: u64) -> u32 {
+    u32::try_from(written).unwrap_or(u32::MAX)
+}
+
+/// Stage each of them; how many were, how many were dropped, and what ended it.
+#[inline(always)]
+fn complete_as_they_come<R: UsedRing, A: Access>(
+    ring: &mut R,
+    mem: &A,
+    now: Now,
+    done: &mut impl Iterator<Item = (Ticket, u64)>,
+    busy: &mut HeadSet,
+) -> (u64, u64, Stop) {
+    let (mut staging, mut count, mut dropped) = (ring.staging(mem), 0, 0);
+    let end = loop {
+        let Some((ticket, written)) = done.next() else {
+            break Stop::Done;
+        };
+        match now.judge(&ticket, written, count) {
+            Ok(true) => {}
+            Ok(false) => {
+                dropped += 1;
+                continue;
+            }
+            Err(stop) => break stop,
+        }
+        if let Err(error) = ring.stage(mem, &mut staging, ticket.head, ticket.slots, used_len(written)) {
+            break Stop::Unmapped(error);
+        }
+        busy.remove(ticket.head);
+        count += 1;
+    };
+    ring.settle(staging);
+    (count, dropped, end)
+}
+
+/// As `complete_as_they_come`, of those whose turn it is. 2.7.9, 2.8.8: the last of a batch stands for all of it, which says
+/// that the others were used whole; so it does for those that have nothing to write to.
+#[inline(always)]
+fn complete_ordered<R: UsedRing, A: Access>(
+    ring: &mut R,
+    mem: &A,
+    now: Now,
+    done: &mut impl Iterator<Item = (Ticket, u64)>,
+    busy: &mut HeadSet,
+) -> (u64, u64, Stop) {
+    let (mut staging, mut count, mut dropped) = (ring.staging(mem), 0, 0);
+    // The last of those that another will stand for, and the slots of all of them.
+    let (mut last, mut passed) = (0, 0_u16);
+    let mut end = loop {
+        let Some((ticket, written)) = done.next() else {
+            break Stop::Done;
+        };
+        match now.judge(&ticket, written, count) {
+            Ok(true) => {}
+            Ok(false) => {
+                dropped += 1;
+                continue;
+            }
+            Err(stop) => break stop,
+        }
+        if now.oldest.map(|oldest| oldest.wrapping_add(count)) != Some(ticket.seq) {
+            break Stop::Early(ticket, written);
+        }
+        (last, passed) = (ticket.head, passed.saturating_add(ticket.slots));
+        if ticket.writable > 0 {
+            if let Err(error) = ring.stage(mem, &mut staging, last, passed, used_len(written)) {
+                break Stop::Unmapped(error);
+            }
+            passed = 0;
+        }
+        busy.remove(ticket.head);
+        count += 1;
+    };
+    if passed > 0 && !matches!(end, Stop::Unmapped(_)) {
+        if let Err(error) = ring.stage(mem, &mut staging, last, passed, 0) {
+            end = Stop::Unmapped(error);
+        }
+    }
+    ring.settle(staging);
+    (count, dropped, end)
+}
+
 impl DeviceQueue {
     /// Complete a chain with `written` bytes; not visible before `publish`. False when it was dropped.
     ///
@@ -131,43 +245,22 @@ impl DeviceQueue {
         if early || self.recorded.is_some() || self.broken() || refreshed.is_err() {
             return self.complete_each(mem, done);
         }
-        let (generation, in_flight) = (self.generation, u64::from(self.in_flight));
-        let (mut count, mut dropped) = (0, 0);
-        let mut turn = self.order.as_ref().map(|order| order.oldest);
-        // One loop for each format, so that what a ring knows lives in registers.
-        let end = each!(&mut self.ring, ring => {
-            let stores = ring.stores(mem).settled();
-            let mut staged = ring.staged();
-            let end = loop {
-                let Some((ticket, written)) = done.next() else { break Stop::Done };
-                if written > ticket.writable {
-                    break Stop::TooBig(written, ticket.writable);
-                }
-                // Of an old generation nothing is written (2.4.1, 2.1.1).
-                if ticket.generation != generation {
-                    dropped += 1;
-                    continue;
-                }
-                if count >= in_flight {
-                    break Stop::Stale;
-                }
-                if turn.is_some_and(|turn| turn != ticket.seq) {
-                    break Stop::Early(ticket, written);
-                }
-                // 2.7.5.2 lets a chain have 2^32 bytes, which the 32-bit length of a used entry cannot say.
-                let written = u32::try_from(written).unwrap_or(u32::MAX);
-                if let Err(error) = ring.stage(&mut staged, (mem, stores), ticket.head, ticket.slots, written) {
-                    break Stop::Unmapped(error);
-                }
-                self.busy.remove(ticket.head);
-                turn = turn.map(|turn| turn + 1);
-                count += 1;
-            };
-            ring.settle(staged);
-            end
+        let now = Now {
+            generation: self.generation,
+            in_flight: u64::from(self.in_flight),
+            oldest: self.order.as_ref().map(|order| order.oldest),
+        };
+        let busy = &mut self.busy;
+        // One loop for each format, and with order or without, so that what a ring knows lives in registers.
+        let (count, dropped, end) = each!(&mut self.ring, ring => {
+            if now.oldest.is_some() {
+                complete_ordered(ring, mem, now, &mut done, busy)
+            } else {
+                complete_as_they_come(ring, mem, now, &mut done, busy)
+            }
         });
-        if let (Some(order), Some(turn)) = (&mut self.order, turn) {
-            order.oldest = turn;
+        if let Some(order) = &mut self.order {
+            order.oldest += count;
         }
         self.in_flight = self.in_flight.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
         self.counters.pushed += count;
@@ -256,9 +349,9 @@ pub(super) fn stage<A: Access>(
     written: u32,
 ) -> Result<(), MemoryError> {
     each!(ring, ring => {
-        let mut staged = ring.staged();
-        ring.stage(&mut staged, (mem, ring.stores(mem)), head, slots, written)?;
-        ring.settle(staged);
+        let mut staging = ring.staging(mem);
+        ring.stage(mem, &mut staging, head, slots, written)?;
+        ring.settle(staging);
         Ok(())
     })
 }

@@ -1,13 +1,13 @@
 //! The device end of a packed virtqueue.
 
 use super::{Place, arm, disarm};
-use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk, burst};
+use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk};
 use crate::error::Fault;
 use crate::mem::{AHEAD, Access, DescStores, Descs, MemoryError, Near, Want};
 use crate::queue::heads::HeadSet;
 use crate::ring::desc::Raw;
 use crate::ring::event::DISABLE;
-use crate::ring::{Areas, PackedEvent, RingLayout, Side, desc, packed_need_event};
+use crate::ring::{Areas, PackedEvent, RingLayout, Side, UsedRing, desc, packed_need_event};
 use crate::rule::Rule;
 
 /// Private state of the device end.
@@ -120,80 +120,102 @@ impl PackedDevice {
         mut copies: Option<&mut Vec<Raw>>,
     ) -> (u64, End) {
         let words = mem.descs(self.areas.descs).settled();
-        let mut near = Near::nothing();
-        burst!(bounds, segments, count => {
-            self.pop_one((mem, &mut near, words), rules, (segments, elements), stamp.later(count), busy, copies.as_deref_mut())
-        })
+        let (mut near, mut count) = (Near::nothing(), 0);
+        loop {
+            if count >= bounds.chains || segments.len() >= bounds.segments {
+                return (count, End::More);
+            }
+            let mut next = Ok(None);
+            if copies.is_none() {
+                let left = Bounds {
+                    chains: bounds.chains - count,
+                    ..bounds
+                };
+                let (at, into) = ((mem, &mut near, words), (&mut *segments, &mut *elements));
+                let popped;
+                (popped, next) = self.pop_buffers(at, rules, left, into, stamp.later(count), busy);
+                count += popped;
+                if popped > 0 && matches!(next, Ok(None)) {
+                    continue;
+                }
+            }
+            let place = self.next_avail;
+            let flags = match next {
+                Ok(Some(flags)) => flags,
+                Ok(None) => match self.load_flags(mem, place.slot) {
+                    Ok(flags) => flags,
+                    Err(error) => return (count, End::Fault(self.unmapped(rules, error))),
+                },
+                Err(fault) => return (count, End::Fault(fault)),
+            };
+            if !place.is_avail(flags) {
+                return (count, End::Empty);
+            }
+            let (walk, stamp) = (
+                Walk::new((mem, &mut near), rules, segments, place.slot, 0),
+                stamp.later(count),
+            );
+            let copies = copies.as_deref_mut();
+            if let Err(fault) = self.pop_list((mem, words), walk, rules, flags, elements, stamp, busy, copies) {
+                return (count, End::Fault(fault));
+            }
+            count += 1;
+        }
     }
 
-    /// Pop the next list; whether there was one.
+    /// Pop lists of one descriptor, as long as there are any in this lap, room for them, and words for them; how many, and the
+    /// flags of the slot behind them if they were looked at: it has none of these then.
     #[inline(always)]
-    fn pop_one<'a, A: Access>(
+    fn pop_buffers<'a, A: Access>(
         &mut self,
         (mem, near, words): (&'a A, &mut Near<'a>, Descs<'_>),
         rules: &ChainRules,
+        bounds: Bounds,
         (segments, elements): (&mut Vec<Segment>, &mut impl Elements),
         stamp: Stamp,
         busy: &mut HeadSet,
-        copies: Option<&mut Vec<Raw>>,
-    ) -> Result<bool, Fault> {
-        let place = self.next_avail;
-        let flags = match desc::load_flags(mem, words, self.areas.desc, place.slot) {
-            Ok(flags) => flags,
-            Err(error) => return Err(self.unmapped(rules, error)),
+    ) -> (u64, Result<Option<u16>, Fault>) {
+        let (size, first) = (u32::from(self.layout.size), self.next_avail.slot);
+        let alone = self.next_avail.avail_flags();
+        // 2.8.17: a list fits into the ring beside what is in flight.
+        let room = size
+            .saturating_sub(self.slots_in_flight)
+            .min(size.saturating_sub(u32::from(first)));
+        let room = bounds
+            .chains
+            .min(u64::from(room))
+            .min(bounds.segments.saturating_sub(segments.len()) as u64);
+        let end = first.saturating_add(u16::try_from(room).unwrap_or(u16::MAX));
+        let mut slot = first;
+        let next = loop {
+            if slot >= end {
+                break Ok(None);
+            }
+            let Some(flags) = words.flags(slot) else { break Ok(None) };
+            if flags & (desc::AVAIL | desc::USED | desc::NEXT | desc::INDIRECT) != alone {
+                break Ok(Some(flags));
+            }
+            let Some((addr, len, id)) = words.packed(slot) else {
+                break Ok(None);
+            };
+            let mut walk = Walk::new((mem, &mut *near), rules, &mut *segments, slot, id);
+            if let Err(fault) = walk.take(u32::from(slot), addr, len, flags & desc::WRITE != 0) {
+                break Err(fault);
+            }
+            if !rules.policy.duplicate_heads {
+                if busy.contains(id) {
+                    walk.cut();
+                    break Err(in_flight(rules, id, slot));
+                }
+                busy.insert(id);
+            }
+            elements.put(walk.finish(1, stamp.later(u64::from(slot - first))));
+            slot += 1;
         };
-        if !place.is_avail(flags) {
-            return Ok(false);
-        }
-        let (at, walk) = ((mem, words), Walk::new((mem, near), rules, segments, place.slot, 0));
-        // One buffer: nothing that a list needs is kept then.
-        if flags & (desc::NEXT | desc::INDIRECT) == 0 {
-            self.pop_buffer(at, walk, rules, flags, elements, stamp, busy, copies)?;
-        } else {
-            self.pop_list(at, walk, rules, flags, elements, stamp, busy, copies)?;
-        }
-        Ok(true)
-    }
-
-    /// Pop a list of one descriptor, with these flags.
-    #[expect(clippy::too_many_arguments, reason = "as in `pop`, which it is a part of")]
-    #[inline(always)]
-    fn pop_buffer<A: Access>(
-        &mut self,
-        (mem, words): (&A, Descs<'_>),
-        mut walk: Walk<'_, '_, A>,
-        rules: &ChainRules,
-        flags: u16,
-        elements: &mut impl Elements,
-        stamp: Stamp,
-        busy: &mut HeadSet,
-        copies: Option<&mut Vec<Raw>>,
-    ) -> Result<(), Fault> {
-        let (size, place, taken) = (self.layout.size, self.next_avail, self.slots_in_flight);
-        let index = u32::from(place.slot);
-        // 2.8.17: it fits into the ring beside what is in flight.
-        if taken >= u32::from(size) {
-            let (rule, message) = no_room(index, 0, size, taken);
-            return Err(walk.fault(rule, index, None, message));
-        }
-        let (addr, len, id) = match desc::load_packed(mem, words, self.areas.desc, place.slot) {
-            Ok(fields) => fields,
-            Err(error) => return Err(walk.ring_fault(index, error)),
-        };
-        if let Some(copies) = copies {
-            copies.push(Raw { addr, len, id, flags });
-        }
-        walk.set_head(id);
-        walk.take(index, addr, len, flags & desc::WRITE != 0)?;
-        if !rules.policy.duplicate_heads && busy.contains(id) {
-            walk.cut();
-            return Err(in_flight(rules, id, place.slot));
-        }
-        elements.put(walk.finish(1, stamp));
-        self.next_avail = place.forward(1, size);
-        self.slots_in_flight = taken + 1;
-        busy.insert(id);
-        Ok(())
+        let popped = slot - first;
+        self.next_avail = self.next_avail.forward(popped, self.layout.size);
+        self.slots_in_flight += u32::from(popped);
+        (u64::from(popped), next)
     }
 
     /// Pop a list of which the first descriptor has these flags.
@@ -330,52 +352,6 @@ impl PackedDevice {
         self.slots_in_flight = self.slots_in_flight.saturating_sub(u32::from(slots));
     }
 
-    /// Where used descriptors go, if that is all there is to storing them.
-    #[inline(always)]
-    pub(crate) fn stores<'a, A: Access>(&self, mem: &'a A) -> DescStores<'a> {
-        mem.desc_stores(self.areas.desc).unwrap_or(DescStores::none())
-    }
-
-    /// What is staged, to be added to and [`settled`](Self::settle).
-    #[inline(always)]
-    pub(crate) const fn staged(&self) -> Staged {
-        self.staged
-    }
-
-    /// Write a used descriptor that is not visible yet: of several the first one's flags come last.
-    #[inline(always)]
-    pub(crate) fn stage<A: Access>(
-        &self,
-        staged: &mut Staged,
-        (mem, descs): (&A, DescStores<'_>),
-        id: u16,
-        slots: u16,
-        written: u32,
-    ) -> Result<(), MemoryError> {
-        let Place { slot, .. } = staged.next;
-        if !descs.packed_used(slot, (written, id)) {
-            mem.store_packed_used(self.areas.desc, desc::BYTES * u64::from(slot) + 8, (written, id))?;
-        }
-        // 2.8.3: WRITE says that something was written; 2.8.6: all other flags are reserved.
-        let flags = staged.next.used_flags() | if written > 0 { desc::WRITE } else { 0 };
-        if staged.first.is_none() {
-            staged.first = Some((slot, flags));
-        } else if !descs.flags(slot, flags) {
-            mem.store_u16_release(self.areas.desc, desc::flags_off(slot), flags)?;
-        }
-        staged.next = staged.next.forward(slots, self.layout.size);
-        staged.slots = staged.slots.saturating_add(u32::from(slots));
-        Ok(())
-    }
-
-    /// This is staged now.
-    #[inline(always)]
-    pub(crate) const fn settle(&mut self, staged: Staged) {
-        let more = staged.slots.saturating_sub(self.staged.slots);
-        self.slots_in_flight = self.slots_in_flight.saturating_sub(more);
-        self.staged = staged;
-    }
-
     /// Have what the next `count` used descriptors are written to fetched.
     #[inline(always)]
     pub(crate) fn prefetch_used<A: Access>(&self, mem: &A, count: u16) {
@@ -420,6 +396,50 @@ impl PackedDevice {
     /// Ask for no kicks.
     pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
         disarm(mem, self.areas.device)
+    }
+}
+
+impl UsedRing for PackedDevice {
+    /// Where descriptors go, if that is all there is to storing them, and what is staged.
+    type Staging<'a> = (DescStores<'a>, Staged);
+
+    #[inline(always)]
+    fn staging<'a, A: Access>(&self, mem: &'a A) -> Self::Staging<'a> {
+        let stores = mem.desc_stores(self.areas.desc).unwrap_or(DescStores::none());
+        (stores.settled(), self.staged)
+    }
+
+    /// Of several the first one's flags come last.
+    #[inline(always)]
+    fn stage<A: Access>(
+        &self,
+        mem: &A,
+        (stores, staged): &mut Self::Staging<'_>,
+        id: u16,
+        slots: u16,
+        written: u32,
+    ) -> Result<(), MemoryError> {
+        let Place { slot, .. } = staged.next;
+        if !stores.packed_used(slot, (written, id)) {
+            mem.store_packed_used(self.areas.desc, desc::BYTES * u64::from(slot) + 8, (written, id))?;
+        }
+        // 2.8.3: WRITE says that something was written; 2.8.6: all other flags are reserved.
+        let flags = staged.next.used_flags() | if written > 0 { desc::WRITE } else { 0 };
+        if staged.first.is_none() {
+            staged.first = Some((slot, flags));
+        } else if !stores.flags(slot, flags) {
+            mem.store_u16_release(self.areas.desc, desc::flags_off(slot), flags)?;
+        }
+        staged.next = staged.next.forward(slots, self.layout.size);
+        staged.slots = staged.slots.saturating_add(u32::from(slots));
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn settle(&mut self, (_, staged): Self::Staging<'_>) {
+        let more = staged.slots.saturating_sub(self.staged.slots);
+        self.slots_in_flight = self.slots_in_flight.saturating_sub(more);
+        self.staged = staged;
     }
 }
 

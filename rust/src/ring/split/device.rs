@@ -7,7 +7,7 @@ use crate::mem::{AHEAD, Access, Descs, Heads, MemoryError, Near, UsedStores, Wan
 use crate::queue::heads::HeadSet;
 use crate::ring::desc::{self, Desc, halves, whole};
 use crate::ring::layout::{AVAIL_IDX, AVAIL_RING, FLAGS, USED_IDX, USED_RING};
-use crate::ring::{Areas, RingLayout, Side, need_event};
+use crate::ring::{Areas, RingLayout, Side, UsedRing, need_event};
 use crate::rule::Rule;
 
 /// Private state of the device end.
@@ -407,42 +407,6 @@ impl SplitDevice {
         self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
-    /// Where used entries go, if that is all there is to storing them.
-    #[inline(always)]
-    pub(crate) fn stores<'a, A: Access>(&self, mem: &'a A) -> UsedStores<'a> {
-        mem.used_stores(self.areas.device).unwrap_or(UsedStores::none())
-    }
-
-    /// Where the next used entry goes, to be moved on and [`settled`](Self::settle).
-    #[inline(always)]
-    pub(crate) const fn staged(&self) -> u16 {
-        self.next_used
-    }
-
-    /// Write a used entry that is not visible yet; a chain has one slot.
-    #[inline(always)]
-    pub(crate) fn stage<A: Access>(
-        &self,
-        next: &mut u16,
-        (mem, useds): (&A, UsedStores<'_>),
-        head: u16,
-        _slots: u16,
-        written: u32,
-    ) -> Result<(), MemoryError> {
-        let (slot, entry) = (*next & self.mask, (u32::from(head), written));
-        if !useds.used(slot, entry) {
-            mem.store_used(self.areas.device, USED_RING + 8 * u64::from(slot), entry)?;
-        }
-        *next = next.wrapping_add(1);
-        Ok(())
-    }
-
-    /// Entries before this one are staged now.
-    #[inline(always)]
-    pub(crate) const fn settle(&mut self, next: u16) {
-        self.next_used = next;
-    }
-
     /// Have what the next `count` used entries are written to fetched.
     #[inline(always)]
     pub(crate) fn prefetch_used<A: Access>(&self, mem: &A, count: u16) {
@@ -511,6 +475,39 @@ impl SplitDevice {
     /// Ask for no kicks.
     pub(crate) fn disarm<A: Access>(&mut self, mem: &A) -> Result<(), MemoryError> {
         disarm(mem, self.areas.device, self.event_idx)
+    }
+}
+
+impl UsedRing for SplitDevice {
+    /// Where entries go, if that is all there is to storing them, and the next one.
+    type Staging<'a> = (UsedStores<'a>, u16);
+
+    #[inline(always)]
+    fn staging<'a, A: Access>(&self, mem: &'a A) -> Self::Staging<'a> {
+        let stores = mem.used_stores(self.areas.device).unwrap_or(UsedStores::none());
+        (stores.settled(), self.next_used)
+    }
+
+    #[inline(always)]
+    fn stage<A: Access>(
+        &self,
+        mem: &A,
+        (stores, next): &mut Self::Staging<'_>,
+        head: u16,
+        slots: u16,
+        written: u32,
+    ) -> Result<(), MemoryError> {
+        let (slot, entry) = (*next & self.mask, (u32::from(head), written));
+        if !stores.used(slot, entry) {
+            mem.store_used(self.areas.device, USED_RING + 8 * u64::from(slot), entry)?;
+        }
+        *next = next.wrapping_add(slots);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn settle(&mut self, (_, next): Self::Staging<'_>) {
+        self.next_used = next;
     }
 }
 

@@ -1,6 +1,9 @@
-//! What a header says of a frame, and whether it may (VIRTIO 1.4, 5.1.9).
+//! A frame that was sent: read once, and judged where it then lies (VIRTIO 1.4, 5.1.9).
 
-use super::{Finding, MOST_HEADER, Setup};
+use super::{Finding, LONGEST, MOST_HEADER, Setup};
+use crate::chain::Element;
+use crate::iov::Iov;
+use crate::mem::{Access, MemoryError};
 
 /// `flags`: the checksum is to be filled in.
 const NEEDS_CSUM: u8 = 1;
@@ -9,7 +12,7 @@ const FORBIDDEN: u8 = 2 | 4;
 /// `gso_type` of a plain packet.
 const GSO_NONE: u8 = 0;
 /// A frame that is received in one buffer, without any offload; the short header ends before `num_buffers` (5.1.9.3.2).
-const PLAIN: [u8; MOST_HEADER] = [0, GSO_NONE, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+pub(super) const PLAIN: [u8; MOST_HEADER] = [0, GSO_NONE, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 
 /// A rule that a frame breaks.
 #[derive(Debug)]
@@ -36,6 +39,45 @@ impl Broken {
             head,
         }
     }
+}
+
+/// Room for one frame behind its header.
+#[derive(Debug)]
+pub(super) struct Frame(Box<[u8]>);
+
+impl Default for Frame {
+    fn default() -> Self {
+        Self(vec![0; MOST_HEADER + LONGEST].into_boxed_slice())
+    }
+}
+
+impl Frame {
+    /// Read a chain, judge it, and make its header one to be received with. What is not passed on is read as well: whoever
+    /// discards a frame has received it.
+    ///
+    /// # Errors
+    /// The chain's memory cannot be read; and inside of it what is wrong with the frame.
+    pub(super) fn read<A: Access>(
+        &mut self,
+        mem: &A,
+        (element, iov): (&Element, Iov<'_>),
+        setup: &Setup,
+    ) -> Result<Result<&mut [u8], Broken>, MemoryError> {
+        let length = usize::try_from(element.readable).unwrap_or(usize::MAX);
+        if let Err(broken) = fits(length, setup) {
+            return Ok(Err(broken));
+        }
+        // A header and a frame that fit are no longer than the room for them.
+        let whole = self.0.get_mut(..length).unwrap_or_default();
+        iov.read(mem, 0, whole)?;
+        Ok(receivable(whole, setup).map(|()| whole))
+    }
+}
+
+/// Whether a header asks for nothing: most do.
+#[inline(always)]
+pub(super) const fn asks_nothing(header: &[u8; MOST_HEADER]) -> bool {
+    matches!(header, [0, GSO_NONE, ..])
 }
 
 /// Whether a chain of so many readable bytes can be a frame: looked at before anything is read.
@@ -74,8 +116,7 @@ struct Sum {
 #[inline(always)]
 pub(super) fn receivable(whole: &mut [u8], setup: &Setup) -> Result<(), Broken> {
     match whole.first_chunk_mut::<MOST_HEADER>() {
-        // Nothing is asked for: most frames.
-        Some(header @ [0, GSO_NONE, ..]) if setup.header == MOST_HEADER => *header = PLAIN,
+        Some(header) if setup.header == MOST_HEADER && asks_nothing(header) => *header = PLAIN,
         _ => {
             let sum = judge(whole, setup)?;
             prepare(whole, sum, setup);

@@ -5,9 +5,9 @@
 //! Frames that are sent come back on the same pair, or go nowhere; or receive buffers are filled with frames that are made
 //! here. It does what the network device does in Python, check by check, and a test compares the two.
 //!
-//! **A frame is read once**, header and all, into a buffer of ours that stays hot, and is judged there: what the driver
-//! changes meanwhile changes nothing of what was judged. The header before it is then ours, so that one copy puts both
-//! into a receive buffer.
+//! **A header is read once**, into memory of ours, and is judged there: what the driver changes meanwhile changes nothing of
+//! what was judged. A frame whose header asks for nothing goes straight from buffer to buffer (`straight`); any other is read
+//! behind its header, and one copy puts both into a receive buffer.
 //!
 //! **All buffers of a frame are taken, then written, then completed**, and what was taken for a frame that does not fit is
 //! there for the next. Receive buffers are taken in bursts, as many as there are frames waiting; what is left at the end
@@ -17,18 +17,20 @@
 //! frames are made here: then work is what there is room for.
 
 mod frame;
-mod frames;
+mod made;
 mod receive;
+mod straight;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use frames::{Frames, Made};
+use frame::Frame;
+use made::Made;
 use receive::{Placed, Receive};
 
 use super::{BURST, Bounds, Burst, Service, Turn};
 use crate::error::{Fault, QueueError};
-use crate::mem::{Access, MemoryError};
+use crate::mem::Access;
 use crate::queue::DeviceQueue;
 
 /// Bytes of the longest header.
@@ -140,6 +142,18 @@ struct Tally {
 }
 
 impl Tally {
+    #[inline(always)]
+    const fn sent(&mut self, length: u64) {
+        self.sent[0] += 1;
+        self.sent[1] += length;
+    }
+
+    #[inline(always)]
+    const fn received(&mut self, length: u64) {
+        self.received[0] += 1;
+        self.received[1] += length;
+    }
+
     fn tell(&self, told: &Told) {
         let counters = [&told.sent[0], &told.sent[1], &told.received[0], &told.received[1]];
         let counted = [self.sent[0], self.sent[1], self.received[0], self.received[1]];
@@ -160,7 +174,7 @@ pub struct Packets {
     told: Arc<Told>,
     sent: Burst,
     receive: Receive,
-    frames: Frames,
+    frame: Frame,
     made: Made,
     generated: u64,
     /// Whether what is made did not fit, so that only another buffer can change that.
@@ -177,7 +191,7 @@ impl Packets {
             told: Arc::default(),
             sent: Burst::default(),
             receive: Receive::default(),
-            frames: Frames::default(),
+            frame: Frame::default(),
             made: Made::default(),
             generated: 0,
             stuck: false,
@@ -254,8 +268,7 @@ impl Packets {
             }
             made.done(setup);
             self.generated += 1;
-            tally.received[0] += 1;
-            tally.received[1] += length as u64;
+            tally.received(length as u64);
             turn.done += 1;
             bytes = bytes.saturating_add(length as u64);
             if turn.done % BURST == 0 {
@@ -289,17 +302,11 @@ impl Packets {
             self.sent.prefetch(mem);
             tx.prefetch_used(mem, count);
             let mut done = 0;
-            while self.sent.get(done).is_some() && bytes < bounds.bytes {
-                let read = self.read(mem, done, bounds, &mut bytes);
-                self.pass(mem, (rx, tx), (done, count), tally)?;
-                done += self.frames.len();
-                // Told behind those before it: they may have broken the other queue, and then it is still to be read.
-                if let Err(error) = read {
-                    match tx.copied::<()>(Err(error)) {
-                        Err(QueueError::Violation(fault)) => return Err(fault),
-                        // A transfer of remote memory that failed: it is answered, and nothing is known of it.
-                        _ => done += 1,
-                    }
+            while bytes < bounds.bytes && done < count {
+                done += self.straight(mem, done, bounds, &mut bytes, tally);
+                if bytes < bounds.bytes && done < count {
+                    self.pass(mem, (rx, tx), (done, count), &mut bytes, tally)?;
+                    done += 1;
                 }
             }
             self.sent.put_back(tx, done);
@@ -312,62 +319,58 @@ impl Packets {
         Ok(turn)
     }
 
-    /// Read a group of the chains from `first` on; it ends before one whose memory cannot be read.
-    #[inline(always)]
-    fn read<A: Access>(&mut self, mem: &A, first: usize, bounds: Bounds, bytes: &mut u64) -> Result<(), MemoryError> {
-        self.frames.clear();
-        let chains = (first..).map_while(|index| self.sent.get(index));
-        for (element, iov) in chains {
-            if *bytes >= bounds.bytes || self.frames.full() {
-                break;
-            }
-            *bytes = bytes.saturating_add(element.readable).saturating_add(element.writable);
-            let length = self.frames.read(mem, (element, iov), &self.setup)?;
-            *bytes = bytes.saturating_add(length as u64);
-        }
-        Ok(())
-    }
-
-    /// Pass on what was read of the chains from `first` on, of `count` that were popped.
-    #[inline(always)]
+    /// Pass on the frame in the chain of this number, of `count` that were popped.
     fn pass<A: Access>(
         &mut self,
         mem: &A,
         (rx, tx): (&mut DeviceQueue, &mut DeviceQueue),
-        (first, count): (usize, usize),
+        (number, count): (usize, usize),
+        bytes: &mut u64,
         tally: &mut Tally,
     ) -> Result<(), Fault> {
-        let (usable, loops) = (self.setup.usable, self.mode == Mode::Loopback);
-        for number in 0..self.frames.len() {
-            let left = count.saturating_sub(first + number);
-            let whole = self.frames.get(number);
-            let Some(length @ 1..) = whole.len().checked_sub(self.setup.header) else {
-                if let Some(broken) = self.frames.take_broken(number) {
-                    tally.broken += 1;
-                    let head = self.sent.get(first + number).map_or(0, |(element, _)| element.head);
-                    self.told.note(broken.found(tx.config().index, head));
-                }
-                continue;
-            };
-            tally.sent[0] += 1;
-            tally.sent[1] += length as u64;
-            if !usable {
-                tally.dropped += 1;
-            } else if loops {
-                match self.receive.place(mem, rx, &self.setup, whole, left, &self.told) {
-                    Ok(Placed::Done) => {
-                        tally.received[0] += 1;
-                        tally.received[1] += length as u64;
-                    }
-                    Ok(_) => tally.dropped += 1,
-                    Err(fault) => {
-                        // The transmit queue is not to blame, and its chain is answered.
-                        let end = first + number + 1;
-                        tally.dropped += 1;
-                        self.sent.complete(mem, tx, end)?;
-                        self.sent.put_back(tx, end);
-                        return Err(fault);
-                    }
+        let Self {
+            setup,
+            sent,
+            receive,
+            frame,
+            told,
+            ..
+        } = self;
+        let Some((element, iov)) = sent.get(number) else {
+            return Ok(());
+        };
+        *bytes = bytes.saturating_add(element.readable).saturating_add(element.writable);
+        let whole = match frame.read(mem, (element, iov), setup) {
+            Ok(Ok(whole)) => whole,
+            Ok(Err(broken)) => {
+                tally.broken += 1;
+                told.note(broken.found(tx.config().index, element.head));
+                return Ok(());
+            }
+            Err(error) => {
+                return match tx.copied::<()>(Err(error)) {
+                    Err(QueueError::Violation(fault)) => Err(fault),
+                    // A transfer of remote memory that failed: it is answered, and nothing is known of it.
+                    _ => Ok(()),
+                };
+            }
+        };
+        let length = whole.len().saturating_sub(setup.header) as u64;
+        *bytes = bytes.saturating_add(length);
+        tally.sent(length);
+        if !setup.usable {
+            tally.dropped += 1;
+        } else if self.mode == Mode::Loopback {
+            match receive.place(mem, rx, setup, whole, count.saturating_sub(number), told) {
+                Ok(Placed::Done) => tally.received(length),
+                Ok(_) => tally.dropped += 1,
+                Err(fault) => {
+                    // The transmit queue is not to blame, and its chain is answered.
+                    let end = number.saturating_add(1);
+                    tally.dropped += 1;
+                    sent.complete(mem, tx, end)?;
+                    sent.put_back(tx, end);
+                    return Err(fault);
                 }
             }
         }

@@ -3,10 +3,10 @@
 use super::{Finding, Setup, Told};
 use crate::chain::{Element, Segment};
 use crate::error::{Fault, QueueError};
-use crate::iov::{Iov, prefetch};
-use crate::mem::Access;
+use crate::iov::prefetch;
+use crate::mem::{Access, At};
 use crate::queue::DeviceQueue;
-use crate::service::complete_all;
+use crate::service::{buffers, complete_all};
 
 /// What became of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,18 +51,34 @@ impl Receive {
     ) -> Result<Placed, Fault> {
         match self.elements.get(self.next) {
             Some(element) if element.writable >= whole.len() as u64 => {
-                let written = self.iov(element).write(mem, 0, whole);
+                let written = buffers(&self.segments, element).write(mem, 0, whole);
                 match queue.copied(written) {
                     Ok(_) => {}
                     Err(QueueError::Violation(fault)) => return Err(fault),
                     Err(QueueError::Misuse(_)) => return Ok(Placed::Few),
                 }
-                self.used.push(whole.len() as u64);
-                self.next += 1;
+                self.fill_next(whole.len() as u64);
                 Ok(Placed::Done)
             }
             _ => self.place_over(mem, queue, setup, whole, ahead, told),
         }
+    }
+
+    /// The next buffer, if there is one and its frame of so many bytes, header and all, fits into it alone.
+    #[inline(always)]
+    pub(super) fn next_alone(&self, total: u64) -> Option<At> {
+        let element = self.elements.get(self.next)?;
+        if element.count != 1 || element.writable < total {
+            return None;
+        }
+        Some(self.segments.get(element.first)?.at)
+    }
+
+    /// That one is full.
+    #[inline(always)]
+    pub(super) fn fill_next(&mut self, total: u64) {
+        self.used.push(total);
+        self.next += 1;
     }
 
     /// As `place`, over several buffers, or when there is none yet.
@@ -150,11 +166,6 @@ impl Receive {
         (self.completed, self.next) = (0, 0);
     }
 
-    fn iov(&self, element: &Element) -> Iov<'_> {
-        let segments = self.segments.get(element.first..).unwrap_or_default();
-        Iov::new(segments.get(..element.count).unwrap_or_default(), element.epoch)
-    }
-
     /// Write all of it before the first buffer is shown (CVE-2021-3748); all but the last are full. False when the
     /// memory of one of them cannot be written.
     #[inline]
@@ -170,7 +181,7 @@ impl Receive {
         for element in self.elements.get(first..first + count).unwrap_or_default() {
             let size = usize::try_from(element.writable).unwrap_or(usize::MAX).min(rest.len());
             let (own, others) = rest.split_at_checked(size).unwrap_or((rest, &[]));
-            match queue.copied(self.iov(element).write(mem, 0, own)) {
+            match queue.copied(buffers(&self.segments, element).write(mem, 0, own)) {
                 Ok(_) => rest = others,
                 Err(QueueError::Violation(fault)) => return Err(fault),
                 Err(QueueError::Misuse(_)) => return Ok(false),
