@@ -125,29 +125,28 @@ impl PackedDevice {
             if count >= bounds.chains || segments.len() >= bounds.segments {
                 return (count, End::More);
             }
-            let mut next = Ok(None);
-            if copies.is_none() {
+            let mut flags = match desc::load_flags(mem, words, self.areas.desc, self.next_avail.slot) {
+                Ok(flags) => flags,
+                Err(error) => return (count, End::Fault(self.unmapped(rules, error))),
+            };
+            // This look only says which way to go: either way judges what it reads itself.
+            if copies.is_none() && self.next_avail.is_alone(flags) {
                 let left = Bounds {
                     chains: bounds.chains - count,
                     ..bounds
                 };
                 let (at, into) = ((mem, &mut near, words), (&mut *segments, &mut *elements));
-                let popped;
-                (popped, next) = self.pop_buffers(at, rules, left, into, stamp.later(count), busy);
+                let (popped, next) = self.pop_buffers(at, rules, left, into, stamp.later(count), busy);
                 count += popped;
-                if popped > 0 && matches!(next, Ok(None)) {
-                    continue;
+                match next {
+                    Ok(Some(next)) => flags = next,
+                    Ok(None) if popped > 0 => continue,
+                    // No words, or no room: who takes lists says what is to be said.
+                    Ok(None) => {}
+                    Err(fault) => return (count, End::Fault(fault)),
                 }
             }
             let place = self.next_avail;
-            let flags = match next {
-                Ok(Some(flags)) => flags,
-                Ok(None) => match self.load_flags(mem, place.slot) {
-                    Ok(flags) => flags,
-                    Err(error) => return (count, End::Fault(self.unmapped(rules, error))),
-                },
-                Err(fault) => return (count, End::Fault(fault)),
-            };
             if !place.is_avail(flags) {
                 return (count, End::Empty);
             }
@@ -175,24 +174,21 @@ impl PackedDevice {
         stamp: Stamp,
         busy: &mut HeadSet,
     ) -> (u64, Result<Option<u16>, Fault>) {
-        let (size, first) = (u32::from(self.layout.size), self.next_avail.slot);
-        let alone = self.next_avail.avail_flags();
+        let (size, start) = (u32::from(self.layout.size), self.next_avail);
         // 2.8.17: a list fits into the ring beside what is in flight.
-        let room = size
-            .saturating_sub(self.slots_in_flight)
-            .min(size.saturating_sub(u32::from(first)));
-        let room = bounds
-            .chains
-            .min(u64::from(room))
+        let room = size.saturating_sub(self.slots_in_flight);
+        let room = u64::from(room.min(size.saturating_sub(u32::from(start.slot))));
+        let room = room
+            .min(bounds.chains)
             .min(bounds.segments.saturating_sub(segments.len()) as u64);
-        let end = first.saturating_add(u16::try_from(room).unwrap_or(u16::MAX));
-        let mut slot = first;
+        let end = start.slot.saturating_add(u16::try_from(room).unwrap_or(u16::MAX));
+        let mut slot = start.slot;
         let next = loop {
             if slot >= end {
                 break Ok(None);
             }
             let Some(flags) = words.flags(slot) else { break Ok(None) };
-            if flags & (desc::AVAIL | desc::USED | desc::NEXT | desc::INDIRECT) != alone {
+            if !start.is_alone(flags) {
                 break Ok(Some(flags));
             }
             let Some((addr, len, id)) = words.packed(slot) else {
@@ -209,11 +205,11 @@ impl PackedDevice {
                 }
                 busy.insert(id);
             }
-            elements.put(walk.finish(1, stamp.later(u64::from(slot - first))));
+            elements.put(walk.finish(1, stamp.later(u64::from(slot - start.slot))));
             slot += 1;
         };
-        let popped = slot - first;
-        self.next_avail = self.next_avail.forward(popped, self.layout.size);
+        let popped = slot - start.slot;
+        self.next_avail = start.forward(popped, self.layout.size);
         self.slots_in_flight += u32::from(popped);
         (u64::from(popped), next)
     }

@@ -12,7 +12,7 @@ mod driver;
 pub(crate) use device::PackedDevice;
 pub(crate) use driver::PackedDriver;
 
-use super::desc::{AVAIL, USED};
+use super::desc::{AVAIL, INDIRECT, NEXT, USED};
 use super::event::{AT_DESC, DISABLE, ENABLE};
 use super::layout::{EVENT_FLAGS, EVENT_OFF_WRAP};
 use crate::mem::{Access, At, MemoryError};
@@ -109,6 +109,12 @@ impl Place {
     #[inline(always)]
     pub(crate) const fn is_avail(self, flags: u16) -> bool {
         (flags & AVAIL != 0) == self.wrap && (flags & USED != 0) != self.wrap
+    }
+
+    /// Whether `flags` mark the descriptor here as available, and as one buffer without others.
+    #[inline(always)]
+    pub(crate) const fn is_alone(self, flags: u16) -> bool {
+        flags & (AVAIL | USED | NEXT | INDIRECT) == self.avail_flags()
     }
 
     /// Whether `flags` mark the descriptor here as used.
