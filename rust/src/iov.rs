@@ -82,20 +82,19 @@ impl<'a> Iov<'a> {
         Ok(done)
     }
 
-    /// The first buffer of the kind, if it alone holds `len` bytes from its start, was resolved for the present memory, and is
-    /// where most requests have it: at the start of the chain, or behind one buffer of the other kind.
+    /// The first buffer of the kind, if it alone holds `len` bytes from its start, can be reached directly, and is where most
+    /// requests have it: at the start of the chain, or behind one buffer of the other kind.
     #[inline(always)]
-    fn alone<A: Access>(&self, mem: &A, writable: bool, offset: u64, len: usize) -> Option<At> {
-        if offset != 0 || mem.epoch() != self.epoch {
-            return None;
-        }
+    fn alone<A: Access>(&self, mem: &A, want: Want, offset: u64, len: usize) -> Option<At> {
+        let writable = want == Want::Write;
         let first = match self.segments {
             [first, ..] if first.writable == writable => first,
             [_, second, ..] if second.writable == writable => second,
             _ => return None,
         };
-        // Not for nothing: a copy of no bytes accesses none.
-        (len.wrapping_sub(1) < first.len as usize).then_some(first.at)
+        // What was resolved for other memory is not reached directly, so its epoch need not be asked for.
+        let direct = offset == 0 && mem.direct(first.at, 0, len as u64, want).is_some();
+        direct.then_some(first.at)
     }
 
     /// In a newer epoch: whether all that a copy into the writable part would touch can still be written, so
@@ -165,7 +164,7 @@ impl<'a> Iov<'a> {
         dst: *mut u8,
         len: usize,
     ) -> Result<usize, MemoryError> {
-        if let Some(at) = self.alone(mem, false, offset, len) {
+        if let Some(at) = self.alone(mem, Want::Read, offset, len) {
             // SAFETY: our caller's promise.
             unsafe { mem.read_raw(at, 0, dst, len) }?;
             self.intact(mem, false, 0, len)?;
@@ -211,7 +210,7 @@ impl<'a> Iov<'a> {
         src: *const u8,
         len: usize,
     ) -> Result<usize, MemoryError> {
-        if let Some(at) = self.alone(mem, true, offset, len) {
+        if let Some(at) = self.alone(mem, Want::Write, offset, len) {
             // SAFETY: our caller's promise.
             unsafe { mem.write_raw(at, 0, src, len) }?;
             self.intact(mem, true, 0, len)?;

@@ -260,15 +260,15 @@ impl SplitDevice {
         done: impl FnOnce(Element),
     ) -> Result<(), Fault> {
         let (mut index, size) = (u32::from(head), self.layout.size);
+        let (mut addr, mut rest) = self.load(&mut walk, (mem, descs), index)?;
+        // One buffer: nothing that a chain needs is kept then.
+        if !Desc::has(rest, desc::NEXT | desc::INDIRECT) {
+            let desc = Desc::from_words(addr, rest);
+            walk.take(index, desc.addr, desc.len, Desc::has(rest, desc::WRITE))?;
+            done(walk.finish(1, stamp));
+            return Ok(());
+        }
         for _ in 0..size {
-            let (addr, rest) = if let Some(words) = descs.split(index) {
-                words
-            } else {
-                match self.load_desc(mem, index) {
-                    Ok(both) => halves(both),
-                    Err(error) => return Err(walk.ring_fault(index, error)),
-                }
-            };
             let desc = Desc::from_words(addr, rest);
             if Desc::has(rest, desc::INDIRECT) {
                 return self.walk_table(walk, index, (addr, rest), stamp, done);
@@ -284,9 +284,27 @@ impl SplitDevice {
                 return Err(walk.fault(Rule::NextOutOfRange, index, None, message));
             }
             index = u32::from(desc.next);
+            (addr, rest) = self.load(&mut walk, (mem, descs), index)?;
         }
         // 2.7.5.3.1: no chain longer than the queue size; 2.7.5.2: loops are forbidden.
         Err(walk.fault(Rule::ChainTooLong, index, None, looping(size)))
+    }
+
+    /// Descriptor `index` of a chain: two relaxed loads.
+    #[inline(always)]
+    fn load<A: Access>(
+        &self,
+        walk: &mut Walk<'_, '_, A>,
+        (mem, descs): (&A, Descs<'_>),
+        index: u32,
+    ) -> Result<(u64, u64), Fault> {
+        if let Some(words) = descs.split(index) {
+            return Ok(words);
+        }
+        match self.load_desc(mem, index) {
+            Ok(both) => Ok(halves(both)),
+            Err(error) => Err(walk.ring_fault(index, error)),
+        }
     }
 
     /// Descriptor `index`, where words cannot be reached directly.
