@@ -124,10 +124,17 @@ pub trait Access {
         None
     }
 
-    /// Copy `len` bytes from one place to another, which may overlap, where that is all there is to it; whether it was.
+    /// Copy `len` bytes from one place to another, which may overlap, but `N` first ones, in whose place is what `head` makes
+    /// of them: where that is all there is to it, and where it makes something; whether it was so.
     #[inline(always)]
-    fn transfer(&self, from: (At, u64), to: (At, u64), len: u64) -> bool {
-        let _ = (from, to, len);
+    fn relay<const N: usize>(
+        &self,
+        from: At,
+        to: At,
+        len: u64,
+        head: impl FnOnce(&[u8; N]) -> Option<[u8; N]>,
+    ) -> bool {
+        let _ = (from, to, len, head);
         false
     }
 

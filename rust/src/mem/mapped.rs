@@ -287,16 +287,31 @@ impl Access for Mapped<'_> {
     }
 
     #[inline(always)]
-    fn transfer(&self, from: (At, u64), to: (At, u64), len: u64) -> bool {
-        let Some(src) = self.direct(from.0, from.1, len, Want::Read) else {
+    fn relay<const N: usize>(
+        &self,
+        from: At,
+        to: At,
+        len: u64,
+        head: impl FnOnce(&[u8; N]) -> Option<[u8; N]>,
+    ) -> bool {
+        let Some(rest) = len.checked_sub(N as u64).map(host_size) else {
             return false;
         };
-        let Some(dst) = self.direct(to.0, to.1, len, Want::Write) else {
+        let Some(src) = self.direct(from, 0, len, Want::Read) else {
             return false;
         };
-        // SAFETY: both are valid for `len` bytes, `dst` for writes (M2). The other side may access either meanwhile: the
-        // racing bulk copy of M4.
-        unsafe { copy(src.cast_const(), dst, host_size(len)) };
+        let Some(dst) = self.direct(to, 0, len, Want::Write) else {
+            return false;
+        };
+        // SAFETY: `src` is valid for `len` bytes (M2), which are `N` at least; any bytes are a value. M4 for races, here and
+        // below.
+        let Some(head) = head(&unsafe { src.cast::<[u8; N]>().read_unaligned() }) else {
+            return false;
+        };
+        // SAFETY: `N` and `rest` are `len`, for which both are valid, `dst` for writes (M2).
+        unsafe { copy(src.wrapping_add(N).cast_const(), dst.wrapping_add(N), rest) };
+        // SAFETY: as above.
+        unsafe { dst.cast::<[u8; N]>().write_unaligned(head) };
         true
     }
 

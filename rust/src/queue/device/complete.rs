@@ -89,8 +89,6 @@ enum Stop {
 struct Now {
     generation: u64,
     in_flight: u64,
-    /// With IN_ORDER.
-    oldest: Option<u64>,
 }
 
 impl Now {
@@ -155,7 +153,7 @@ fn complete_as_they_come<R: UsedRing, A: Access>(
 fn complete_ordered<R: UsedRing, A: Access>(
     ring: &mut R,
     mem: &A,
-    now: Now,
+    (now, oldest): (Now, u64),
     done: &mut impl Iterator<Item = (Ticket, u64)>,
     busy: &mut HeadSet,
 ) -> (u64, u64, Stop) {
@@ -174,7 +172,7 @@ fn complete_ordered<R: UsedRing, A: Access>(
             }
             Err(stop) => break stop,
         }
-        if now.oldest.map(|oldest| oldest.wrapping_add(count)) != Some(ticket.seq) {
+        if oldest.wrapping_add(count) != ticket.seq {
             break Stop::Early(ticket, written);
         }
         (last, passed) = (ticket.head, passed.saturating_add(ticket.slots));
@@ -248,15 +246,14 @@ impl DeviceQueue {
         let now = Now {
             generation: self.generation,
             in_flight: u64::from(self.in_flight),
-            oldest: self.order.as_ref().map(|order| order.oldest),
         };
+        let oldest = self.order.as_ref().map(|order| order.oldest);
         let busy = &mut self.busy;
         // One loop for each format, and with order or without, so that what a ring knows lives in registers.
         let (count, dropped, end) = each!(&mut self.ring, ring => {
-            if now.oldest.is_some() {
-                complete_ordered(ring, mem, now, &mut done, busy)
-            } else {
-                complete_as_they_come(ring, mem, now, &mut done, busy)
+            match oldest {
+                Some(oldest) => complete_ordered(ring, mem, (now, oldest), &mut done, busy),
+                None => complete_as_they_come(ring, mem, now, &mut done, busy),
             }
         });
         if let Some(order) = &mut self.order {

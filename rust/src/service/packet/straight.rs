@@ -8,7 +8,7 @@
 
 use super::frame::{PLAIN, asks_nothing};
 use super::{Bounds, MOST_HEADER, Mode, Packets, Tally};
-use crate::mem::{Access, Want, any_lost};
+use crate::mem::{Access, any_lost};
 
 impl Packets {
     /// Pass such frames on, in the chains from `first` on; how many they were.
@@ -36,16 +36,9 @@ impl Packets {
             let Some(to) = receive.next_alone(element.readable) else {
                 break;
             };
-            // Each access to what must be carried costs: it is read as a whole.
-            if mem.direct(from, 0, element.readable, Want::Read).is_none() {
-                break;
-            }
-            let mut asked = [0; MOST_HEADER];
-            if mem.read(from, 0, &mut asked).is_err() || !asks_nothing(&asked) {
-                break;
-            }
+            let plain = |header: &_| asks_nothing(header).then_some(PLAIN);
             // Of lost memory nothing is told here.
-            if !mem.transfer((from, header), (to, header), length) || mem.write(to, 0, &PLAIN).is_err() || any_lost() {
+            if !mem.relay(from, to, element.readable, plain) || any_lost() {
                 break;
             }
             receive.fill_next(element.readable);
