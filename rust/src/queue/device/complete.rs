@@ -92,7 +92,7 @@ struct Now {
 }
 
 impl Now {
-    /// Judge a completion, of which there were `count` before; None when it is of no generation that is left.
+    /// Judge a completion, of which there were `count` before; false when it is of a generation that is gone.
     #[inline(always)]
     fn judge(&self, ticket: &Ticket, written: u64, count: u64) -> Result<bool, Stop> {
         if written > ticket.writable {
