@@ -158,7 +158,7 @@ impl Pair {
 }
 
 /// A header of 12 bytes: flags, gso_type, csum_start, csum_offset.
-pub fn header(flags: u8, gso_type: u8, start: u16, offset: u16) -> [u8; 12] {
+pub const fn header(flags: u8, gso_type: u8, start: u16, offset: u16) -> [u8; 12] {
     let ([a, b], [c, d]) = (start.to_le_bytes(), offset.to_le_bytes());
     [flags, gso_type, 0xab, 0xab, 0xab, 0xab, a, b, c, d, 0xcd, 0xcd]
 }
