@@ -384,3 +384,69 @@ fn a_run_that_ends_writes_up_to_its_end() {
         assert_eq!(written, end);
     }
 }
+
+/// From one place to another, as far as both are given directly: for reading, for writing, whole, and as they are now.
+#[test]
+fn bytes_are_passed_on_where_both_places_are_given_directly() {
+    let memory = memory();
+    let bytes: Vec<u8> = (0..=255).collect();
+    let (from, to) = (DATA, BIG);
+    let reset = || {
+        memory.write(from, &bytes).unwrap();
+        memory.fill(to, 0x200, 0xee).unwrap();
+    };
+    let pin = memory.pin();
+    let mem = pin.mapped();
+    let read = mem.resolve(from, 256, Want::Read).unwrap();
+    let write = mem.resolve(to, 256, Want::Write).unwrap();
+    let rom = mem.resolve(ROM, 256, Want::Read).unwrap();
+    let only_read = mem.resolve(to, 256, Want::Read).unwrap();
+    let apart = GuestMemory::new(vec![region(DATA, PAGE), region(BIG, PAGE)], None).unwrap();
+    let others = apart.pin();
+    let [old_from, old_to] = [from, to].map(|gpa| others.mapped().resolve(gpa, 256, Want::Write).unwrap());
+    for (src, off, dst, at, len, passes) in [
+        (read, 0, write, 0, 256, true),
+        (read, 12, write, 12, 244, true),
+        (read, 256, write, 0, 0, true),
+        (read, 1, write, 0, 256, false),
+        (read, 0, write, 1, 256, false),
+        (read, 257, write, 0, 0, false),
+        (read, u64::MAX, write, 0, 2, false),
+        (read, 0, write, u64::MAX, 2, false),
+        (rom, 0, write, 0, 100, true),
+        (read, 0, rom, 0, 1, false),
+        (only_read, 0, write, 0, 1, true),
+        (At::unresolved(from), 0, write, 0, 1, false),
+        (read, 0, At::unresolved(to), 0, 1, false),
+        (old_from, 0, write, 0, 1, false),
+        (read, 0, old_to, 0, 1, false),
+    ] {
+        reset();
+        let before = bytes_at(&memory, to, 0x200);
+        assert_eq!(
+            mem.transfer((src, off), (dst, at), len),
+            passes,
+            "{src:?} {off} {dst:?} {at} {len}"
+        );
+        let mut expected = before;
+        if passes {
+            let source = if src.gpa == to {
+                expected.clone()
+            } else {
+                bytes_at(&memory, src.gpa, 256)
+            };
+            let (off, at, len) = (off as usize, at as usize, len as usize);
+            expected[at..at + len].copy_from_slice(&source[off..off + len]);
+        }
+        assert_eq!(bytes_at(&memory, to, 0x200), expected);
+        // What somebody may have to be told of is passed by nobody.
+        assert!(!pin.whole().transfer((src, off), (dst, at), len));
+        assert_eq!(bytes_at(&memory, to, 0x200), expected);
+    }
+}
+
+fn bytes_at(memory: &GuestMemory, gpa: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    memory.read(gpa, &mut bytes).unwrap();
+    bytes
+}
