@@ -407,6 +407,10 @@ fn each_entry_of_a_batch_that_cannot_be_written_is_told() {
                 far.fails.store(fails, Ordering::Relaxed);
                 let told = complete(&mut device, mem, &done);
                 let failed = far.count() > fails;
+                assert!(
+                    !failed || far.count() == fails + 1,
+                    "nothing is written behind what failed"
+                );
                 far.fails.store(NEVER, Ordering::Relaxed);
                 device.publish(mem).unwrap();
                 let used = driver.get_used_many(mem, 8).unwrap();

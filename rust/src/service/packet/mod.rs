@@ -206,7 +206,7 @@ impl Packets {
 
     /// From now on it is so.
     pub fn set_up(&mut self, setup: Setup) {
-        // Behind a group there is room for no longer one.
+        // There is room for no longer one.
         let longest = setup.longest.min(LONGEST);
         self.setup = Setup { longest, ..setup };
         self.made.forget();
