@@ -101,13 +101,15 @@ const ODDITIES: [Sent; 18] = [
 ];
 
 /// What buffers are to be read and written, by their bytes, in each chain.
-const PLACES: [&[(u32, &[u32])]; 9] = [
+const PLACES: [&[(u32, &[u32])]; 11] = [
     &[(0, &[1526]), (0, &[1526]), (0, &[1526])],
     &[(0, &[72]), (0, &[72]), (0, &[72])],
     &[(0, &[72]), (0, &[71]), (0, &[72])],
     &[(0, &[72]), (0, &[12, 60]), (0, &[100])],
     &[(0, &[72]), (0, &[30, 1000]), (0, &[100])],
     &[(0, &[72]), (8, &[72]), (0, &[72])],
+    &[(0, &[72]), (200, &[72]), (0, &[72])],
+    &[(0, &[72]), (200, &[]), (0, &[72])],
     &[(0, &[1526]), (0, &[40]), (0, &[32]), (0, &[1526]), (0, &[90])],
     &[(0, &[1526]), (0, &[11]), (0, &[72])],
     &[(0, &[1526])],
@@ -246,6 +248,27 @@ fn whatever_is_odd_becomes_what_it_does_where_nothing_goes_straight() {
         }
     }
     assert!(passed > 1500, "{passed}");
+}
+
+/// One buffer that only we may write is no frame, whatever lies in it.
+#[test]
+fn what_can_only_be_written_is_not_passed_on() {
+    let longest = Setup {
+        longest: usize::MAX,
+        ..setup()
+    };
+    let mut pair = Pair::new(Mode::Loopback, longest);
+    plain(&mut pair, 0);
+    pair.add(1, &[], &[(SENT, 72)]);
+    plain(&mut pair, 2);
+    for number in 0..3 {
+        give(&mut pair, number);
+    }
+    assert_eq!(pair.done(), 3);
+    assert_eq!((pair.used(0), pair.used(1)), (vec![72; 2], vec![0; 3]));
+    assert_eq!((pair.rules(), pair.counts()), (vec!["HeaderTooShort"], [2, 2, 0, 1]));
+    came(&pair, 0, ROOM);
+    came(&pair, 2, ROOM + APART);
 }
 
 /// A buffer that the frame itself lies in, or the next one does, wherever they begin.

@@ -201,13 +201,12 @@ impl Burst {
         Some((element, buffers(&self.segments, element)))
     }
 
-    /// The chains from this number on that have one buffer for us to read, and it, up to one that is not so.
+    /// The chains from this number on that have one buffer, and it, up to one that has another number of them.
     #[inline(always)]
     fn alone(&self, index: usize) -> impl Iterator<Item = (&Element, At)> {
         let elements = self.elements.get(index..).unwrap_or_default();
         elements.iter().map_while(|element| {
-            let own = element.count == 1 && element.writable == 0;
-            let segment = self.segments.get(element.first).filter(|_| own)?;
+            let segment = self.segments.get(element.first).filter(|_| element.count == 1)?;
             Some((element, segment.at))
         })
     }

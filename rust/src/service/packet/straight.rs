@@ -28,7 +28,7 @@ impl Packets {
         }
         let (mut passed, mut lengths, mut spent) = (0, 0_u64, *bytes);
         for (element, from) in self.sent.alone(first) {
-            // At least a byte behind the header, and no more than may be.
+            // At least a byte behind the header, and no more than may be: of a buffer to be written to, none is readable.
             let length = element.readable.wrapping_sub(header);
             if length.wrapping_sub(1) >= setup.longest as u64 || spent >= bounds.bytes {
                 break;
