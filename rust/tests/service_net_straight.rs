@@ -424,7 +424,7 @@ fn a_chain_that_breaks_a_rule_is_named_behind_however_many() {
         pair.send(&[0; 11], &[]);
         assert_eq!(pair.done(), usize::from(before) + 1);
         let heads: Vec<u16> = pair.told().take_findings().iter().map(|found| found.head).collect();
-        assert_eq!(heads, [before.into()]);
+        assert_eq!(heads, [u16::from(before)]);
         assert_eq!(pair.counts(), [before.into(), before.into(), 0, 1]);
     }
 }
