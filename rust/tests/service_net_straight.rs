@@ -13,14 +13,16 @@
 mod common;
 
 use std::os::fd::AsFd as _;
+use std::sync::Arc;
 
 use common::far::Far;
 use common::files::{file, received};
-use common::pair::{BOUNDS, ODD, ONE, PLAIN, Pair, frame, header, setup};
-use common::{BIG, HOLE};
+use common::pair::{BOUNDS, ODD, ONE, PLAIN, Pair, configs, frame, header, setup};
+use common::{BIG, HOLE, region};
 use rustix::fs::ftruncate;
+use virtio_test::inflight::{Area, Part};
 use virtio_test::mem::{Log, MemoryError};
-use virtio_test::queue::QueueState;
+use virtio_test::queue::{DeviceQueue, QueueState};
 use virtio_test::rule::Rule;
 use virtio_test::service::packet::{Finding, LONGEST, Mode, Setup};
 use virtio_test::service::{Bounds, run};
@@ -392,6 +394,47 @@ fn a_frame_on_its_way_from_or_to_lost_memory_is_shown_to_nobody() {
             Err(MemoryError::Lost { gpa: ODD + 0x1000 })
         );
     }
+}
+
+/// Buffers that an earlier device end left do not go back into the ring: put back, they come again under another table, where
+/// the same addresses are other memory.
+#[test]
+fn a_buffer_that_was_put_back_is_found_anew() {
+    let mut pair = Pair::new(Mode::Loopback, setup());
+    let record = file(0x4000);
+    let area = Arc::new(Area::new(0x4000, received(0, 0x4000, &record).backing, None).unwrap());
+    let begin = |pair: &mut Pair| {
+        let pin = pair.mem.pin();
+        let part = Part::new(Arc::clone(&area), 0, 128);
+        pair.devices[0] = DeviceQueue::recorded(&pin.mapped(), configs()[0], None, part).unwrap();
+    };
+    begin(&mut pair);
+    for number in 0..4 {
+        give(&mut pair, number);
+    }
+    let pin = pair.mem.pin();
+    let popped = pair.devices[0].pop_many(&pin.mapped(), 4, &mut Vec::new(), &mut Vec::new());
+    assert_eq!(popped, Ok(4));
+    drop(pin);
+    begin(&mut pair);
+    assert_eq!(pair.devices[0].left(), 4);
+    plain(&mut pair, 0);
+    for _ in 0..3 {
+        pair.send(&[0; 11], &[]);
+    }
+    assert_eq!(pair.done(), 4);
+    came(&pair, 0, ROOM);
+    assert_eq!((pair.used(0), pair.devices[0].left()), (vec![72], 0));
+    pair.mem.remove(BIG, 256 << 20).unwrap();
+    pair.mem.add(region(BIG, 256 << 20)).unwrap();
+    for number in 1..4 {
+        plain(&mut pair, number);
+    }
+    assert_eq!((pair.done(), pair.used(0)), (3, vec![72; 3]));
+    for number in 1..4 {
+        came(&pair, number, ROOM + APART * u64::from(number));
+    }
+    assert_eq!(bytes(&pair, ROOM, 72), [0; 72], "what was there is gone");
 }
 
 /// Whatever was lost elsewhere, nothing becomes of frames but what does anyhow.
