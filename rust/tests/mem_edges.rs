@@ -401,48 +401,58 @@ fn bytes_are_passed_on_where_both_places_are_given_directly() {
     let write = mem.resolve(to, 256, Want::Write).unwrap();
     let rom = mem.resolve(ROM, 256, Want::Read).unwrap();
     let only_read = mem.resolve(to, 256, Want::Read).unwrap();
+    let [short_read, short_write] =
+        [(from, Want::Read), (to, Want::Write)].map(|(gpa, want)| mem.resolve(gpa, 16, want).unwrap());
     let apart = GuestMemory::new(vec![region(DATA, PAGE), region(BIG, PAGE)], None).unwrap();
     let others = apart.pin();
     let [old_from, old_to] = [from, to].map(|gpa| others.mapped().resolve(gpa, 256, Want::Write).unwrap());
-    for (src, off, dst, at, len, passes) in [
-        (read, 0, write, 0, 256, true),
-        (read, 12, write, 12, 244, true),
-        (read, 256, write, 0, 0, true),
-        (read, 1, write, 0, 256, false),
-        (read, 0, write, 1, 256, false),
-        (read, 257, write, 0, 0, false),
-        (read, u64::MAX, write, 0, 2, false),
-        (read, 0, write, u64::MAX, 2, false),
-        (rom, 0, write, 0, 100, true),
-        (read, 0, rom, 0, 1, false),
-        (only_read, 0, write, 0, 1, true),
-        (At::unresolved(from), 0, write, 0, 1, false),
-        (read, 0, At::unresolved(to), 0, 1, false),
-        (old_from, 0, write, 0, 1, false),
-        (read, 0, old_to, 0, 1, false),
+    for (src, dst, len, passes) in [
+        (read, write, 256, true),
+        (read, write, 12, true),
+        (read, write, 4, true),
+        (read, write, 3, false),
+        (read, write, 0, false),
+        (read, write, 257, false),
+        (short_read, write, 17, false),
+        (short_read, write, 16, true),
+        (read, short_write, 17, false),
+        (read, short_write, 16, true),
+        (read, write, u64::MAX, false),
+        (rom, write, 100, true),
+        (read, rom, 8, false),
+        (only_read, write, 8, true),
+        (At::unresolved(from), write, 8, false),
+        (read, At::unresolved(to), 8, false),
+        (old_from, write, 8, false),
+        (read, old_to, 8, false),
     ] {
-        reset();
-        let before = bytes_at(&memory, to, 0x200);
-        assert_eq!(
-            mem.transfer((src, off), (dst, at), len),
-            passes,
-            "{src:?} {off} {dst:?} {at} {len}"
-        );
-        let mut expected = before;
-        if passes {
-            let source = if src.gpa == to {
-                expected.clone()
-            } else {
-                bytes_at(&memory, src.gpa, 256)
+        for head in [Some([7, 8, 9, 10]), None] {
+            reset();
+            let mut expected = bytes_at(&memory, to, 0x200);
+            let source = bytes_at(&memory, src.gpa, 256);
+            let makes = |found: &[u8; 4]| {
+                assert_eq!(*found, source[..4]);
+                head
             };
-            let (off, at, len) = (off as usize, at as usize, len as usize);
-            expected[at..at + len].copy_from_slice(&source[off..off + len]);
+            let passed = mem.relay(src, dst, len, makes);
+            assert_eq!(passed, passes && head.is_some(), "{src:?} {dst:?} {len}");
+            if let (true, Some(head)) = (passes, head) {
+                let len = len as usize;
+                expected[4..len].copy_from_slice(&source[4..len]);
+                expected[..4].copy_from_slice(&head);
+            }
+            assert_eq!(bytes_at(&memory, to, 0x200), expected);
+            // What somebody may have to be told of is passed by nobody.
+            assert!(!pin.whole().relay(src, dst, len, |_: &[u8; 4]| Some([0; 4])));
+            assert_eq!(bytes_at(&memory, to, 0x200), expected);
         }
-        assert_eq!(bytes_at(&memory, to, 0x200), expected);
-        // What somebody may have to be told of is passed by nobody.
-        assert!(!pin.whole().transfer((src, off), (dst, at), len));
-        assert_eq!(bytes_at(&memory, to, 0x200), expected);
     }
+    // They may overlap: what was there is what arrives.
+    reset();
+    let later = mem.resolve(from + 2, 250, Want::Write).unwrap();
+    assert!(mem.relay(read, later, 100, |_: &[u8; 4]| Some([0; 4])));
+    assert_eq!(bytes_at(&memory, from + 6, 96), bytes[4..100]);
+    assert_eq!(bytes_at(&memory, from, 6), [0, 1, 0, 0, 0, 0]);
 }
 
 fn bytes_at(memory: &GuestMemory, gpa: u64, len: usize) -> Vec<u8> {

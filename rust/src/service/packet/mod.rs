@@ -5,9 +5,9 @@
 //! Frames that are sent come back on the same pair, or go nowhere; or receive buffers are filled with frames that are made
 //! here. It does what the network device does in Python, check by check, and a test compares the two.
 //!
-//! **A header is read once**, into memory of ours, and is judged there: what the driver changes meanwhile changes nothing of
-//! what was judged. A frame whose header asks for nothing goes straight from buffer to buffer (`straight`); any other is read
-//! behind its header, and one copy puts both into a receive buffer.
+//! **A header is judged in memory of ours**: what the driver changes meanwhile changes nothing of what was judged. A frame
+//! whose header asks for nothing goes straight from buffer to buffer (`straight`). Any other is read, header and all, and that
+//! reading is judged, whatever led here; one copy puts both into a receive buffer.
 //!
 //! **All buffers of a frame are taken, then written, then completed**, and what was taken for a frame that does not fit is
 //! there for the next. Receive buffers are taken in bursts, as many as there are frames waiting; what is left at the end
