@@ -4,7 +4,7 @@ use super::{Finding, Setup, Told};
 use crate::chain::{Element, Segment};
 use crate::error::{Fault, QueueError};
 use crate::iov::prefetch;
-use crate::mem::{Access, At};
+use crate::mem::{Access, At, Want, any_lost};
 use crate::queue::DeviceQueue;
 use crate::service::{buffers, complete_all};
 
@@ -49,19 +49,16 @@ impl Receive {
         ahead: usize,
         told: &Told,
     ) -> Result<Placed, Fault> {
-        match self.elements.get(self.next) {
-            Some(element) if element.writable >= whole.len() as u64 => {
-                let written = buffers(&self.segments, element).write(mem, 0, whole);
-                match queue.copied(written) {
-                    Ok(_) => {}
-                    Err(QueueError::Violation(fault)) => return Err(fault),
-                    Err(QueueError::Misuse(_)) => return Ok(Placed::Few),
-                }
-                self.fill_next(whole.len() as u64);
-                Ok(Placed::Done)
+        let total = whole.len() as u64;
+        // Where nobody else has to be asked nothing fails; of lost memory nothing is told here.
+        let direct = |at: &At| mem.direct(*at, 0, total, Want::Write).is_some();
+        if let Some(at) = self.next_alone(total).filter(direct) {
+            if mem.write(at, 0, whole).is_ok() && !any_lost() {
+                self.fill_next(total);
+                return Ok(Placed::Done);
             }
-            _ => self.place_over(mem, queue, setup, whole, ahead, told),
         }
+        self.place_over(mem, queue, setup, whole, ahead, told)
     }
 
     /// The next buffer, if there is one and its frame of so many bytes, header and all, fits into it alone.
