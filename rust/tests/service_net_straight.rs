@@ -273,9 +273,19 @@ fn what_can_only_be_written_is_not_passed_on() {
     came(&pair, 2, ROOM + APART);
 }
 
-/// A buffer that the frame itself lies in, or the next one does, wherever they begin.
+/// A buffer that the frame itself lies in, or the next one does, wherever they begin; and whatever is lost elsewhere.
 #[test]
 fn a_frame_may_lie_in_the_buffer_that_it_goes_to() {
+    lie_in_the_buffer();
+    let cut = file(0x2000);
+    let other = Pair::new(Mode::Loopback, setup());
+    other.mem.add(received(ODD, 0x2000, &cut)).unwrap();
+    ftruncate(&cut, 0).unwrap();
+    assert!(other.mem.read(ODD, &mut [0; 8]).is_err());
+    lie_in_the_buffer();
+}
+
+fn lie_in_the_buffer() {
     for (len, apart) in [1, 4, 40, 60, 200]
         .into_iter()
         .flat_map(|len| (0..100).map(move |apart| (len, apart)))
