@@ -7,6 +7,9 @@
 //! value, which makes room. The wake-up gets through; what is lost is a count that was there to do harm. A peer that refills
 //! it each time costs us [`PATIENCE`] a wake-up, and cannot do more than that.
 //!
+//! A writer that stands still for want of a processor looks the same, and may have written already: then its own is what is
+//! taken. So a write that was let out is followed by another where nothing is to be read.
+//!
 //! The thread is made at the first write and waits while nothing is written. A child of fork makes its own.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,8 +32,19 @@ struct Writes {
     watched: u32,
     /// Number of the next write.
     next: u64,
-    under_way: Vec<(u64, Arc<OwnedFd>)>,
+    under_way: Vec<Write>,
 }
+
+/// One write.
+struct Write {
+    ticket: u64,
+    fd: Arc<OwnedFd>,
+    /// Whether the counter's value was taken meanwhile.
+    let_out: bool,
+}
+
+/// Writes for one wake-up: more than that are let out where a peer wants it so.
+const TRIES: usize = 4;
 
 static WRITES: Mutex<Writes> = Mutex::new(Writes {
     watched: 0,
@@ -43,21 +57,34 @@ fn writes() -> MutexGuard<'static, Writes> {
     WRITES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Add one to `fd` if it has room; waits for [`PATIENCE`] at worst.
+/// Add one to `fd` if it has room; each of [`TRIES`] waits for [`PATIENCE`] at worst.
 ///
 /// # Errors
 /// What the operating system says, of the write or when there is no thread to be had.
 pub(super) fn write(fd: &Arc<OwnedFd>) -> Result<(), Errno> {
-    if !ready(fd.as_fd(), PollFlags::OUT) {
-        return Ok(());
+    for _ in 0..TRIES {
+        if !ready(fd.as_fd(), PollFlags::OUT) {
+            break;
+        }
+        let ticket = begin(fd)?;
+        let written = retry_on_intr(|| rustix::io::write(fd, &1_u64.to_ne_bytes()));
+        let let_out = end(ticket);
+        match written {
+            Ok(_) | Err(Errno::AGAIN) => {}
+            Err(errno) => return Err(errno),
+        }
+        if !let_out || ready(fd.as_fd(), PollFlags::IN) {
+            break;
+        }
     }
-    let ticket = begin(fd)?;
-    let written = retry_on_intr(|| rustix::io::write(fd, &1_u64.to_ne_bytes()));
-    writes().under_way.retain(|(known, _)| *known != ticket);
-    match written {
-        Ok(_) | Err(Errno::AGAIN) => Ok(()),
-        Err(errno) => Err(errno),
-    }
+    Ok(())
+}
+
+/// That write is done; whether it was let out.
+fn end(ticket: u64) -> bool {
+    let mut writes = writes();
+    let place = writes.under_way.iter().position(|write| write.ticket == ticket);
+    place.is_some_and(|place| writes.under_way.swap_remove(place).let_out)
 }
 
 /// Have a write to `fd` watched; its number.
@@ -75,7 +102,11 @@ fn begin(fd: &Arc<OwnedFd>) -> Result<u64, Errno> {
     }
     let ticket = writes.next;
     writes.next = ticket.wrapping_add(1);
-    writes.under_way.push((ticket, Arc::clone(fd)));
+    writes.under_way.push(Write {
+        ticket,
+        fd: Arc::clone(fd),
+        let_out: false,
+    });
     BEGUN.notify_one();
     Ok(ticket)
 }
@@ -85,14 +116,15 @@ fn watch() {
     let mut seen = Vec::new();
     let mut writes = writes();
     loop {
-        for (ticket, fd) in &writes.under_way {
-            if seen.contains(ticket) {
+        for write in &mut writes.under_way {
+            if seen.contains(&write.ticket) {
                 // Cannot wait either. The write holds the fd, and the lock keeps the write from ending.
-                let _ = take(fd.as_fd(), &mut [0; UNIT]);
+                let _ = take(write.fd.as_fd(), &mut [0; UNIT]);
+                write.let_out = true;
             }
         }
         seen.clear();
-        seen.extend(writes.under_way.iter().map(|(ticket, _)| *ticket));
+        seen.extend(writes.under_way.iter().map(|write| write.ticket));
         writes = if seen.is_empty() {
             BEGUN.wait(writes).unwrap_or_else(PoisonError::into_inner)
         } else {
@@ -146,10 +178,50 @@ mod tests {
         for _ in 0..3 {
             let ticket = begin(&full).unwrap();
             rustix::io::write(full.as_ref(), &1_u64.to_ne_bytes()).unwrap();
-            writes().under_way.retain(|(known, _)| *known != ticket);
+            assert!(end(ticket), "it was let out");
             assert_eq!(value(&full), 1);
             rustix::io::write(full.as_ref(), &(u64::MAX - 1).to_ne_bytes()).unwrap();
         }
+    }
+
+    /// A writer that gets no processor behind its write has its own taken, and knows of it.
+    #[test]
+    fn who_has_written_and_is_let_out_all_the_same_is_told() {
+        let fd = blocking(0);
+        let ticket = begin(&fd).unwrap();
+        rustix::io::write(fd.as_ref(), &1_u64.to_ne_bytes()).unwrap();
+        while ready(fd.as_fd(), PollFlags::IN) {
+            thread::sleep(PATIENCE);
+        }
+        assert!(end(ticket));
+        let quick = begin(&fd).unwrap();
+        assert!(!end(quick) && !end(quick));
+    }
+
+    /// As the watch does it, in the moment between a write and its end.
+    #[test]
+    fn a_wake_up_that_was_taken_from_who_had_written_it_comes_all_the_same() {
+        let mut taken = 0;
+        for _ in 0..100_000 {
+            let (fd, before) = (blocking(0), taken);
+            thread::scope(|scope| {
+                let thread = scope.spawn(|| write(&fd).unwrap());
+                while taken == before && !thread.is_finished() {
+                    let mut all = writes();
+                    let ours = all.under_way.iter_mut().find(|write| Arc::ptr_eq(&write.fd, &fd));
+                    if let Some(ours) = ours.filter(|_| ready(fd.as_fd(), PollFlags::IN)) {
+                        assert_eq!(value(&fd), 1);
+                        ours.let_out = true;
+                        taken += 1;
+                    }
+                }
+            });
+            assert!(ready(fd.as_fd(), PollFlags::IN), "it is lost");
+            if taken >= 3 {
+                return;
+            }
+        }
+        unreachable!("never between the two");
     }
 
     #[test]
