@@ -312,6 +312,47 @@ fn lie_in_the_buffer() {
     }
 }
 
+/// A buffer over a ring of either queue: what a frame leaves there is judged like anything that a driver writes, one rule is
+/// named or none, and no more becomes of it.
+#[test]
+fn a_frame_may_land_on_a_ring() {
+    let areas = configs().map(|config| [config.desc, config.driver, config.device]);
+    let mut named = Vec::new();
+    for (start, off) in areas
+        .as_flattened()
+        .iter()
+        .flat_map(|start| [(start, 0), (start, 4), (start, 64)])
+    {
+        for fill in [0, 0x7f, 0x80, 0xff] {
+            let mut pair = Pair::new(Mode::Loopback, setup());
+            plain(&mut pair, 0);
+            give(&mut pair, 0);
+            let whole = [&PLAIN[..], &[fill; 200]].concat();
+            send(&mut pair, SENT + APART, &whole, &[], 0);
+            pair.add(0, &[], &[(start + off, 1526)]);
+            let mut broken = Vec::new();
+            for _ in 0..4 {
+                let done = pair.turn(BOUNDS);
+                broken.extend(done.broken.iter().copied());
+                assert_eq!(
+                    done.turn.is_err(),
+                    !done.broken.is_empty(),
+                    "a rule is told as it breaks a queue"
+                );
+                named.extend(done.turn.err().map(|fault| fault.rule));
+            }
+            // Each queue once at most.
+            broken.sort_unstable();
+            let mut once = broken.clone();
+            once.dedup();
+            assert_eq!(broken, once);
+            let [sent, received, dropped, _] = pair.counts();
+            assert!(sent >= received + dropped && received <= 2 + 128);
+        }
+    }
+    assert!(named.contains(&Rule::AvailIdxTooFar), "{named:?}");
+}
+
 /// Somebody who reads the log copies what is marked; nobody reads what was sent for it.
 #[test]
 fn frames_are_marked_in_a_dirty_log() {

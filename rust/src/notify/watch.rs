@@ -4,11 +4,11 @@
 //!
 //! The write is preceded by a look for room, so it waits only if somebody fills the counter in between and has made it
 //! blocking. A thread looks every few milliseconds whether the same write is still under way, and then takes the counter's
-//! value, which makes room. The wake-up gets through; what is lost is a count that was there to do harm. A peer that refills
-//! it each time costs us [`PATIENCE`] a wake-up, and cannot do more than that.
+//! value, which makes room. The wake-up gets through; what is lost is a count that was there to do harm.
 //!
 //! A writer that stands still for want of a processor looks the same, and may have written already: then its own is what is
-//! taken. So a write that was let out is followed by another where nothing is to be read.
+//! taken. So a write that was let out is followed by another where nothing is to be read. A peer that refills it each time,
+//! and reads what we wrote at once, costs us [`TRIES`] times twice [`PATIENCE`] a wake-up, and cannot do more than that.
 //!
 //! The thread is made at the first write and waits while nothing is written. A child of fork makes its own.
 
@@ -57,7 +57,7 @@ fn writes() -> MutexGuard<'static, Writes> {
     WRITES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Add one to `fd` if it has room; each of [`TRIES`] waits for [`PATIENCE`] at worst.
+/// Add one to `fd` if it has room; each of [`TRIES`] waits for twice [`PATIENCE`] at worst.
 ///
 /// # Errors
 /// What the operating system says, of the write or when there is no thread to be had.

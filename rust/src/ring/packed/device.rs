@@ -129,7 +129,7 @@ impl PackedDevice {
                 Ok(flags) => flags,
                 Err(error) => return (count, End::Fault(self.unmapped(rules, error))),
             };
-            // This look only says which way to go: either way judges what it reads itself.
+            // A run looks at its first slot once more: what this look saw is judged only where there is no run.
             if copies.is_none() && self.next_avail.is_alone(flags) {
                 let left = Bounds {
                     chains: bounds.chains - count,

@@ -248,8 +248,8 @@ impl SplitDevice {
         Ok(())
     }
 
-    /// Follow the chain from `head`, and give what it is to `done`; every table is visited at most once per entry, so a loop
-    /// ends.
+    /// Follow the chain from `head`, and give what it is to `done`; as many descriptors as the table has are the most that are
+    /// taken, so a loop ends.
     #[inline(always)]
     fn walk<A: Access>(
         &self,
