@@ -49,6 +49,21 @@ def test_how_it_ended(tmp_path: Path, script: str, how: str) -> None:
         assert one.died() == how
 
 
+def test_what_it_says_as_it_ends_is_heard(tmp_path: Path) -> None:
+    """It is looked at just before it speaks, and ends before it is looked at again."""
+    go, pid = tmp_path / "go", tmp_path / "pid"
+    script = f"echo $$ > {pid}; while [ ! -e {go} ]; do sleep 0.01; done; echo up"
+
+    def ready(said: str) -> bool:
+        if pid.exists() and pid.read_text() and not go.exists():
+            go.touch()
+            assert ended(int(pid.read_text()))
+        return "up" in said
+
+    with Child(("/bin/sh", "-c", script), tmp_path, ready=ready) as one:
+        assert one.died() == "exit status 0: up"
+
+
 def test_what_it_started_ends_with_it_even_if_it_ended_first(tmp_path: Path) -> None:
     """Its id is not free before that: a group of the same number could be somebody else's."""
     before = open_fds()

@@ -74,8 +74,12 @@ class Child:
 
     def _come_up(self, ready: Callable[[str], bool]) -> None:
         end = time.monotonic() + _START_SECONDS
-        while not ready(self._said()):
-            if not self.alive or time.monotonic() > end:
+        while True:
+            # Looked at first: what has ended has said all of it.
+            alive = self.alive
+            if ready(self._said()):
+                return
+            if not alive or time.monotonic() > end:
                 raise PeerDisconnected(f"{self._name} does not come up: {self.last_words() or 'it said nothing'}")
             time.sleep(_STEP_SECONDS)
 
