@@ -241,17 +241,18 @@ fn a_frame_has_room_in_one_buffer_or_in_as_many_as_it_needs() {
 fn a_turn_over_sent_frames_ends_at_its_bounds() {
     // A frame of 60 bytes counts as those, and its buffers of 72. (chains, bytes, how many at each turn)
     for (chains, bytes, expected) in [
-        (256, 1 << 30, vec![50]),
-        (50, 1 << 30, vec![50]),
-        (49, 1 << 30, vec![49, 1]),
-        (32, 1 << 30, vec![32, 18]),
-        (256, 132 * 20, vec![20, 20, 10]),
-        (256, 132 * 20 + 1, vec![21, 21, 8]),
-        (256, 132 * 32, vec![32, 18]),
+        (256, 1 << 30, vec![150]),
+        (150, 1 << 30, vec![150]),
+        (149, 1 << 30, vec![149, 1]),
+        (128, 1 << 30, vec![128, 22]),
+        (256, 132 * 60, vec![60, 60, 30]),
+        (256, 132 * 60 + 1, vec![61, 61, 28]),
+        (256, 132 * 128, vec![128, 22]),
+        (256, 132 * 130, vec![130, 20]),
     ] {
         let mut pair = Pair::new(Mode::Loopback, setup());
-        pair.give(&[1526; 60]);
-        for _ in 0..50 {
+        pair.give(&[1526; 160]);
+        for _ in 0..150 {
             pair.send(&PLAIN, &frame(60));
         }
         for (number, &count) in expected.iter().enumerate() {
@@ -272,22 +273,23 @@ fn made_frames_fill_what_there_is_in_order() {
         number_at: Some(8),
         ..setup()
     };
-    // (chains, bytes, at each turn): of 50 frames for 60 buffers.
+    // (chains, bytes, at each turn): of 150 frames for 160 buffers.
     for (chains, bytes, expected) in [
-        (256, 1 << 30, vec![50]),
-        (50, 1 << 30, vec![50]),
-        (49, 1 << 30, vec![49, 1]),
-        (256, 60 * 20, vec![20, 20, 10]),
-        (256, 60 * 20 + 1, vec![21, 21, 8]),
+        (256, 1 << 30, vec![150]),
+        (150, 1 << 30, vec![150]),
+        (149, 1 << 30, vec![149, 1]),
+        (256, 60 * 60, vec![60, 60, 30]),
+        (256, 60 * 60 + 1, vec![61, 61, 28]),
+        (256, 60 * 130, vec![130, 20]),
     ] {
-        let mut pair = Pair::new(Mode::Generate(50), made.clone());
+        let mut pair = Pair::new(Mode::Generate(150), made.clone());
         pair.packets.set_generated(0);
-        pair.give(&[1526; 60]);
+        pair.give(&[1526; 160]);
         let mut number = 0;
         for &count in &expected {
             let turn = pair.turn(Bounds { chains, bytes }).turn.unwrap();
             // At its last one it knows that there are no more.
-            let last = number + count == 50;
+            let last = number + count == 150;
             let more = !last && (count == chains || count * 60 >= usize::try_from(bytes).unwrap());
             assert_eq!((turn.done, turn.more), (count, more), "{chains} {bytes}");
             assert_eq!(pair.used(0), vec![72; count]);
@@ -298,8 +300,8 @@ fn made_frames_fill_what_there_is_in_order() {
             }
             number += count;
         }
-        assert_eq!((pair.packets.generated(), pair.done()), (50, 0));
-        assert_eq!(pair.counts(), [0, 50, 0, 0]);
+        assert_eq!((pair.packets.generated(), pair.done()), (150, 0));
+        assert_eq!(pair.counts(), [0, 150, 0, 0]);
         assert_eq!(pair.devices[0].in_flight(), 0);
     }
     for setup in [
@@ -424,10 +426,10 @@ fn only_who_needs_room_asks_for_kicks_of_it() {
     }
 }
 
-/// Made frames are shown after each 32, not one by one, and not only at the end of a turn.
+/// Made frames are shown after each 128, not one by one, and not only at the end of a turn.
 #[test]
 fn made_frames_are_shown_in_bursts() {
-    for (count, shown) in [(31, 1), (32, 1), (33, 2), (64, 2), (65, 3)] {
+    for (count, shown) in [(127, 1), (128, 1), (129, 2), (256, 2)] {
         let trace = Arc::new(Trace::new());
         let ram = vec![region(0, 0x20_0000), region(TABLES, 0x20_0000)];
         let mem = GuestMemory::new(ram, Some(Arc::clone(&trace))).unwrap();
@@ -436,7 +438,7 @@ fn made_frames_are_shown_in_bursts() {
             ..setup()
         };
         let mut pair = Pair::over(mem, Mode::Generate(count), made);
-        pair.give(&[1526; 100]);
+        pair.give(&[1526; 256]);
         trace.clear();
         assert_eq!(pair.done(), usize::try_from(count).unwrap());
         let idx = configs()[0].device + 2;

@@ -456,7 +456,7 @@ fn a_buffer_that_was_put_back_is_found_anew() {
     let area = Arc::new(Area::new(0x4000, received(0, 0x4000, &record).backing, None).unwrap());
     let begin = |pair: &mut Pair| {
         let pin = pair.mem.pin();
-        let part = Part::new(Arc::clone(&area), 0, 128);
+        let part = Part::new(Arc::clone(&area), 0, 256);
         pair.devices[0] = DeviceQueue::recorded(&pin.mapped(), configs()[0], None, part).unwrap();
     };
     begin(&mut pair);
@@ -509,7 +509,7 @@ fn frames_that_have_to_do_with_nothing_lost_come_back() {
 
 #[test]
 fn a_chain_that_breaks_a_rule_is_named_behind_however_many() {
-    for before in [0, 1, 2, 31, 32, 33] {
+    for before in [0, 1, 2, 127, 128, 129] {
         let mut pair = Pair::new(Mode::Loopback, setup());
         for number in 0..before {
             plain(&mut pair, number);

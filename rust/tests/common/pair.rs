@@ -12,6 +12,8 @@ use virtio_test::service::{Bounds, Done, run};
 
 use super::{BIG, DATA, RING, TABLES, config, memory};
 
+/// More than the frames that the loop takes at once.
+const SIZE: u16 = 256;
 pub const BOUNDS: Bounds = Bounds {
     chains: 256,
     bytes: 1 << 30,
@@ -53,13 +55,13 @@ pub fn setup() -> Setup {
 
 pub fn configs() -> [QueueConfig; 2] {
     [0, 1].map(|index| {
-        let layout = RingLayout::contiguous(128, false, RINGS[index]).unwrap();
+        let layout = RingLayout::contiguous(SIZE, false, RINGS[index]).unwrap();
         QueueConfig {
             desc: layout.desc,
             driver: layout.driver,
             device: layout.device,
             index: u16::try_from(index).unwrap(),
-            ..config(128, 0, Policy::INTEROP)
+            ..config(SIZE, 0, Policy::INTEROP)
         }
     })
 }

@@ -6,9 +6,8 @@
 //! header that was just filled in, it waits for the whole line. So frames lie ready, a group of them, and one is made anew
 //! when it was copied. A group is small enough to stay near.
 
-use super::Setup;
 use super::frame::received;
-use crate::service::BURST;
+use super::{BURST, Setup};
 
 /// Bytes of a group.
 const GROUP: usize = 16 << 10;

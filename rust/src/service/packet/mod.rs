@@ -28,7 +28,7 @@ use frame::Frame;
 use made::Made;
 use receive::{Placed, Receive};
 
-use super::{BURST, Bounds, Burst, Service, Turn};
+use super::{Bounds, Burst, Service, Turn};
 use crate::error::{Fault, QueueError};
 use crate::mem::Access;
 use crate::queue::DeviceQueue;
@@ -37,6 +37,9 @@ use crate::queue::DeviceQueue;
 pub const MOST_HEADER: usize = 12;
 /// Bytes of the longest frame: 65535 and an Ethernet header with a VLAN tag.
 pub const LONGEST: usize = 0xFFFF + 18;
+/// Frames that are taken, or made, before any of them is shown to the driver: each time the two cores meet at the same lines
+/// of the ring. With 32 instead, 6 % fewer frames of 64 bytes go round, and 30 % fewer are made.
+const BURST: usize = 128;
 /// Findings that are kept until somebody takes them.
 const MAX_FINDINGS: usize = 1000;
 
