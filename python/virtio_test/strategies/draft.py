@@ -29,6 +29,8 @@ OTHERS: Final = DATA + 0x2000
 """Where the parts of the chain in view lie, and those of all others."""
 ENTRIES: Final = 16
 _BYTES: Final = bytes(range(128))
+_NEIGHBOURS: Final = ((0, 0), (0, 0), (0, 0), (0, 0), (0, 1), (0, 1), (1, 0), (1, 0), (2, 0), (2, 0), (1, 1), (2, 1))
+"""Chains before the one in view, and behind it."""
 
 
 def direct(draw: Draw, *, indirect: bool = False) -> Buffer:
@@ -72,8 +74,7 @@ class Draft:
         self.start = self._any_start(draw) if start is None else start
         self.features = INDIRECT_DESC | draw.some((0, EVENT_IDX, IN_ORDER)) if features is None else features
         view = (buffer,) if isinstance(buffer, Buffer) else tuple(buffer or ())
-        before = 0 if alone or not view else draw.some((0, 0, 1, 2))
-        behind = 0 if alone or not view else draw.some((0, 0, 1))
+        before, behind = (0, 0) if alone or not view else draw.some(_NEIGHBOURS)
         self.buffers = view
         if before or behind:
             others = [self._other(draw, number) for number in range(before + behind)]
@@ -83,8 +84,8 @@ class Draft:
         self.writes: list[Change] = []
         self.later: list[Act] = []
         self.more: dict[str, Any] = {}
-        self.kept: list[Segments] = [each.segments for each in self.buffers]
-        """What must be handed out when all is accepted; `segments` changes it."""
+        self._instead: dict[int, Segments] = {}
+        """Number of a chain to what must be handed out of it instead of its buffer."""
 
     def _any_start(self, draw: Draw) -> int:
         if not self.packed:
@@ -158,7 +159,7 @@ class Draft:
 
     def segments(self, *segments: tuple[int, int, bool], number: int = 0) -> None:
         """What the chain in view is now, in the eyes of whoever accepts it."""
-        self.kept[self.before + number] = segments
+        self._instead[self.before + number] = segments
 
     def region(self, address: int, size: int, *, writable: bool = True) -> None:
         """One more region."""
@@ -166,9 +167,14 @@ class Draft:
 
     # --------------------------------------------------------------------------------------------------------- outcomes
 
+    def handed(self, count: int | None = None) -> tuple[Segments, ...]:
+        """What must be handed out when the first `count` chains are accepted, or all: most cases end before that."""
+        instead = self._instead
+        return tuple([instead.get(number, each.segments) for number, each in enumerate(self.buffers[:count])])
+
     def accepted(self, title: str) -> RingCase:
         """Every chain is handed out."""
-        whole = Outcome(len(self.kept), segments=tuple(self.kept))
+        whole = Outcome(len(self.buffers), segments=self.handed())
         return self.case(title, whole, whole)
 
     def broken(self, title: str, rule: str, *, after: int = 0) -> RingCase:
@@ -178,17 +184,17 @@ class Draft:
 
     def only_strict(self, title: str, rule: str, *, after: int = 0) -> RingCase:
         """Interop accepts it."""
-        return self.case(title, Outcome(len(self.kept), segments=tuple(self.kept)), self._found(rule, after))
+        return self.case(title, Outcome(len(self.buffers), segments=self.handed()), self._found(rule, after))
 
     def nothing(self, title: str, *, handed: int = 0) -> RingCase:
         """Only those before the one in view, and `handed` more, are there at all; no rule is broken."""
         count = self.before + handed
-        found = Outcome(count, segments=tuple(self.kept[:count]))
+        found = Outcome(count, segments=self.handed(count))
         return self.case(title, found, found)
 
     def _found(self, rule: str, after: int) -> Outcome:
         count = self.before + after
-        return Outcome(count, rule, segments=tuple(self.kept[:count]))
+        return Outcome(count, rule, segments=self.handed(count))
 
     def case(self, title: str, interop: Outcome, strict: Outcome) -> RingCase:
         """The case, as it stands now."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from virtio_test.strategies.acts import Buffer, Look, Pop, Push, Put, Unmap
 from virtio_test.strategies.case import EDGE, LOW, Outcome, RingCase
 from virtio_test.strategies.draft import INDIRECT, NEXT, READ_A, TABLES, TAKES, Draft, direct, single
@@ -10,12 +12,14 @@ from virtio_test.strategies.draw import Draw
 from .registry import row
 
 
-def singles(count: int, *, writable: bool = True) -> list[Buffer]:
+@cache
+def singles(count: int, *, writable: bool = True) -> tuple[Buffer, ...]:
     """As many chains of one descriptor."""
     spans = [((TAKES if writable else READ_A) + 64 * number, 32) for number in range(count)]
-    return [Buffer((), (span,)) if writable else Buffer((span,)) for span in spans]
+    return tuple([Buffer((), (span,)) if writable else Buffer((span,)) for span in spans])
 
 
+@cache
 def readers(count: int) -> Buffer:
     """One chain of that many device-readable bytes."""
     return Buffer(tuple((READ_A + number, 1) for number in range(count)))
@@ -97,7 +101,7 @@ def idx_partly_back(draw: Draw) -> RingCase:
     draft = Draft(draw, singles(5), packed=False, alone=True)
     back = draw.integer(1, 4)
     draft.later += [Pop(), Put("avail.idx", draft.start + 5 - back & 0xFFFF)]
-    kept = tuple(draft.kept)
+    kept = draft.handed()
     interop = Outcome(5, "AvailIdxTooFar", segments=kept)
     return draft.case(f"idx back by {back} of 5", interop, Outcome(1, "AvailIdxDecreased", segments=kept[:1]))
 
@@ -106,7 +110,7 @@ def idx_partly_back(draw: Draw) -> RingCase:
 def idx_back_after_a_look(draw: Draw) -> RingCase:
     draft = Draft(draw, single(draw), packed=False, alone=True)
     draft.later += [Look(), Put("avail.idx", draft.start)]
-    interop = Outcome(1, "AvailIdxTooFar", segments=tuple(draft.kept))
+    interop = Outcome(1, "AvailIdxTooFar", segments=draft.handed())
     return draft.case("idx back after a look", interop, Outcome(0, "AvailIdxDecreased", segments=()))
 
 

@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 use crate::chain::{Element, Segment};
 use crate::error::{Fault, Misuse, QueueError};
 use crate::mem::{Access, At, GuestMemory, MemoryError};
-use crate::py::guard::{pin, with_memory};
+use crate::py::guard::with_memory;
 use crate::py::remote::is_interrupt;
 use crate::queue::{DeviceQueue, DriverQueue, QueueConfig, QueueState};
 use crate::ring::{Field, RingLayout, desc};
@@ -99,11 +99,16 @@ pub(super) struct Stage<'a, 'py> {
 impl Stage<'_, '_> {
     pub(super) fn write(&mut self, address: u64, data: &[u8]) -> Result<(), Stop> {
         self.dirty.push((address, data.len() as u64));
-        let pin = pin(Some(self.py), self.guest)?;
-        Ok(pin.whole().write(At::unresolved(address), 0, data)?)
+        self.store(address, data)
     }
 
-    fn field(&self, name: &str) -> Result<Field, Stop> {
+    fn store(&self, address: u64, data: &[u8]) -> Result<(), Stop> {
+        let at = At::unresolved(address);
+        Ok(with_memory!(Some(self.py), self.guest, |mem| mem.write(at, 0, data))?)
+    }
+
+    /// A field, and whether it is one of the tables.
+    fn field(&self, name: &str) -> Result<(Field, bool), Stop> {
         let (table, name) = match name.strip_prefix("table.") {
             Some(rest) => (true, rest),
             None => (false, name),
@@ -118,12 +123,13 @@ impl Stage<'_, '_> {
             Some(rest) if table => rest == name,
             _ => !table && field.name == name,
         };
-        known.iter().find(same).copied().ok_or(Stop::Unusual)
+        let found = known.iter().find(same).ok_or(Stop::Unusual)?;
+        Ok((*found, table))
     }
 
     /// Write `value`, then `value + step`, and so on, to `number` places of a field.
     pub(super) fn put(&mut self, name: &str, value: u64, step: u64, place: u64, number: u64) -> Result<(), Stop> {
-        let field = self.field(name)?;
+        let (field, table) = self.field(name)?;
         if place.checked_add(number).is_none_or(|end| end > field.count) {
             return Err(Stop::Unusual);
         }
@@ -132,17 +138,20 @@ impl Stage<'_, '_> {
         };
         let first = field.address.wrapping_add(field.stride * place);
         let length = field.stride * more + field.size;
-        self.dirty.push((first, length));
+        if table {
+            // The ring itself is cleaned as a whole.
+            self.dirty.push((first, length));
+        }
         let (bits, size) = (8 * field.size, usize::try_from(field.size).unwrap_or(usize::MAX));
         let (stride, length) = (usize::try_from(field.stride), usize::try_from(length));
         let (Ok(stride), Ok(length)) = (stride, length) else {
             return Err(Stop::Unusual);
         };
-        let pin = pin(Some(self.py), self.guest)?;
         let mut whole: SmallVec<[u8; 64]> = SmallVec::from_elem(0, length);
         if more > 0 {
             // What lies between the places stays.
-            pin.whole().read(At::unresolved(first), 0, &mut whole)?;
+            let at = At::unresolved(first);
+            with_memory!(Some(self.py), self.guest, |mem| mem.read(at, 0, &mut whole))?;
         }
         for (at, cell) in (0..number).zip(whole.chunks_mut(stride.max(1))) {
             let value = step
@@ -154,7 +163,7 @@ impl Stage<'_, '_> {
             let (cell, bytes) = cell.get_mut(..size).zip(bytes.get(..size)).ok_or(Stop::Unusual)?;
             cell.copy_from_slice(bytes);
         }
-        Ok(pin.whole().write(At::unresolved(first), 0, &whole)?)
+        self.store(first, &whole)
     }
 
     /// 2.7.6, 2.8.1: a queue that stands at `start` with nothing in flight.
@@ -279,11 +288,12 @@ impl Stage<'_, '_> {
 
     /// Zeros in all that is dirty. What is gone by now needs none.
     pub(super) fn clean(&mut self) -> PyResult<()> {
-        let pin = pin(Some(self.py), self.guest)?;
-        let memory = pin.whole();
-        for (address, length) in self.dirty.drain(..) {
-            let _ = memory.fill(At::unresolved(address), 0, length, 0);
-        }
+        let dirty = std::mem::take(&mut self.dirty);
+        with_memory!(Some(self.py), self.guest, |mem| {
+            for (address, length) in dirty {
+                let _ = mem.fill(At::unresolved(address), 0, length, 0);
+            }
+        });
         Ok(())
     }
 
