@@ -80,9 +80,10 @@ class Driver:
 
     def add(self, count: int = len(REQUESTS)) -> None:
         """Make requests available, with room for answers that is zeroed."""
-        for i in range(count):
-            self.memory.write(BUFFERS + 64 * i + 48, bytes(12))
-            self.queue.add([(BUFFERS + 64 * i, 48)], [(BUFFERS + 64 * i + 48, 12)])
+        places = [BUFFERS + 64 * i for i in range(count)]
+        for place in places:
+            self.memory.write(place + 48, bytes(12))
+        self.queue.add_many([([(place, 48)], [(place + 48, 12)]) for place in places])
         self.queue.publish()
 
     def check(self, done: int, count: int = len(REQUESTS)) -> None:

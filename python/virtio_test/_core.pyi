@@ -1008,6 +1008,16 @@ class DriverQueue:
             InvalidArgument: no buffers, more than the queue or table holds, a length of 0 or above 2**32 - 1.
             NoFeature: `indirect` without INDIRECT_DESC negotiated or without room given for tables.
         """
+    def add_many(self, chains: Sequence[tuple[Sequence[tuple[int, int]], Sequence[tuple[int, int]]]]) -> list[int]:
+        """Build chains from (readable, writable), each (address, length) pairs: as many as there is room for.
+
+        Returns:
+            The tokens of the first ones, one each: fewer than `chains` when the queue is full, or when the one behind
+            is none, which the next call with it says.
+
+        Raises:
+            InvalidArgument: as `add`, of the first chain; a length above 2**32 - 1 in any, with nothing added.
+        """
     def publish(self) -> int:
         """Make all added chains visible; their number."""
     def signal(self) -> bool:

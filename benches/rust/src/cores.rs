@@ -10,7 +10,7 @@ use crate::shape::Shape;
 use crate::world::World;
 
 /// Chains of one round.
-const CHAINS: u64 = 200_000;
+const CHAINS: u64 = 2_000_000;
 /// Nothing takes as long as this.
 const PATIENCE: Duration = Duration::from_secs(50);
 
@@ -51,11 +51,11 @@ pub fn round<E: End>(world: &World, shape: &Shape, burst: u16, make: impl FnOnce
             while taken < CHAINS && start.elapsed() < PATIENCE {
                 let room = usize::from(driver.free() / shape.slots()) / burst;
                 if room > 0 && added < CHAINS {
-                    for _ in 0..burst {
-                        let (readable, writable) = &buffers[usize::try_from(added % 32).expect("it is small")];
-                        let added = driver.add(mem, readable, writable, shape.indirect);
-                        added.expect("the ring has room");
-                    }
+                    let first = usize::try_from(added % 32).expect("it is small");
+                    let tokens = driver
+                        .add_many(mem, &buffers[first..first + burst])
+                        .expect("they are chains");
+                    assert_eq!(tokens.count(), burst, "the ring has room");
                     added += burst as u64;
                     driver.publish(mem).expect("the ring is mapped");
                 }

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::hint::black_box;
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::unix::net::UnixListener;
 use std::time::Instant;
 
@@ -31,7 +32,8 @@ const SET: usize = 0x5000;
 
 /// A driver end. Chains are numbered by their set of buffers.
 pub trait End {
-    fn add(&mut self, set: usize);
+    /// Add chains of these sets.
+    fn add(&mut self, sets: Range<usize>);
     /// Make visible what was added; whether a kick is wanted.
     fn kick(&mut self) -> bool;
     /// Take back up to so many; how many there were.
@@ -69,9 +71,8 @@ impl<E: End> Side<E> {
     #[inline(never)]
     fn timed_add(&mut self) {
         for first in (0..self.fill).step_by(self.burst) {
-            for number in first..first + self.burst {
-                self.end.add(number % SETS);
-            }
+            let set = first % SETS;
+            self.end.add(set..set + self.burst);
             black_box(self.end.kick());
         }
     }
@@ -117,10 +118,17 @@ pub struct Ours {
 
 impl End for Ours {
     #[inline]
-    fn add(&mut self, set: usize) {
-        let (readable, writable) = &self.buffers[set];
-        let added = self.queue.add(self.mem, readable, writable, false);
-        added.expect("the ring has room");
+    fn add(&mut self, sets: Range<usize>) {
+        match &self.buffers[sets] {
+            [(readable, writable)] => {
+                let added = self.queue.add(self.mem, readable, writable, false);
+                added.expect("the ring has room");
+            }
+            chains => {
+                let added = self.queue.add_many(self.mem, chains).expect("they are chains");
+                assert_eq!(added.count(), chains.len(), "the ring has room");
+            }
+        }
     }
 
     #[inline]
@@ -162,12 +170,13 @@ pub struct Theirs {
 
 impl End for Theirs {
     #[inline]
-    fn add(&mut self, set: usize) {
-        let buffers = &self.buffers[set];
-        let added = self
-            .queue
-            .add_request(|(), add| buffers.iter().try_for_each(|&(buffer, writable)| add(buffer, writable)));
-        added.expect("the ring has room");
+    fn add(&mut self, sets: Range<usize>) {
+        for buffers in &self.buffers[sets] {
+            let added = self
+                .queue
+                .add_request(|(), add| buffers.iter().try_for_each(|&(buffer, writable)| add(buffer, writable)));
+            added.expect("the ring has room");
+        }
     }
 
     #[inline]

@@ -7,19 +7,13 @@
 //! other is translated. Words are atomics. An acquire load is a relaxed load and an acquire fence, because a ring may
 //! lie in memory that is mapped for reading only, where only relaxed atomic loads are defined.
 
-#[cfg(target_arch = "x86_64")]
-use std::arch::{
-    asm,
-    x86_64::{_MM_HINT_T0, _mm_prefetch},
-};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
-#[cfg(target_arch = "x86_64")]
-use super::AHEAD;
 use super::copy::copy;
+use super::fetch::fetch;
 use super::table::{Near, Table};
 use super::{
-    Access, Area, At, DescStores, Descs, HeadStores, Heads, MemoryError, Stores, UsedStores, Useds, Want, Words,
+    AHEAD, Access, Area, At, DescStores, Descs, HeadStores, Heads, MemoryError, Stores, UsedStores, Useds, Want, Words,
     any_lost, host_size,
 };
 
@@ -260,19 +254,9 @@ impl Access for Mapped<'_> {
 
     #[inline]
     fn prefetch(&self, at: At, off: u64, want: Want) {
-        #[cfg(target_arch = "x86_64")]
         if let Some(ptr) = self.direct(at, off, 1, want) {
-            for line in [ptr, ptr.wrapping_add(AHEAD / 2)] {
-                if want == Want::Write {
-                    // Of the intrinsic the compiler makes a fetch for reading, and the line would come twice.
-                    // SAFETY: a hint accesses nothing as the language sees it, and faults at no address (M2); processors
-                    // that do not know it do nothing.
-                    unsafe { asm!("prefetchw [{}]", in(reg) line, options(nostack, preserves_flags, readonly)) };
-                } else {
-                    // SAFETY: as above.
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast_const().cast()) };
-                }
-            }
+            fetch(ptr, want);
+            fetch(ptr.wrapping_add(AHEAD / 2), want);
         }
     }
 

@@ -5,6 +5,7 @@ compile_error!("guest addresses are 64-bit and are mapped into the host's: a 64-
 
 mod access;
 mod copy;
+mod fetch;
 mod guest;
 mod log;
 mod lost;

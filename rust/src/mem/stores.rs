@@ -5,7 +5,8 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use super::host_size;
+use super::fetch::fetch;
+use super::{Want, host_size};
 
 /// Groups of `SIZE` bytes in one area that may be written.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +76,12 @@ macro_rules! put {
 }
 
 impl Stores<'_, 16> {
+    /// Say that descriptor `index` is about to be written; nothing more than a hint, for which no place is a wrong one.
+    #[inline(always)]
+    pub fn prefetch(&self, index: u16) {
+        fetch(self.base.wrapping_add(16 * usize::from(index)), Want::Write);
+    }
+
     /// The two words of split descriptor `index`: two relaxed stores.
     #[inline(always)]
     #[must_use]

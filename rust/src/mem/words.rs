@@ -11,12 +11,11 @@
 //! A group is what lies side by side and is of one entry: a descriptor of 16 bytes, an entry of the used ring of 8, one of
 //! the avail ring of 2.
 
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
-use super::{At, host_size};
+use super::fetch::fetch;
+use super::{At, Want, host_size};
 
 /// An area of groups of `SIZE` bytes as it was resolved; see the module's head.
 #[derive(Clone, Copy, Debug)]
@@ -126,10 +125,8 @@ impl Words<'_, 16> {
     /// Say that descriptor `index` is about to be read; nothing more than a hint.
     #[inline(always)]
     pub fn prefetch(&self, index: u16) {
-        #[cfg(target_arch = "x86_64")]
         if let Some(group) = self.group(16 * u64::from(index)) {
-            // SAFETY: a hint accesses nothing as the language sees it, and faults at no address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(group.cast_const().cast()) };
+            fetch(group, Want::Read);
         }
     }
 

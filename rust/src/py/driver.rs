@@ -34,7 +34,10 @@ impl PyDriverQueue {
     }
 }
 
-fn buffers(pairs: Vec<(Int<u64>, Int<u64>)>) -> PyResult<Vec<(u64, u32)>> {
+/// (address, length) of each buffer.
+type Pairs = Vec<(Int<u64>, Int<u64>)>;
+
+fn buffers(pairs: Pairs) -> PyResult<Vec<(u64, u32)>> {
     let convert = |(Int(address), Int(length)): (Int<u64>, Int<u64>)| match u32::try_from(length) {
         Ok(short) => Ok((address, short)),
         Err(_) => Err(InvalidArgument::new_err(format!(
@@ -141,17 +144,21 @@ impl PyDriverQueue {
 
     #[pyo3(signature = (readable, writable = Vec::new(), *, indirect = false))]
     #[pyo3(text_signature = "($self, readable, writable=(), *, indirect =False)")]
-    fn add(
-        &self,
-        py: Python<'_>,
-        readable: Vec<(Int<u64>, Int<u64>)>,
-        writable: Vec<(Int<u64>, Int<u64>)>,
-        indirect: bool,
-    ) -> PyResult<u64> {
+    fn add(&self, py: Python<'_>, readable: Pairs, writable: Pairs, indirect: bool) -> PyResult<u64> {
         let (readable, writable) = (buffers(readable)?, buffers(writable)?);
         let token = with_queue!(Some(py), self.guarded, |mem, queue| queue
             .add(mem, &readable, &writable, indirect));
         token.map_err(|error| either(py, error))
+    }
+
+    fn add_many(&self, py: Python<'_>, chains: Vec<(Pairs, Pairs)>) -> PyResult<Vec<u64>> {
+        let chains: PyResult<Vec<_>> = chains
+            .into_iter()
+            .map(|(r, w)| Ok((buffers(r)?, buffers(w)?)))
+            .collect();
+        let chains = chains?;
+        let tokens = with_queue!(Some(py), self.guarded, |mem, queue| queue.add_many(mem, &chains));
+        tokens.map(Iterator::collect).map_err(|error| either(py, error))
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<u16> {

@@ -4,17 +4,18 @@ mod shadow;
 mod used;
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use self::shadow::{Shadow, Shadows};
 use super::areas::{IndirectArea, write_table, zero};
 use super::device::unmapped;
-use super::{Buffers, Counters, Life, QueueConfig, QueueState, feature};
+use super::{Buffers, Counters, Life, Measured, QueueConfig, QueueState, feature};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse, QueueError};
 use crate::mem::{Access, At, MemoryError, Want, any_lost};
 use crate::ring::packed::PackedDriver;
 use crate::ring::split::SplitDriver;
-use crate::ring::{RingLayout, desc};
+use crate::ring::{AvailRing, RingLayout, desc};
 use crate::rule::Rule;
 
 #[derive(Debug)]
@@ -177,20 +178,77 @@ impl DriverQueue {
         indirect: bool,
     ) -> Result<u64, QueueError> {
         if !indirect && self.running() {
-            if let Some(token) = self.add_at_once(mem, readable, writable) {
+            if let Some(token) = Measured::of(readable, writable).and_then(|chain| self.add_at_once(mem, chain)) {
                 return Ok(token);
             }
         }
         self.add_anew(mem, readable, writable, indirect)
     }
 
-    /// A chain of good buffers for which there is room in a ring that can be reached directly; None is for `add_anew` to
-    /// explain.
+    /// Write chains of `(address, length)` buffers, readable and writable, as [`DriverQueue::add`] does: as many as there is
+    /// room for; their tokens. One that is no chain ends it, and is told of when it is the first.
+    ///
+    /// # Errors
+    /// As [`DriverQueue::add`], but for a queue that is full.
+    pub fn add_many<A: Access, R: AsRef<[(u64, u32)]>, W: AsRef<[(u64, u32)]>>(
+        &mut self,
+        mem: &A,
+        chains: &[(R, W)],
+    ) -> Result<Range<u64>, QueueError> {
+        let (first, mut left) = (self.next_token, chains);
+        loop {
+            let measured = left
+                .iter()
+                .map_while(|(readable, writable)| Measured::of(readable.as_ref(), writable.as_ref()));
+            let count = self.put_many(mem, measured);
+            let Some(((readable, writable), rest)) = left.get(count..).and_then(<[_]>::split_first) else {
+                break;
+            };
+            match self.add_anew(mem, readable.as_ref(), writable.as_ref(), false) {
+                Ok(_) => left = rest,
+                Err(QueueError::Misuse(Misuse::QueueFull { .. })) => break,
+                Err(QueueError::Misuse(_)) if self.next_token > first => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(first..self.next_token)
+    }
+
+    /// A chain for which there is room in a ring that can be reached directly; None is for `add_anew` to explain.
     #[inline(always)]
-    fn add_at_once<A: Access>(&mut self, mem: &A, readable: &[(u64, u32)], writable: &[(u64, u32)]) -> Option<u64> {
-        let (buffers, count, total) = self.measure(readable, writable)?;
-        let ends = each!(&mut self.ring, ring => ring.add_at_once(mem, count, buffers))?;
-        Some(self.added(ends, count, total))
+    fn add_at_once<A: Access>(&mut self, mem: &A, chain: Measured<'_>) -> Option<u64> {
+        let ends = each!(&mut self.ring, ring => {
+            let mut adding = ring.adding(mem)?;
+            let ends = ring.put(&mut adding, chain)?;
+            ring.settle(adding);
+            ends
+        });
+        Some(self.added(ends, chain.count, chain.writable))
+    }
+
+    /// As `add_at_once`, of one after the other up to one for `add_anew`; how many.
+    #[inline(always)]
+    fn put_many<'a, A: Access>(&mut self, mem: &A, chains: impl Iterator<Item = Measured<'a>>) -> usize {
+        if !self.running() {
+            return 0;
+        }
+        let (shadows, order, mut token) = (&mut self.shadows, &mut self.order, self.next_token);
+        each!(&mut self.ring, ring => {
+            let Some(mut adding) = ring.adding(mem) else { return 0 };
+            for chain in chains {
+                let Some((id, tail)) = ring.put(&mut adding, chain) else { break };
+                shadows.set(id, Shadow::new(token, tail, chain.count, chain.writable));
+                if let Some(order) = order {
+                    order.push_back(id);
+                }
+                token += 1;
+            }
+            ring.settle(adding);
+        });
+        let count = token - self.next_token;
+        self.next_token = token;
+        self.in_flight += u32::try_from(count).unwrap_or(u32::MAX);
+        usize::try_from(count).unwrap_or(usize::MAX)
     }
 
     #[inline(never)]
@@ -204,15 +262,19 @@ impl DriverQueue {
         if !self.running() {
             return Err(Misuse::Latched.into());
         }
-        let measured = self.measure(readable, writable);
-        let (buffers, count, total) = measured.ok_or_else(|| self.bad_buffers(readable, writable))?;
+        let measured = Measured::of(readable, writable).filter(|chain| chain.count <= self.layout.size);
+        let Measured {
+            buffers,
+            count,
+            writable,
+        } = measured.ok_or_else(|| self.bad_buffers(readable, writable))?;
         if indirect {
             let ends = self.add_table(mem, count, buffers)?;
-            return Ok(self.added(ends, 1, total));
+            return Ok(self.added(ends, 1, writable));
         }
         each!(&self.ring, ring => ring.check_room(count))?;
         let ends = self.with_ring(mem, |ring| each!(ring, ring => ring.add(mem, count, buffers)))?;
-        Ok(self.added(ends, count, total))
+        Ok(self.added(ends, count, writable))
     }
 
     /// A chain is written, of which head and tail are these: it is in flight. Its token.
@@ -221,13 +283,7 @@ impl DriverQueue {
         let token = self.next_token;
         self.next_token += 1;
         self.in_flight += 1;
-        let shadow = Shadow {
-            token,
-            writable: u32::try_from(writable).unwrap_or(u32::MAX),
-            tail,
-            descriptors,
-        };
-        self.shadows.set(id, shadow);
+        self.shadows.set(id, Shadow::new(token, tail, descriptors, writable));
         if let Some(order) = &mut self.order {
             order.push_back(id);
         }
@@ -245,32 +301,6 @@ impl DriverQueue {
             each!(ring, ring => ring.add(mem, 1, table))
         });
         Ok(added?)
-    }
-
-    /// Our own caller's buffers, how many, and the writable bytes; None when they make no chain.
-    #[inline(always)]
-    fn measure<'a>(&self, readable: &'a [(u64, u32)], writable: &'a [(u64, u32)]) -> Option<(Buffers<'a>, u16, u64)> {
-        let buffers = Buffers::new(readable, writable)?;
-        let count = readable.len().saturating_add(writable.len());
-        if count > usize::from(self.layout.size) {
-            return None;
-        }
-        // No sum of as many lengths as a queue has descriptors leaves 64 bits.
-        let (mut read, mut written) = (0u64, 0u64);
-        for &(_, len) in readable {
-            if len == 0 {
-                return None;
-            }
-            read = read.wrapping_add(u64::from(len));
-        }
-        for &(_, len) in writable {
-            if len == 0 {
-                return None;
-            }
-            written = written.wrapping_add(u64::from(len));
-        }
-        let fits = read.wrapping_add(written) <= 1 << 32;
-        fits.then_some((buffers, u16::try_from(count).unwrap_or(u16::MAX), written))
     }
 
     #[cold]

@@ -156,6 +156,43 @@ pub(crate) struct Buffers<'a> {
     pub(crate) flags: u16,
 }
 
+/// A chain of our own caller's: how many buffers, and the bytes that can be written to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Measured<'a> {
+    pub(crate) buffers: Buffers<'a>,
+    pub(crate) count: u16,
+    pub(crate) writable: u64,
+}
+
+impl<'a> Measured<'a> {
+    /// None when they make no chain of any queue.
+    #[inline(always)]
+    pub(crate) fn of(readable: &'a [(u64, u32)], writable: &'a [(u64, u32)]) -> Option<Self> {
+        let buffers = Buffers::new(readable, writable)?;
+        let count = u16::try_from(readable.len().saturating_add(writable.len())).ok()?;
+        // No sum of as many lengths leaves 64 bits.
+        let (mut read, mut written) = (0u64, 0u64);
+        for &(_, len) in readable {
+            if len == 0 {
+                return None;
+            }
+            read = read.wrapping_add(u64::from(len));
+        }
+        for &(_, len) in writable {
+            if len == 0 {
+                return None;
+            }
+            written = written.wrapping_add(u64::from(len));
+        }
+        let fits = read.wrapping_add(written) <= 1 << 32;
+        fits.then_some(Self {
+            buffers,
+            count,
+            writable: written,
+        })
+    }
+}
+
 impl<'a> Buffers<'a> {
     /// None when there are none.
     #[inline(always)]

@@ -17,6 +17,7 @@ pub use event::{PackedEvent, need_event, packed_need_event};
 pub use layout::{Field, MAX_SIZE, RingLayout};
 
 use crate::mem::{Access, Area, At, MemoryError, Want};
+use crate::queue::Measured;
 
 /// The three areas of a queue, resolved for one epoch of guest memory.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +72,23 @@ impl Areas {
         *self = Self::resolve(mem, layout, end)?;
         Ok(())
     }
+}
+
+/// The avail side of a ring at its driver end, where the areas can be reached directly: what is put there is visible when it is
+/// published.
+pub(crate) trait AvailRing {
+    /// Where chains go.
+    type Adding<'a>: 'a;
+
+    /// To be put into, and settled; None where the areas have to be asked for word by word.
+    fn adding<'a, A: Access>(&self, mem: &'a A) -> Option<Self::Adding<'a>>;
+
+    /// Write a chain; its head and its tail, of a list its id twice. None where it does not fit as it is: then nothing has
+    /// changed but free descriptors.
+    fn put(&mut self, adding: &mut Self::Adding<'_>, chain: Measured<'_>) -> Option<(u16, u16)>;
+
+    /// That was put in.
+    fn settle(&mut self, adding: Self::Adding<'_>);
 }
 
 /// The used side of a ring at its device end: what is written there is staged, and visible when it is published.

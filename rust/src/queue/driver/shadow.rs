@@ -18,6 +18,18 @@ pub(super) struct Shadow {
     pub(super) descriptors: u16,
 }
 
+impl Shadow {
+    #[inline(always)]
+    pub(super) fn new(token: u64, tail: u16, descriptors: u16, writable: u64) -> Self {
+        Self {
+            token,
+            writable: u32::try_from(writable).unwrap_or(u32::MAX),
+            tail,
+            descriptors,
+        }
+    }
+}
+
 /// One for each head or id.
 #[derive(Debug)]
 pub(super) struct Shadows(Box<[Shadow]>);

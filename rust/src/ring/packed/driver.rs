@@ -3,10 +3,10 @@
 use super::{Place, arm, disarm};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse};
-use crate::mem::{Access, MemoryError};
-use crate::queue::{Buffers, Used};
+use crate::mem::{Access, DescStores, MemoryError};
+use crate::queue::{Buffers, Measured, Used};
 use crate::ring::event::DISABLE;
-use crate::ring::{Areas, PackedEvent, RingLayout, Side, desc, packed_need_event};
+use crate::ring::{Areas, AvailRing, PackedEvent, RingLayout, Side, desc, packed_need_event};
 use crate::rule::Rule;
 
 /// The flag that makes a length one. Without it the length is reserved (2.8.4); QEMU never sets it and means the length, DPDK
@@ -28,7 +28,9 @@ pub(crate) struct PackedDriver {
     /// Free buffer ids: the first `free_ids` of these, the next one last.
     ids: Box<[u16]>,
     free_ids: u16,
-    free: u16,
+    /// Of another width than what changes with it: the two stored by one instruction, and loaded by a wider one for the next
+    /// chain, would have that wait until the store is through.
+    free: u32,
     next_avail: Place,
     published: Place,
     /// Place and flags of the first descriptor added since the last publication, stored last.
@@ -54,7 +56,7 @@ impl PackedDriver {
             event_idx,
             ids: (0..layout.size).rev().collect(),
             free_ids: layout.size,
-            free: layout.size,
+            free: u32::from(layout.size),
             next_avail: Place::from_bits(avail),
             published: Place::from_bits(avail),
             staged: None,
@@ -74,8 +76,8 @@ impl PackedDriver {
         (self.published.bits(), self.next_used.bits())
     }
 
-    pub(crate) const fn free(&self) -> u16 {
-        self.free
+    pub(crate) fn free(&self) -> u16 {
+        u16::try_from(self.free).unwrap_or(u16::MAX)
     }
 
     /// The id that the next buffer will get.
@@ -88,10 +90,10 @@ impl PackedDriver {
     #[inline(always)]
     pub(crate) fn check_room(&self, needed: u16) -> Result<(), Misuse> {
         // 2.8.17: there is room for the whole list before its first descriptor becomes available.
-        if needed > self.free {
+        if u32::from(needed) > self.free {
             return Err(Misuse::QueueFull {
                 needed: u32::from(needed),
-                free: u32::from(self.free),
+                free: self.free,
             });
         }
         Ok(())
@@ -127,38 +129,6 @@ impl PackedDriver {
         Ok(self.added(id, count, head_flags))
     }
 
-    /// As `add`, where there is room and the ring can be reached directly; else nothing has changed but free descriptors. A
-    /// list that crosses the end is left to `add`: behind the last slot nothing can be stored, and all of this one have the
-    /// same marks.
-    #[inline(always)]
-    pub(crate) fn add_at_once<A: Access>(&mut self, mem: &A, count: u16, buffers: Buffers<'_>) -> Option<(u16, u16)> {
-        let descs = mem.desc_stores(self.areas.desc)?;
-        let (id, first) = (self.next_head(), self.next_avail.slot);
-        if count > self.free {
-            return None;
-        }
-        let (marks, mut slot, mut head_flags) = (self.next_avail.avail_flags(), first, 0);
-        buffers
-            .describe(|(addr, len), flags| {
-                let flags = flags | marks;
-                if !descs.packed(slot, (addr, len, id)) {
-                    return Err(());
-                }
-                if slot == first {
-                    head_flags = flags;
-                } else if !descs.flags(slot, flags) {
-                    return Err(());
-                }
-                slot = slot.wrapping_add(1);
-                Ok(())
-            })
-            .ok()?;
-        if self.staged.is_some() && !descs.flags(first, head_flags) {
-            return None;
-        }
-        Some(self.added(id, count, head_flags))
-    }
-
     /// A list of `count` descriptors is written, but for the flags of the first after a publication; its id, twice.
     #[inline(always)]
     fn added(&mut self, id: u16, count: u16, head_flags: u16) -> (u16, u16) {
@@ -166,7 +136,7 @@ impl PackedDriver {
             self.staged = Some((self.next_avail.slot, head_flags));
         }
         self.free_ids = self.free_ids.wrapping_sub(1);
-        self.free = self.free.wrapping_sub(count);
+        self.free = self.free.wrapping_sub(u32::from(count));
         self.next_avail = self.next_avail.forward(count, self.layout.size);
         self.added += 1;
         (id, id)
@@ -273,7 +243,7 @@ impl PackedDriver {
     #[inline(always)]
     pub(crate) fn advance(&mut self, id: u16, descriptors: u16) {
         self.next_used = self.next_used.forward(descriptors, self.layout.size);
-        self.free += descriptors;
+        self.free += u32::from(descriptors);
         if let Some(slot) = self.ids.get_mut(usize::from(self.free_ids)) {
             *slot = id;
             self.free_ids += 1;
@@ -297,4 +267,46 @@ impl PackedDriver {
         fault.address = Some(error.address());
         fault
     }
+}
+
+impl AvailRing for PackedDriver {
+    /// What changes with each list stays in the ring: kept apart it would be too much for registers.
+    type Adding<'a> = DescStores<'a>;
+
+    #[inline(always)]
+    fn adding<'a, A: Access>(&self, mem: &'a A) -> Option<DescStores<'a>> {
+        mem.desc_stores(self.areas.desc)
+    }
+
+    /// A list that crosses the end is left to `add`: behind the last slot nothing can be stored, and all of this one have the
+    /// same marks.
+    #[inline(always)]
+    fn put(&mut self, descs: &mut DescStores<'_>, list: Measured<'_>) -> Option<(u16, u16)> {
+        let (id, first) = (self.next_head(), self.next_avail.slot);
+        if u32::from(list.count) > self.free {
+            return None;
+        }
+        let (marks, mut slot, mut head_flags) = (self.next_avail.avail_flags(), first, 0);
+        let written = list.buffers.describe(|(addr, len), flags| {
+            let flags = flags | marks;
+            if !descs.packed(slot, (addr, len, id)) {
+                return Err(());
+            }
+            if slot == first {
+                head_flags = flags;
+            } else if !descs.flags(slot, flags) {
+                return Err(());
+            }
+            slot = slot.wrapping_add(1);
+            Ok(())
+        });
+        written.ok()?;
+        if self.staged.is_some() && !descs.flags(first, head_flags) {
+            return None;
+        }
+        Some(self.added(id, list.count, head_flags))
+    }
+
+    #[inline(always)]
+    fn settle(&mut self, _: DescStores<'_>) {}
 }

@@ -6,17 +6,20 @@
 use super::{arm, disarm};
 use crate::chain::ChainRules;
 use crate::error::{Fault, Misuse};
-use crate::mem::{Access, MemoryError};
-use crate::queue::{Buffers, Used};
+use crate::mem::{AHEAD, Access, DescStores, HeadStores, MemoryError, Want};
+use crate::queue::{Buffers, Measured, Used};
 use crate::ring::desc::{self, Desc};
 use crate::ring::layout::{AVAIL_IDX, AVAIL_RING, FLAGS, USED_IDX, USED_RING};
-use crate::ring::{Areas, RingLayout, Side, need_event};
+use crate::ring::{Areas, AvailRing, RingLayout, Side, need_event};
 use crate::rule::Rule;
 
 /// Offset of entry `slot` of the used ring.
 const fn used_off(slot: u16) -> u64 {
     USED_RING + 8 * slot as u64
 }
+
+/// Used entries that are fetched at once: more would push out of the cache what is needed first.
+const FETCHED: u16 = 64;
 
 /// Private state of the driver end.
 #[derive(Debug)]
@@ -29,7 +32,9 @@ pub(crate) struct SplitDriver {
     /// Next free descriptor of each free descriptor; of a chain in flight, its next one.
     next: Vec<u16>,
     free_head: u16,
-    free: u16,
+    /// Of another width than what changes with it: the two stored by one instruction, and loaded by a wider one for the next
+    /// chain, would have that wait until the store is through.
+    free: u32,
     next_avail: u16,
     published: u16,
     kicked: u16,
@@ -38,6 +43,16 @@ pub(crate) struct SplitDriver {
     last_used: u16,
     /// `used.idx` as last loaded.
     seen_used: u16,
+}
+
+/// Where descriptors and avail entries go, and what is free.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Adding<'a> {
+    descs: DescStores<'a>,
+    heads: HeadStores<'a>,
+    head: u16,
+    free: u32,
+    avail: u16,
 }
 
 impl SplitDriver {
@@ -58,7 +73,7 @@ impl SplitDriver {
             mask: size - 1,
             next: (0..size).map(|i| (i + 1) & (size - 1)).collect(),
             free_head: 0,
-            free: size,
+            free: u32::from(size),
             next_avail: avail,
             published: avail,
             kicked: avail,
@@ -77,8 +92,8 @@ impl SplitDriver {
         (self.published, self.last_used)
     }
 
-    pub(crate) const fn free(&self) -> u16 {
-        self.free
+    pub(crate) fn free(&self) -> u16 {
+        u16::try_from(self.free).unwrap_or(u16::MAX)
     }
 
     /// The head that the next chain will get.
@@ -103,30 +118,25 @@ impl SplitDriver {
     ) -> Result<(u16, u16), MemoryError> {
         let ring = self.areas.desc;
         let store = |index, words| mem.store_desc(ring, desc::BYTES * u64::from(index), words);
-        let (next, tail) = self.lay(buffers, store)?;
+        let (next, tail) = self.lay(self.free_head, buffers, store)?;
         let slot = AVAIL_RING + 2 * u64::from(self.next_avail & self.mask);
-        mem.store_u16(self.areas.driver, slot, self.free_head)?;
-        Ok(self.added(count, next, tail))
+        let head = self.free_head;
+        mem.store_u16(self.areas.driver, slot, head)?;
+        self.free_head = next;
+        self.free = self.free.wrapping_sub(u32::from(count));
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok((head, tail))
     }
 
-    /// As `add`, where there is room and the areas can be reached directly; else nothing has changed but free descriptors.
+    /// Give the descriptors of a chain, from this free one on, to `store`; the one that is free after it, and its tail.
     #[inline(always)]
-    pub(crate) fn add_at_once<A: Access>(&mut self, mem: &A, count: u16, buffers: Buffers<'_>) -> Option<(u16, u16)> {
-        if count > self.free {
-            return None;
-        }
-        let descs = mem.desc_stores(self.areas.desc)?;
-        let store = |index, words| if descs.split(index, words) { Ok(()) } else { Err(()) };
-        let (next, tail) = self.lay(buffers, store).ok()?;
-        let heads = mem.head_stores(self.areas.driver)?;
-        let stored = heads.head(self.next_avail & self.mask, self.free_head);
-        stored.then(|| self.added(count, next, tail))
-    }
-
-    /// Give the descriptors of a chain to `store`; the descriptor that is free after it, and its tail.
-    #[inline(always)]
-    fn lay<E>(&self, buffers: Buffers<'_>, store: impl Fn(u16, (u64, u64)) -> Result<(), E>) -> Result<(u16, u16), E> {
-        let (mut index, mut tail) = (self.free_head, self.free_head);
+    fn lay<E>(
+        &self,
+        head: u16,
+        buffers: Buffers<'_>,
+        store: impl Fn(u16, (u64, u64)) -> Result<(), E>,
+    ) -> Result<(u16, u16), E> {
+        let (mut index, mut tail) = (head, head);
         buffers.describe(|(addr, len), flags| {
             let next = self.follow(index);
             // IN_ORDER asks that next be the following index, even in the last one (2.7.5.2); so we always do.
@@ -136,16 +146,6 @@ impl SplitDriver {
             Ok(())
         })?;
         Ok((index, tail))
-    }
-
-    /// A chain and its avail entry are written; its head and its tail.
-    #[inline(always)]
-    const fn added(&mut self, count: u16, next: u16, tail: u16) -> (u16, u16) {
-        let head = self.free_head;
-        self.free_head = next;
-        self.free = self.free.wrapping_sub(count);
-        self.next_avail = self.next_avail.wrapping_add(1);
-        (head, tail)
     }
 
     /// Make everything added visible (2.7.13.3.1: a barrier before the idx update).
@@ -191,7 +191,20 @@ impl SplitDriver {
             return Err(self.too_far(rules, idx, in_flight));
         }
         self.seen_used = idx;
+        if ahead > 1 {
+            self.prefetch(mem, ahead.min(FETCHED));
+        }
         Ok(ahead != 0)
+    }
+
+    /// Have so many used entries fetched at once, which come one by one else. Out of line: it is there once for many, and would
+    /// cost the rest its registers.
+    #[inline(never)]
+    fn prefetch<A: Access>(&self, mem: &A, count: u16) {
+        for next in (0..count).step_by(AHEAD / 8) {
+            let slot = self.last_used.wrapping_add(next) & self.mask;
+            mem.prefetch(self.areas.device, used_off(slot), Want::Read);
+        }
     }
 
     #[cold]
@@ -235,6 +248,7 @@ impl SplitDriver {
         mut judge: impl FnMut(u32, u32) -> Option<(u16, u16, u16)>,
     ) -> Option<Used> {
         let useds = mem.useds(self.areas.device)?;
+        let descs = mem.desc_stores(self.areas.desc).unwrap_or(DescStores::none()).settled();
         let (mut left, mut odd) = (limit.min(usize::from(self.ready())), None);
         while left > 0 {
             let (id, len) = useds.used(self.last_used & self.mask)?;
@@ -242,6 +256,8 @@ impl SplitDriver {
                 odd = Some((id, len));
                 break;
             };
+            // The next chains get these descriptors, which the device has read.
+            descs.prefetch(head);
             self.advance(head, tail, descriptors);
             left -= 1;
         }
@@ -252,7 +268,7 @@ impl SplitDriver {
     #[inline(always)]
     pub(crate) fn advance(&mut self, head: u16, tail: u16, descriptors: u16) {
         self.last_used = self.last_used.wrapping_add(1);
-        self.free += descriptors;
+        self.free += u32::from(descriptors);
         // 2.7.5: with IN_ORDER descriptors are used in ring order, so the free ones follow by themselves.
         if !self.in_order {
             if let Some(next) = self.next.get_mut(usize::from(tail)) {
@@ -295,12 +311,53 @@ impl SplitDriver {
     /// Whether `needed` ring descriptors are free.
     #[inline(always)]
     pub(crate) fn check_room(&self, needed: u16) -> Result<(), Misuse> {
-        if needed > self.free {
+        if u32::from(needed) > self.free {
             return Err(Misuse::QueueFull {
                 needed: u32::from(needed),
-                free: u32::from(self.free),
+                free: self.free,
             });
         }
         Ok(())
+    }
+}
+
+impl AvailRing for SplitDriver {
+    type Adding<'a> = Adding<'a>;
+
+    #[inline(always)]
+    fn adding<'a, A: Access>(&self, mem: &'a A) -> Option<Adding<'a>> {
+        Some(Adding {
+            descs: mem.desc_stores(self.areas.desc)?,
+            heads: mem.head_stores(self.areas.driver)?,
+            head: self.free_head,
+            free: self.free,
+            avail: self.next_avail,
+        })
+    }
+
+    #[inline(always)]
+    fn put(&mut self, adding: &mut Adding<'_>, chain: Measured<'_>) -> Option<(u16, u16)> {
+        let &mut Adding {
+            descs,
+            heads,
+            head,
+            free,
+            avail,
+        } = adding;
+        let free = free.checked_sub(u32::from(chain.count))?;
+        let store = |index, words| if descs.split(index, words) { Ok(()) } else { Err(()) };
+        let (next, tail) = self.lay(head, chain.buffers, store).ok()?;
+        if !heads.head(avail & self.mask, head) {
+            return None;
+        }
+        (adding.head, adding.free, adding.avail) = (next, free, avail.wrapping_add(1));
+        Some((head, tail))
+    }
+
+    #[inline(always)]
+    fn settle(&mut self, adding: Adding<'_>) {
+        self.free_head = adding.head;
+        self.free = adding.free;
+        self.next_avail = adding.avail;
     }
 }
