@@ -11,7 +11,7 @@ mod common;
 
 use std::ops::Range;
 
-use common::{BIG, DATA, EVENT_IDX, IN_ORDER, INDIRECT_DESC, PACKED, World};
+use common::{AVAIL, BIG, DATA, EVENT_IDX, IN_ORDER, INDIRECT_DESC, PACKED, USED, World};
 use virtio_test::error::{Misuse, QueueError};
 
 type Buffers = Vec<(u64, u32)>;
@@ -184,6 +184,32 @@ fn a_broken_queue_and_a_ring_that_is_gone_say_so() {
             matches!(latched, Err(QueueError::Misuse(Misuse::Latched))),
             "{latched:?}"
         );
+    }
+}
+
+/// A device that uses what it was never given has broken the queue, whose ring is there as before.
+#[test]
+fn nothing_is_written_into_the_ring_of_a_broken_queue() {
+    for features in FORMATS {
+        let mut world = World::interop(4, features);
+        add_many(&mut world, &chains(1), false).unwrap();
+        world.publish();
+        if world.layout.packed {
+            world.desc(0, (0, 0, AVAIL | USED, 77));
+        } else {
+            world.put("used.ring.id", 0, 77);
+            world.put("used.idx", 0, 1);
+        }
+        let pin = world.mem.pin();
+        world.driver.get_used(&pin.mapped()).unwrap_err();
+        drop(pin);
+        let before = (ram(&world), world.driver.free());
+        let latched = add_many(&mut world, &chains(1), false);
+        assert!(
+            matches!(latched, Err(QueueError::Misuse(Misuse::Latched))),
+            "{latched:?}"
+        );
+        assert_eq!((ram(&world), world.driver.free()), before);
     }
 }
 

@@ -508,7 +508,7 @@ fn each_transfer_of_a_ring_that_fails_breaks_that_ring_or_nothing() {
     for (mode, sizes, for_good, frames) in [
         (Mode::Loopback, vec![40; 8], false, 3),
         (Mode::Loopback, vec![40; 8], true, 3),
-        (Mode::Generate(40), vec![1526; 40], false, 3),
+        (Mode::Generate(130), vec![1526; 130], false, 3),
         (Mode::Generate(5), vec![1526; 8], false, 3),
         (Mode::Generate(5), vec![1526; 8], false, 0),
         (Mode::Generate(40), vec![20; 8], false, 3),
