@@ -9,15 +9,14 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use common::far::{Far, NEVER};
 use common::files::{file, received};
-use common::pair::{BOUNDS, ODD, ONE, PLAIN, Pair, configs, frame, header, setup};
+use common::pair::{BOUNDS, ODD, ONE, PLAIN, Pair, frame, header, setup};
 use common::{BIG, DATA, TABLES, region};
 use rustix::fs::ftruncate;
-use virtio_test::mem::{AccessKind, GuestMemory, MemoryError, Trace};
+use virtio_test::mem::{GuestMemory, MemoryError};
 use virtio_test::rule::Rule;
 use virtio_test::service::packet::{LONGEST, Mode, Setup};
 use virtio_test::service::{Bounds, Native, Service, Turn, arm};
@@ -423,28 +422,6 @@ fn only_who_needs_room_asks_for_kicks_of_it() {
             let wanted = [0, 1].map(|queue| pair.drivers[queue].wants_kick(&mem).unwrap());
             assert_eq!(wanted, [asks && buffers > 0, frames > 0]);
         }
-    }
-}
-
-/// Made frames are shown after each 128, not one by one, and not only at the end of a turn.
-#[test]
-fn made_frames_are_shown_in_bursts() {
-    for (count, shown) in [(127, 1), (128, 1), (129, 2), (256, 2)] {
-        let trace = Arc::new(Trace::new());
-        let ram = vec![region(0, 0x20_0000), region(TABLES, 0x20_0000)];
-        let mem = GuestMemory::new(ram, Some(Arc::clone(&trace))).unwrap();
-        let made = Setup {
-            frame: frame(60),
-            ..setup()
-        };
-        let mut pair = Pair::over(mem, Mode::Generate(count), made);
-        pair.give(&[1526; 256]);
-        trace.clear();
-        assert_eq!(pair.done(), usize::try_from(count).unwrap());
-        let idx = configs()[0].device + 2;
-        let log = trace.log();
-        let stores = log.iter().filter(|one| one.kind == AccessKind::Store && one.gpa == idx);
-        assert_eq!(stores.count(), shown, "{count}");
     }
 }
 

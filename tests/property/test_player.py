@@ -111,16 +111,33 @@ def test_a_full_ring_is_drained_all_the_same() -> None:
     )
 
 
+def assert_zeros(stage: Stage, case: RingCase) -> None:
+    memory, _ = stage._clean.get(case.regions, (None, 0))  # pyright: ignore[reportPrivateUsage]
+    for address, size, _ in case.regions if memory is not None else ():
+        assert memory is not None
+        assert not any(memory.read(address, size)), f"{case} leaves something at {address:#x}"
+
+
 def test_memory_is_zeros_again_after_each_case() -> None:
     stage, random = Stage(), Random(7)
     for case in (*cases(), *(case for _ in range(50) for case in any_cases(random))):
         if sum(size for _, size, _ in case.regions) > 1 << 20:
             continue
         stage.outcome(case, Policy.interop)
-        memory, _ = stage._clean.get(case.regions, (None, 0))  # pyright: ignore[reportPrivateUsage]
-        for address, size, _ in case.regions if memory is not None else ():
-            assert memory is not None
-            assert not any(memory.read(address, size)), f"{case} leaves something at {address:#x}"
+        assert_zeros(stage, case)
+
+
+@pytest.mark.parametrize("ring", [0xFF60, 0xFFA0, 0xFFE0, EDGE - 0x60])
+def test_memory_is_zeros_again_where_a_ring_lies_in_no_one_region(ring: int) -> None:
+    stage = Stage()
+    for end in ("device", "driver"):
+        for packed in (False, True):
+            case = RingCase(end=end, packed=packed, ring=ring, start=1, writes=(Put("desc.addr", 0x11223344, 1),))
+            stage.outcome(case, Policy.interop)
+            assert_zeros(stage, case)
+            elsewhere = case.but(areas={"desc": 0x1000, "driver": 0x1100, "device": 0x1200}, later=case.writes)
+            stage.outcome(elsewhere, Policy.interop)
+            assert_zeros(stage, elsewhere)
 
 
 def test_memory_is_zeros_again_and_one_that_was_changed_is_not_used_again() -> None:

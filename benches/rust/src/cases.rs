@@ -77,13 +77,20 @@ fn what(word: &str) -> Option<What> {
 impl Case {
     /// From five words: what, ring, shape, burst, `copy` or `plain`.
     pub fn parse(words: [&str; 5]) -> Option<Self> {
-        Some(Self {
+        let case = Self {
             what: what(words[0])?,
             ring: ring(words[1])?,
             shape: shape::ALL.iter().find(|shape| shape.name == words[2])?,
-            burst: words[3].parse().ok().filter(|burst| (1..=32).contains(burst))?,
+            // Sets of buffers are taken a burst at a time.
+            burst: words[3]
+                .parse()
+                .ok()
+                .filter(|burst: &u16| *burst <= 32 && burst.is_power_of_two())?,
             copies: words[4] == "copy",
-        })
+        };
+        // A driver end that adds many at once adds no tables.
+        let tables = matches!(case.what, What::Device(_) | What::Flat(_));
+        (tables || !case.shape.indirect).then_some(case)
     }
 
     fn side<E: Bursts + 'static>(&self, ring: Ring, end: impl FnOnce(&World) -> E) -> Side {

@@ -52,9 +52,8 @@ pub fn round<E: End>(world: &World, shape: &Shape, burst: u16, make: impl FnOnce
                 let room = usize::from(driver.free() / shape.slots()) / burst;
                 if room > 0 && added < CHAINS {
                     let first = usize::try_from(added % 32).expect("it is small");
-                    let tokens = driver
-                        .add_many(mem, &buffers[first..first + burst])
-                        .expect("they are chains");
+                    let tokens = driver.add_many(mem, &buffers[first..first + burst]);
+                    let tokens = tokens.expect("they are chains");
                     assert_eq!(tokens.count(), burst, "the ring has room");
                     added += burst as u64;
                     driver.publish(mem).expect("the ring is mapped");

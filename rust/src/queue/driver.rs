@@ -189,7 +189,8 @@ impl DriverQueue {
     /// room for; their tokens. One that is no chain ends it, and is told of when it is the first.
     ///
     /// # Errors
-    /// As [`DriverQueue::add`], but for a queue that is full.
+    /// As [`DriverQueue::add`], but for a queue that is full. After a violation [`DriverQueue::detach`] gives the tokens of those
+    /// that were added.
     pub fn add_many<A: Access, R: AsRef<[(u64, u32)]>, W: AsRef<[(u64, u32)]>>(
         &mut self,
         mem: &A,

@@ -25,7 +25,7 @@ use super::layout::PyPolicy;
 use super::mem::PyGuestMemory;
 use super::remote::interrupted;
 use crate::error::Fault;
-use crate::mem::GuestMemory;
+use crate::mem::{Access, GuestMemory, Want};
 use crate::policy::Policy;
 use crate::queue::{DeviceQueue, DriverQueue, IndirectArea, QueueConfig, QueueState, feature};
 use crate::ring::{MAX_SIZE, RingLayout, desc};
@@ -204,6 +204,9 @@ impl PyPlayer {
             used: start,
         };
         let resumed = resume.map_or(begin, |(avail, used)| QueueState { avail, used });
+        let mut spans = layout.spans().into_iter();
+        let scattered = with_memory!(Some(py), guest, |mem| spans
+            .any(|(at, len)| mem.resolve(at, len, Want::Write).is_err()));
         let mut stage = Stage {
             py,
             guest,
@@ -222,6 +225,7 @@ impl PyPlayer {
             theirs: Vec::new(),
             used: Vec::new(),
             dirty: layout.spans().to_vec(),
+            scattered,
         };
         if let Ok(other) = judged.layout() {
             stage.dirty.extend(other.spans());

@@ -94,6 +94,8 @@ pub(super) struct Stage<'a, 'py> {
     pub(super) used: Vec<(u64, u32)>,
     /// (address, bytes) of all that was written but by the ends, and of what they write.
     pub(super) dirty: Vec<Span>,
+    /// Whether an area of the ring lies in no one region, so that each of its fields has to be cleaned by itself.
+    pub(super) scattered: bool,
 }
 
 impl Stage<'_, '_> {
@@ -138,8 +140,7 @@ impl Stage<'_, '_> {
         };
         let first = field.address.wrapping_add(field.stride * place);
         let length = field.stride * more + field.size;
-        if table {
-            // The ring itself is cleaned as a whole.
+        if table || self.scattered {
             self.dirty.push((first, length));
         }
         let (bits, size) = (8 * field.size, usize::try_from(field.size).unwrap_or(usize::MAX));

@@ -180,6 +180,8 @@ pub struct Packets {
     frame: Frame,
     made: Made,
     generated: u64,
+    /// Frames that are taken at once: no more than the last turn had bytes for, since what is left goes back.
+    ahead: usize,
     /// Whether what is made did not fit, so that only another buffer can change that.
     stuck: bool,
 }
@@ -197,6 +199,7 @@ impl Packets {
             frame: Frame::default(),
             made: Made::default(),
             generated: 0,
+            ahead: BURST,
             stuck: false,
         }
     }
@@ -241,10 +244,13 @@ impl Packets {
         tally: &mut Tally,
     ) -> Result<Turn, Fault> {
         let mut turn = Turn::default();
-        let (mut bytes, length) = (0_u64, self.setup.frame.len());
+        let length = self.setup.frame.len() as u64;
+        // What the turn has bytes for: the rest would go back.
+        let fit = usize::try_from(bounds.bytes.div_ceil(length.max(1))).unwrap_or(usize::MAX);
+        let most = bounds.chains.min(fit);
         self.stuck = false;
         while self.makes() {
-            turn.more = turn.done >= bounds.chains || bytes >= bounds.bytes;
+            turn.more = turn.done >= most;
             if turn.more {
                 break;
             }
@@ -256,7 +262,7 @@ impl Packets {
                 generated,
                 ..
             } = self;
-            let ahead = bounds.chains.saturating_sub(turn.done).min(BURST);
+            let ahead = most.saturating_sub(turn.done).min(BURST);
             match receive.place(mem, queue, setup, made.frame(setup, *generated), ahead, told)? {
                 Placed::Done => {}
                 Placed::Empty => break,
@@ -271,9 +277,8 @@ impl Packets {
             }
             made.done(setup);
             self.generated += 1;
-            tally.received(length as u64);
+            tally.received(length);
             turn.done += 1;
-            bytes = bytes.saturating_add(length as u64);
             if turn.done % BURST == 0 {
                 self.receive.complete(mem, queue)?;
                 queue.publish(mem)?;
@@ -298,7 +303,7 @@ impl Packets {
             if turn.more {
                 break;
             }
-            let count = self.sent.pop(mem, tx, room.min(BURST))?;
+            let count = self.sent.pop(mem, tx, room.min(self.ahead))?;
             if count == 0 {
                 break;
             }
@@ -319,6 +324,11 @@ impl Packets {
             tx.publish(mem)?;
             rx.publish(mem)?;
         }
+        self.ahead = if bytes < bounds.bytes {
+            BURST
+        } else {
+            turn.done.clamp(1, BURST)
+        };
         Ok(turn)
     }
 
