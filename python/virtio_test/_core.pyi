@@ -1017,6 +1017,7 @@ class DriverQueue:
 
         Raises:
             InvalidArgument: as `add`, of the first chain; a length above 2**32 - 1 in any, with nothing added.
+            QueueViolation: the ring is no longer mapped; `detach` gives the tokens of those that were added.
         """
     def publish(self) -> int:
         """Make all added chains visible; their number."""

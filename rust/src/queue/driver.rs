@@ -24,6 +24,9 @@ enum Ring {
     Packed(PackedDriver),
 }
 
+/// Address and length of each buffer of a chain: of those that can be read, and of those that can be written to.
+pub type ChainBuffers = (Vec<(u64, u32)>, Vec<(u64, u32)>);
+
 /// The driver end of one queue, in either format.
 #[derive(Debug)]
 pub struct DriverQueue {
@@ -191,21 +194,17 @@ impl DriverQueue {
     /// # Errors
     /// As [`DriverQueue::add`], but for a queue that is full. After a violation [`DriverQueue::detach`] gives the tokens of those
     /// that were added.
-    pub fn add_many<A: Access, R: AsRef<[(u64, u32)]>, W: AsRef<[(u64, u32)]>>(
-        &mut self,
-        mem: &A,
-        chains: &[(R, W)],
-    ) -> Result<Range<u64>, QueueError> {
+    pub fn add_many<A: Access>(&mut self, mem: &A, chains: &[ChainBuffers]) -> Result<Range<u64>, QueueError> {
         let (first, mut left) = (self.next_token, chains);
         loop {
             let measured = left
                 .iter()
-                .map_while(|(readable, writable)| Measured::of(readable.as_ref(), writable.as_ref()));
+                .map_while(|(readable, writable)| Measured::of(readable, writable));
             let count = self.put_many(mem, measured);
             let Some(((readable, writable), rest)) = left.get(count..).and_then(<[_]>::split_first) else {
                 break;
             };
-            match self.add_anew(mem, readable.as_ref(), writable.as_ref(), false) {
+            match self.add_anew(mem, readable, writable, false) {
                 Ok(_) => left = rest,
                 Err(QueueError::Misuse(Misuse::QueueFull { .. })) => break,
                 Err(QueueError::Misuse(_)) if self.next_token > first => break,

@@ -140,7 +140,7 @@ mod waits;
 pub use areas::IndirectArea;
 pub use config::{QueueConfig, QueueState, feature};
 pub use device::{DeviceQueue, StartError, Ticket};
-pub use driver::DriverQueue;
+pub use driver::{ChainBuffers, DriverQueue};
 
 use crate::error::Fault;
 use crate::ring::desc;

@@ -37,7 +37,7 @@ use crate::queue::DeviceQueue;
 pub const MOST_HEADER: usize = 12;
 /// Bytes of the longest frame: 65535 and an Ethernet header with a VLAN tag.
 pub const LONGEST: usize = 0xFFFF + 18;
-/// Frames that are taken, or made, before any of them is shown to the driver: each time the two cores meet at the same lines
+/// Frames that come back, or are made, before any of them is shown to the driver: each time the two cores meet at the same lines
 /// of the ring. With 32 instead, 6 % fewer frames of 64 bytes go round, and 30 % fewer are made.
 const BURST: usize = 128;
 /// Findings that are kept until somebody takes them.
@@ -180,7 +180,7 @@ pub struct Packets {
     frame: Frame,
     made: Made,
     generated: u64,
-    /// Frames that are taken at once: no more than the last turn had bytes for, since what is left goes back.
+    /// Frames that are taken at once at most: as many as the last turn had bytes for, since what is left goes back.
     ahead: usize,
     /// Whether what is made did not fit, so that only another buffer can change that.
     stuck: bool,
@@ -199,7 +199,7 @@ impl Packets {
             frame: Frame::default(),
             made: Made::default(),
             generated: 0,
-            ahead: BURST,
+            ahead: usize::MAX,
             stuck: false,
         }
     }
@@ -208,6 +208,16 @@ impl Packets {
     #[must_use]
     pub const fn told(&self) -> &Arc<Told> {
         &self.told
+    }
+
+    /// Frames that are taken at once, if a turn has bytes for them. Those that go nowhere are shown to nobody, and of fewer at a
+    /// time more are still in the cache when they are read.
+    const fn burst(&self) -> usize {
+        if matches!(self.mode, Mode::Loopback) {
+            BURST
+        } else {
+            super::BURST
+        }
     }
 
     /// From now on it is so.
@@ -303,7 +313,7 @@ impl Packets {
             if turn.more {
                 break;
             }
-            let count = self.sent.pop(mem, tx, room.min(self.ahead))?;
+            let count = self.sent.pop(mem, tx, room.min(self.ahead).min(self.burst()))?;
             if count == 0 {
                 break;
             }
@@ -325,9 +335,9 @@ impl Packets {
             rx.publish(mem)?;
         }
         self.ahead = if bytes < bounds.bytes {
-            BURST
+            usize::MAX
         } else {
-            turn.done.clamp(1, BURST)
+            turn.done.max(1)
         };
         Ok(turn)
     }
