@@ -1,5 +1,7 @@
 //! The device end of a packed virtqueue.
 
+use std::ops::Range;
+
 use super::{Place, arm, disarm};
 use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk};
 use crate::error::Fault;
@@ -26,6 +28,8 @@ pub(crate) struct PackedDevice {
     moved: u32,
     /// Slots of popped chains that were not yet written back.
     slots_in_flight: u32,
+    /// Lists of one descriptor that the last run found: so many are fetched together for the next.
+    run: u16,
 }
 
 /// Used descriptors that are written and not visible yet.
@@ -67,6 +71,7 @@ impl PackedDevice {
             signalled: None,
             moved: 0,
             slots_in_flight: 0,
+            run: 0,
         })
     }
 
@@ -183,6 +188,7 @@ impl PackedDevice {
             .min(bounds.segments.saturating_sub(segments.len()) as u64);
         let end = start.slot.saturating_add(u16::try_from(room).unwrap_or(u16::MAX));
         let mut slot = start.slot;
+        self.prefetch(mem, slot..end.min(slot.saturating_add(self.run)), Want::Read);
         let next = loop {
             if slot >= end {
                 break Ok(None);
@@ -211,6 +217,7 @@ impl PackedDevice {
         let popped = slot - start.slot;
         self.next_avail = start.forward(popped, self.layout.size);
         self.slots_in_flight += u32::from(popped);
+        self.run = popped;
         (u64::from(popped), next)
     }
 
@@ -354,7 +361,15 @@ impl PackedDevice {
         let size = self.layout.size;
         for ahead in (0..count.min(size)).step_by(AHEAD / 16) {
             let Place { slot, .. } = self.staged.next.forward(ahead, size);
-            mem.prefetch(self.areas.desc, desc::BYTES * u64::from(slot), Want::Write);
+            self.prefetch(mem, slot..slot.saturating_add(1), Want::Write);
+        }
+    }
+
+    /// Have the descriptors in these slots fetched.
+    #[inline(always)]
+    fn prefetch<A: Access>(&self, mem: &A, slots: Range<u16>, want: Want) {
+        for slot in slots.step_by(AHEAD / 16) {
+            mem.prefetch(self.areas.desc, desc::BYTES * u64::from(slot), want);
         }
     }
 
