@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from virtio_test._core import build_info
 
 from benches import pairs
+from benches.calm import Calm
 from benches.runner import ROUNDS, BenchError, Case, MissingPeer, table
 
 
@@ -67,10 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benches: the core is a debug build: `make` builds a release", file=sys.stderr)
         return 2
     rounds = asked.rounds or (1 if asked.quick else ROUNDS)
+    slowdown = None
+    if not asked.quick:
+        calm = Calm()
+        calm.begin()
+        slowdown = calm.slowdown
+    lines = table(
+        chosen,
+        rounds=rounds,
+        quick=asked.quick,
+        as_json=asked.json,
+        instructions=asked.instructions,
+        slowdown=slowdown,
+    )
     try:
-        for line in table(
-            chosen, rounds=rounds, quick=asked.quick, as_json=asked.json, instructions=asked.instructions
-        ):
+        for line in lines:
             print(line, flush=True)
     except BenchError as error:
         print(f"benches: {error}", file=sys.stderr)

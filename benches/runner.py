@@ -5,7 +5,8 @@
 A machine that does other things too is slow for seconds at a time. So a *round* measures both sides, one after the
 other and each time another one first, and what counts is the ratio within a round: the median over the rounds, with its
 quartiles as the spread. Times are medians too, and hold for this machine and this minute only. The first round warms
-both sides up and is thrown away.
+both sides up and is thrown away. Rounds are measured while the cores are at full speed, as far as that can be had:
+see `calm`.
 
 Nothing here knows a peer or virtio.
 """
@@ -19,6 +20,8 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+
+from benches.calm import Rounds, rounds_of
 
 ROUNDS = 9
 
@@ -66,7 +69,8 @@ class Case:
 class Result:
     """What was measured of a case; `ratio` is above 1 when we are faster, `spread` its quartiles over the rounds.
 
-    `instructions` of both sides, where they were asked for and can be counted.
+    `calm` of the rounds were measured with the cores at full speed, None where nobody looked. `instructions` of both
+    sides, where they were asked for and can be counted.
     """
 
     case: Case
@@ -74,6 +78,7 @@ class Result:
     peer: float
     ratio: float
     spread: tuple[float, float]
+    calm: int | None = None
     instructions: tuple[float, float] | None = None
 
     @property
@@ -99,6 +104,8 @@ class Result:
             "must": case.must,
             "aim": case.aim,
         }
+        if self.calm is not None:
+            line["calm"] = self.calm
         if self.instructions is not None:
             line["instructions"] = [_digits(count) for count in self.instructions]
         return json.dumps(line, ensure_ascii=False)
@@ -117,8 +124,17 @@ def turns(ours: Callable[[], float], peer: Callable[[], float]) -> Round:
     return one
 
 
-def measure(case: Case, *, rounds: int = ROUNDS, quick: bool = False, instructions: bool = False) -> Result:
+def measure(
+    case: Case,
+    *,
+    rounds: int = ROUNDS,
+    quick: bool = False,
+    instructions: bool = False,
+    slowdown: Callable[[], float] | None = None,
+) -> Result:
     """Run a case: `rounds` rounds after one to warm up, which a quick run does without; then count, if asked.
+
+    Rounds are measured in calm moments, if there is somebody to ask: `Calm.slowdown`.
 
     Raises:
         BenchError: as `Case.open` and `Case.count` say, or a side that took no time at all.
@@ -127,7 +143,12 @@ def measure(case: Case, *, rounds: int = ROUNDS, quick: bool = False, instructio
     with case.open(quick) as one:
         if not quick:
             one()
-        measured = [one() for _ in range(rounds)]
+        if slowdown is None:
+            found, calm = Rounds([one() for _ in range(rounds)], 0), None
+        else:
+            found = rounds_of(one, rounds, slowdown)
+            calm = found.calm
+    measured = found.measured
     if not all(ours > 0 and peer > 0 for ours, peer in measured):
         raise BenchError(f"{case.pair}, {case.shape}: a round measured nothing: {measured}")
     ratios = [ours / peer if case.more_is_better else peer / ours for ours, peer in measured]
@@ -137,6 +158,7 @@ def measure(case: Case, *, rounds: int = ROUNDS, quick: bool = False, instructio
         statistics.median(peer for _, peer in measured),
         statistics.median(ratios),
         _quartiles(ratios),
+        calm,
         case.count() if instructions and case.count is not None else None,
     )
 
@@ -153,8 +175,8 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-WIDTHS = (12, 58, 11, 11, 14, 8, 17, 18, 14)
-HEAD = ("pair", "shape", "ours", "peer", "unit", "ratio", "spread", "must / aim", "instructions")
+WIDTHS = (12, 58, 11, 11, 14, 8, 17, 5, 18, 14)
+HEAD = ("pair", "shape", "ours", "peer", "unit", "ratio", "spread", "calm", "must / aim", "instructions")
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -181,6 +203,7 @@ def render(result: Result) -> str:
             case.unit,
             f"{result.ratio:.2f}",
             f"{low:.2f} to {high:.2f}",
+            "" if result.calm is None else f"{result.calm}",
             f"{' / '.join(bounds)}  {result.verdict}" if (case.must, case.aim) != (None, None) else "",
             " : ".join(f"{count:.0f}" for count in result.instructions or ()),
         )
@@ -188,11 +211,17 @@ def render(result: Result) -> str:
 
 
 def table(
-    cases: Iterable[Case], *, rounds: int, quick: bool, as_json: bool, instructions: bool = False
+    cases: Iterable[Case],
+    *,
+    rounds: int,
+    quick: bool,
+    as_json: bool,
+    instructions: bool = False,
+    slowdown: Callable[[], float] | None = None,
 ) -> Iterator[str]:
     """The lines of a run, each as soon as it is known."""
     if not as_json:
         yield head()
     for case in cases:
-        result = measure(case, rounds=rounds, quick=quick, instructions=instructions)
+        result = measure(case, rounds=rounds, quick=quick, instructions=instructions, slowdown=slowdown)
         yield result.json() if as_json else render(result)

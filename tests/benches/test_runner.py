@@ -60,6 +60,14 @@ def test_instructions_are_counted_when_asked_for() -> None:
     assert render(result).endswith("331 : 888")
 
 
+def test_the_calm_rounds_are_told() -> None:
+    looks = iter([1, 1, 1, 1.5, 1.1, 1.1])
+    result = measure(case([(9, 9), (1, 1), (1, 2), (1, 3)]), rounds=2, slowdown=lambda: next(looks))
+    # The one that ended on a slow core does not count.
+    assert (result.ratio, result.calm) == (2, 2)
+    assert json.loads(result.json())["calm"] == 2
+
+
 def test_turns_alternate() -> None:
     order: list[str] = []
 
