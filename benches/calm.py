@@ -8,14 +8,16 @@ What waits for nothing loses more by it than what waits for memory anyhow, so a 
 
 A short loop that always does the same tells: what it takes now, beside the least that it has ever taken here. Before
 and after each round every core that matters is asked. A round that began or ended on a slow one is measured again,
-for as long as patience lasts; nothing that was measured in it has a say in that.
+for as long as patience lasts; nothing that was measured in it has a say in that. Cases run on the first cores that are
+ours, as many as they need and no more, so only these are asked.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 SLOW = 1.2
@@ -23,8 +25,6 @@ SLOW = 1.2
 PATIENCE = 10.0
 """Seconds for a case, beyond which no round is waited for or measured again."""
 PAUSE = 0.05
-CORES = 2
-"""The pairs run on the first ones that are ours."""
 _LOOPS = 20_000
 _FIRST_LOOKS = 20
 
@@ -33,7 +33,6 @@ class Calm:
     """The cores' speed, beside the best that was seen of them."""
 
     def __init__(self) -> None:
-        self._cpus = sorted(os.sched_getaffinity(0))[:CORES]
         self._least = float("inf")
 
     def begin(self) -> None:
@@ -43,19 +42,30 @@ class Calm:
             time.sleep(PAUSE)
 
     def slowdown(self) -> float:
-        """How many times as long as it can take the slowest one takes now: 1 is full speed."""
-        before = os.sched_getaffinity(0)
+        """How many times as long as it can the slowest core takes, of those this thread may run on: 1 is full speed."""
+        cpus = os.sched_getaffinity(0)
         taken: list[float] = []
         try:
-            for cpu in self._cpus:
+            for cpu in cpus:
                 # Of this thread alone: 0 is the caller.
                 os.sched_setaffinity(0, {cpu})
                 # Twice, so that being interrupted once says nothing.
                 taken.append(min(_loop(), _loop()))
         finally:
-            os.sched_setaffinity(0, before)
+            os.sched_setaffinity(0, cpus)
         self._least = min(self._least, *taken)
         return max(taken) / self._least
+
+
+@contextmanager
+def first_cores(count: int) -> Generator[None]:
+    """Keep this thread, and what it starts, on so many of the cores that it may run on."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cpus)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)
 
 
 def _loop() -> float:

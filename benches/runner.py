@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from benches.calm import Rounds, rounds_of
+from benches.calm import Rounds, first_cores, rounds_of
 
 ROUNDS = 9
 
@@ -53,6 +53,7 @@ class Case:
         aim: the ratio that we want.
         count: processor instructions of a chain or request on both sides, (ours, the peer's), which are the same on a
             noisy machine; None where nothing can count them.
+        cores: how many it runs on, the first that there are.
     """
 
     pair: str
@@ -63,6 +64,7 @@ class Case:
     must: float | None = None
     aim: float | None = None
     count: Round | None = None
+    cores: int = 2
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def measure(
         BenchError: as `Case.open` and `Case.count` say, or a side that took no time at all.
     """
     gc.collect()
-    with case.open(quick) as one:
+    with first_cores(case.cores), case.open(quick) as one:
         if not quick:
             one()
         if slowdown is None:

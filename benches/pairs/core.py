@@ -161,6 +161,7 @@ def case(
         must=must,
         aim=aim,
         count=None if kind in {"flat", "two cores polling"} else lambda: (_count(words, "ours"), _count(words, "peer")),
+        cores=2 if kind == "two cores polling" else 1,
     )
 
 

@@ -218,7 +218,7 @@ def _pair(shape: str, ours: Side, peer: Side, must: float | None = None, aim: fl
         with ours(fills) as mine, peer(fills) as theirs:
             yield turns(mine, theirs)
 
-    return Case("handlers", shape, "ns/request", both, must=must, aim=aim)
+    return Case("handlers", shape, "ns/request", both, must=must, aim=aim, cores=1)
 
 
 def _cases(ring: str) -> Iterator[Case]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from benches.calm import PAUSE, Calm, Rounds, rounds_of
+from benches.calm import PAUSE, Calm, Rounds, first_cores, rounds_of
 
 
 class Machine:
@@ -72,3 +72,14 @@ def test_the_cores_are_asked_and_the_thread_stays_where_it_was() -> None:
     looks = [calm.slowdown() for _ in range(3)]
     assert os.sched_getaffinity(0) == before
     assert min(looks) >= 1
+
+
+def test_what_needs_one_core_stays_on_the_first() -> None:
+    before = os.sched_getaffinity(0)
+    with first_cores(1):
+        assert os.sched_getaffinity(0) == {min(before)}
+        Calm().slowdown()
+        assert os.sched_getaffinity(0) == {min(before)}
+    with first_cores(len(before) + 1):
+        assert os.sched_getaffinity(0) == before
+    assert os.sched_getaffinity(0) == before
