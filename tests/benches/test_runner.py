@@ -66,6 +66,7 @@ def test_the_calm_rounds_are_told() -> None:
     # The one that ended on a slow core does not count.
     assert (result.ratio, result.calm) == (2, 2)
     assert json.loads(result.json())["calm"] == 2
+    assert render(result).split()[-1] == "2"
 
 
 def test_turns_alternate() -> None:

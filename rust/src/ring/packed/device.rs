@@ -1,7 +1,5 @@
 //! The device end of a packed virtqueue.
 
-use std::ops::Range;
-
 use super::{Place, arm, disarm};
 use crate::chain::{Bounds, ChainRules, Element, Elements, End, Segment, Stamp, Table, Walk};
 use crate::error::Fault;
@@ -188,7 +186,9 @@ impl PackedDevice {
             .min(bounds.segments.saturating_sub(segments.len()) as u64);
         let end = start.slot.saturating_add(u16::try_from(room).unwrap_or(u16::MAX));
         let mut slot = start.slot;
-        self.prefetch(mem, slot..end.min(slot.saturating_add(self.run)), Want::Read);
+        for ahead in (slot..end.min(slot.saturating_add(self.run))).step_by(AHEAD / 16) {
+            self.prefetch(mem, ahead, Want::Read);
+        }
         let next = loop {
             if slot >= end {
                 break Ok(None);
@@ -361,16 +361,14 @@ impl PackedDevice {
         let size = self.layout.size;
         for ahead in (0..count.min(size)).step_by(AHEAD / 16) {
             let Place { slot, .. } = self.staged.next.forward(ahead, size);
-            self.prefetch(mem, slot..slot.saturating_add(1), Want::Write);
+            self.prefetch(mem, slot, Want::Write);
         }
     }
 
-    /// Have the descriptors in these slots fetched.
+    /// Have the descriptor in this slot fetched, and those that come with it: [`AHEAD`] bytes.
     #[inline(always)]
-    fn prefetch<A: Access>(&self, mem: &A, slots: Range<u16>, want: Want) {
-        for slot in slots.step_by(AHEAD / 16) {
-            mem.prefetch(self.areas.desc, desc::BYTES * u64::from(slot), want);
-        }
+    fn prefetch<A: Access>(&self, mem: &A, slot: u16, want: Want) {
+        mem.prefetch(self.areas.desc, desc::BYTES * u64::from(slot), want);
     }
 
     /// Make all staged descriptors visible; whether there were any.
